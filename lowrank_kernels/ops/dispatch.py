@@ -1,0 +1,51 @@
+"""Which implementation an operator runs: the default everywhere, a device's own where it has one and it covers the case."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+
+NAMESPACE = "lowrank_kernels"
+REFERENCE_FORCED = os.environ.get("LOWRANK_KERNELS_REFERENCE", "0") not in ("", "0")
+"""LOWRANK_KERNELS_REFERENCE=1, read once at import: only the defaults are registered."""
+
+
+def define(name: str, schema: str, fake: Callable, default: Callable) -> Callable:
+    """Defines lowrank_kernels::name with its fake and its default implementation; returns the callable operator."""
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema)
+    torch.library.register_fake(qualified, fake)
+    torch.library.register_kernel(qualified, "default", default)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register(name: str, device_type: str, implementation: Callable) -> None:
+    """Registers a device's own implementation, unless the reference is forced."""
+    if not REFERENCE_FORCED:
+        torch.library.register_kernel(f"{NAMESPACE}::{name}", device_type, implementation)
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why the Triton kernels cannot run here, or None if they can. Warns the first time where a GPU would have used them."""
+    if importlib.util.find_spec("triton") is not None:
+        return None
+    reason = "Triton is not installed"
+    if torch.cuda.is_available():
+        warnings.warn(
+            f"lowrank_kernels: {reason}; low-rank steps on the GPU run in plain PyTorch, which takes several launches a matrix. "
+            "Install triton to use the kernels.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
+
+
+def triton_covers(*tensors: torch.Tensor) -> bool:
+    """The kernels take fp32, bf16 and fp16; anything else (fp64) runs the default."""
+    return triton_missing() is None and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)

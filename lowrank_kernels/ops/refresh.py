@@ -1,0 +1,120 @@
+"""The refresh's operators: orthonormalise, range_finder, sample_importance. Algorithms: range_finder.py.
+
+The default runs on every device. The public functions check their arguments and give the operators positional ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import philox
+from .. import range_finder as algorithms
+from . import dispatch
+
+
+def _orthonormalise_fake(matrix: Tensor, seed: int) -> Tensor:
+    return torch.empty_like(matrix, memory_format=torch.contiguous_format)
+
+
+def _range_finder_fake(grad: Tensor, rank: int, oversample: int, power_iters: int, seed: int) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return grad.new_empty(*grad.shape[:-1], rank, dtype=dtype), grad.new_empty(*grad.shape[:-2], rank, dtype=dtype)
+
+
+def _sample_importance_fake(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:
+    return sigma.new_empty(sigma.shape[0], rank, dtype=torch.int64)
+
+
+_orthonormalise = dispatch.define(
+    "orthonormalise", "(Tensor matrix, int seed) -> Tensor", _orthonormalise_fake, algorithms.orthonormalise
+)
+_range_finder = dispatch.define(
+    "range_finder",
+    "(Tensor grad, int rank, int oversample, int power_iters, int seed) -> (Tensor, Tensor)",
+    _range_finder_fake,
+    algorithms.range_finder,
+)
+_sample_importance = dispatch.define(
+    "sample_importance", "(Tensor sigma, int rank, int[] seeds) -> Tensor", _sample_importance_fake, algorithms.sample_importance
+)
+
+
+def _check_rank(rank: int, limit: int, shape: torch.Size) -> None:
+    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= limit:
+        raise ValueError(f"rank must be an int from 1 to {limit} for shape {tuple(shape)}, got {rank!r}")
+
+
+def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
+    """Q with QᵀQ = I whose first k columns span Y's first k: (…, m, l), l ≤ m → the same shape, fp32 (fp64 for fp64).
+
+    Columns that are zero, not finite or dependent become random directions (a function of `seed`), so Q is always a full
+    orthonormal set, to 1e-5. Shifted CholeskyQR (Fukaya et al. 2020). Raises ValueError if l > m.
+    """
+    if matrix.dim() < 2 or not 1 <= matrix.shape[-1] <= matrix.shape[-2]:
+        raise ValueError(f"matrix must have shape (…, m, l) with 1 ≤ l ≤ m, got {tuple(matrix.shape)}")
+    if matrix.dtype not in (torch.float32, torch.float64):
+        matrix = matrix.to(torch.float32)
+    return _orthonormalise(matrix, philox.signed64(seed))
+
+
+def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Leading left singular vectors and values of G, by a randomized range finder (Halko, Martinsson, Tropp 2011).
+
+        Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  basis = Q·W
+
+    Args:
+        grad: (…, m, n), any real floating dtype; products run at its precision with fp32 accumulation on a GPU, in fp32 on a CPU.
+        rank: r, from 1 to min(m, n).
+        oversample: columns sketched beyond r, ≥ 0. Where r + oversample reaches min(m, n) there is no sketch: the whole spectrum
+            is computed from the Gram matrix of the short side.
+        power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying spectrum.
+        seed: any int; one Ω serves a whole batch.
+
+    Returns:
+        basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The right basis is that
+        of `grad.mT`. A zero or rank-deficient G gives a basis completed with random directions; one that is not finite gives a
+        random basis and NaN for sigma.
+
+    Raises:
+        ValueError: shape, rank, oversample or power_iters out of range. TypeError: an integer, complex or sparse gradient.
+    """
+    if not grad.is_floating_point() or grad.layout != torch.strided:
+        raise TypeError(f"grad must be a dense real floating-point tensor, got {grad.dtype}, {grad.layout}; convert it first")
+    if grad.dim() < 2 or grad.numel() == 0:
+        raise ValueError(f"grad must have shape (…, m, n) with m, n ≥ 1, got {tuple(grad.shape)}")
+    _check_rank(rank, min(grad.shape[-2:]), grad.shape)
+    for name, value in (("oversample", oversample), ("power_iters", power_iters)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise ValueError(f"{name} must be an int ≥ 0, got {value!r}")
+    return _range_finder(grad, rank, oversample, power_iters, philox.signed64(seed))
+
+
+def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) -> Tensor:
+    """r directions drawn one after another without replacement, P(i) ∝ σᵢ among those left (I3S, arXiv 2502.05790).
+
+    The law of `torch.multinomial(sigma, rank, replacement=False)`, as the top r of log σ + Gumbel noise: no host sync, and a pure
+    function of the seed. Zero weights come last.
+
+    Args:
+        sigma: (…, k) weights ≥ 0, floating point.
+        rank: r, from 1 to k.
+        seed: an int (rows of a batch then draw independently), or one int for each row.
+
+    Returns:
+        (…, r) int64 indices into sigma's last dimension, sorted by σ descending.
+
+    Raises:
+        ValueError: rank outside 1…k, or as many seeds as there are no rows.
+    """
+    if sigma.dim() < 1 or not sigma.is_floating_point():
+        raise ValueError(f"sigma must be a floating-point tensor of shape (…, k), got {sigma.dtype} {tuple(sigma.shape)}")
+    _check_rank(rank, sigma.shape[-1], sigma.shape)
+    rows = sigma.reshape(-1, sigma.shape[-1])
+    seeds = [philox.derive_seed(seed, row) for row in range(len(rows))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(rows):
+        raise ValueError(f"seed must be an int or hold one int for each of the {len(rows)} rows of sigma, got {len(seeds)}")
+    chosen = _sample_importance(rows, rank, [philox.signed64(s) for s in seeds])
+    return chosen.reshape(*sigma.shape[:-1], rank)

@@ -1,0 +1,135 @@
+"""The step's operators over a bucket: schemas, fakes, dispatch. Formulas and shapes: reference.py.
+
+A bucket is a list of matrices of equal shape, dtype and strides; the projected and the normalised gradients of all of them stand
+in one (batch, r, n) tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..kernels import cpu
+from . import dispatch
+
+
+def _project_default(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
+    return torch.stack([reference.project(basis, grad, right) for basis, grad in zip(bases, grads, strict=True)])
+
+
+def _project_fake(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
+    basis, grad = bases[0], reference.orient(grads[0], right)
+    torch._check(len(bases) == len(grads), lambda: f"{len(bases)} bases do not fit {len(grads)} grads")
+    torch._check(
+        basis.shape[0] == grad.shape[0],
+        lambda: f"basis {tuple(basis.shape)} does not fit grad {tuple(grads[0].shape)} with right={right}",
+    )
+    return basis.new_empty(len(bases), basis.shape[1], grad.shape[1], dtype=reference.compute_dtype(basis, grad))
+
+
+def _project_cuda(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
+    if not dispatch.triton_covers(bases[0], grads[0]):
+        return _project_default(bases, grads, right)
+    from ..kernels import project
+
+    return project.project(bases, grads, right)
+
+
+def _update_moments_default(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
+    return torch.stack(
+        [reference.update_moments_(m, v, r, **scalars) for m, v, r in zip(exp_avgs, exp_avg_sqs, projected, strict=True)]
+    )
+
+
+def _update_moments_fake(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
+    torch._check(
+        exp_avgs[0].shape == exp_avg_sqs[0].shape == projected.shape[1:],
+        lambda: f"exp_avg {tuple(exp_avgs[0].shape)} does not fit projected {tuple(projected.shape)}",
+    )
+    return torch.empty_like(projected)
+
+
+def _update_moments_cuda(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
+    if not dispatch.triton_covers(projected):
+        return _update_moments_default(exp_avgs, exp_avg_sqs, projected, **scalars)
+    from ..kernels import moments
+
+    return moments.update_moments_(exp_avgs, exp_avg_sqs, projected.clone(), **scalars)
+
+
+def _back_project_default(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, **scalars) -> None:
+    for weight, basis, update in zip(weights, bases, normalised, strict=True):
+        reference.back_project_(weight, basis, update, **scalars)
+
+
+def _back_project_fake(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, right: bool, **scalars) -> None:
+    weight = reference.orient(weights[0], right)
+    torch._check(
+        weight.shape == (bases[0].shape[0], normalised.shape[2]) and bases[0].shape[1] == normalised.shape[1],
+        lambda: f"weight {tuple(weights[0].shape)}, basis {tuple(bases[0].shape)} and normalised {tuple(normalised.shape)} do not fit "
+        f"with right={right}",
+    )
+
+
+def _back_project_cuda(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, **scalars) -> None:
+    if not dispatch.triton_covers(weights[0], bases[0], normalised):
+        return _back_project_default(weights, bases, normalised, **scalars)
+    from ..kernels import back_project
+
+    return back_project.back_project_(weights, bases, normalised, **scalars)
+
+
+def _adamw_step_fake(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    bases: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    right: bool,
+    **scalars,
+) -> None:
+    projected = _project_fake(bases, grads, right)
+    _update_moments_fake(exp_avgs, exp_avg_sqs, projected)
+    _back_project_fake(weights, bases, projected, right=right)
+
+
+def _adamw_step_cuda(
+    weights: list[Tensor], grads: list[Tensor], bases: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], **scalars
+) -> None:
+    if not dispatch.triton_covers(weights[0], grads[0], bases[0], exp_avgs[0]):
+        return reference.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **scalars)
+    from ..kernels import adamw_step
+
+    return adamw_step.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **scalars)
+
+
+project = dispatch.define("project", "(Tensor[] bases, Tensor[] grads, bool right) -> Tensor", _project_fake, _project_default)
+update_moments_ = dispatch.define(
+    "update_moments_",
+    "(Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor projected, *, float beta1, float beta2, float eps, int step) -> Tensor",
+    _update_moments_fake,
+    _update_moments_default,
+)
+back_project_ = dispatch.define(
+    "back_project_",
+    "(Tensor(a!)[] weights, Tensor[] bases, Tensor normalised, *, float lr, float scale, float weight_decay, bool right) -> ()",
+    _back_project_fake,
+    _back_project_default,
+)
+adamw_step_ = dispatch.define(
+    "adamw_step_",
+    "(Tensor(a!)[] weights, Tensor[] grads, Tensor[] bases, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, float lr, "
+    "float beta1, float beta2, float eps, float weight_decay, float scale, int step, bool right, Tensor? found_inf=None) -> ()",
+    _adamw_step_fake,
+    reference.adamw_step_,
+)
+for _name, _cuda in {
+    "project": _project_cuda,
+    "update_moments_": _update_moments_cuda,
+    "back_project_": _back_project_cuda,
+    "adamw_step_": _adamw_step_cuda,
+}.items():
+    dispatch.register(_name, "cpu", getattr(cpu, _name))
+    dispatch.register(_name, "cuda", _cuda)

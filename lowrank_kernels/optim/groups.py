@@ -1,0 +1,175 @@
+"""What a parameter group may hold: the keys of a low-rank group, their defaults, and every check that can be made at construction."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspaces import SELECTIONS, SVDS
+
+LOW_RANK_DEFAULTS: dict[str, Any] = {
+    "update_proj_gap": 200,
+    "scale": 0.25,
+    "proj_type": "std",
+    "selection": "importance",
+    "svd": "randomized",
+    "oversample": 8,
+    "power_iters": 1,
+    "seed": 0,
+}
+PROJ_TYPES = ("std", "reverse_std", "left", "right")
+ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
+# What torch and its schedulers write into a group, and names that training scripts commonly give one.
+FOREIGN_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "name", "lr_scale")
+
+
+def describe(group: dict[str, Any], group_index: int, param_index: int | None = None) -> str:
+    """'group 1, parameter 'layers.0.q_proj.weight' of shape (512, 512)', for error messages."""
+    if param_index is None:
+        return f"group {group_index}"
+    names = group.get("param_names")
+    name = repr(names[param_index]) if names else str(param_index)
+    return f"group {group_index}, parameter {name} of shape {tuple(group['params'][param_index].shape)}"
+
+
+def is_low_rank(group: dict[str, Any]) -> bool:
+    return "rank" in group
+
+
+def matrix_shape(param: Tensor) -> tuple[int, int]:
+    """(rows, columns) of the matrices a parameter stands for: 2-D as is, [experts, m, n] a batch, more dimensions [out, -1]."""
+    if param.dim() == 3:
+        return param.shape[1], param.shape[2]
+    return param.shape[0], math.prod(param.shape[1:])
+
+
+def is_right(shape: tuple[int, int], proj_type: str) -> bool:
+    """Whether the right side is projected. `std` projects the shorter side; a square matrix goes right."""
+    rows, columns = shape
+    if proj_type == "std":
+        return rows >= columns
+    if proj_type == "reverse_std":
+        return rows < columns
+    return proj_type == "right"
+
+
+def complete(group: dict[str, Any], group_index: int, selection: str | None) -> None:
+    """Fills a low-rank group's missing keys with their defaults and raises ValueError or TypeError for what cannot work.
+
+    `selection`, if given, is the one that the optimizer's class stands for. A group without `rank` gets only AdamW's checks.
+    """
+    _check_adamw(group, group_index)
+    if not is_low_rank(group):
+        stray = [key for key in LOW_RANK_DEFAULTS if key in group]
+        if stray:
+            raise ValueError(
+                f"{stray[0]} is set but rank is not ({describe(group, group_index)}); add rank to project this group, or remove {stray}"
+            )
+        return
+    _check_keys(group, group_index)
+    if selection is not None and group.setdefault("selection", selection) != selection:
+        raise ValueError(
+            f"selection is {group['selection']!r} but this optimizer's is {selection!r} ({describe(group, group_index)}); "
+            "use LowRankAdamW to choose it by group"
+        )
+    for key, value in LOW_RANK_DEFAULTS.items():
+        group.setdefault(key, value)
+    _check_low_rank(group, group_index)
+    for param_index in range(len(group["params"])):
+        _check_param(group, group_index, param_index)
+
+
+def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[int, int]]) -> None:
+    """One warning for each shape whose shorter side is under the group's rank."""
+    for param_index, param in enumerate(group["params"]):
+        shape = matrix_shape(param)
+        if group["rank"] > min(shape) and shape not in warned:
+            warned.add(shape)
+            warnings.warn(
+                f"rank {group['rank']} is more than the shorter side of {describe(group, group_index, param_index)}; "
+                f"rank {min(shape)} is used for this shape, which saves no memory there",
+                UserWarning,
+                stacklevel=5,
+            )
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_adamw(group: dict[str, Any], group_index: int) -> None:
+    where = describe(group, group_index)
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or lr.device.type != "cpu":
+            raise ValueError(
+                f"lr must be a float or a one-element tensor on the CPU, got {tuple(lr.shape)} on {lr.device} ({where}); "
+                "reading it from a GPU would stall every step"
+            )
+    elif not _is_number(lr):
+        raise TypeError(f"lr must be a float, got {lr!r} ({where})")
+    if not 0 <= float(lr) < math.inf:
+        raise ValueError(f"lr must be finite and ≥ 0, got {float(lr)} ({where})")
+    for key in ("eps", "weight_decay"):
+        if not _is_number(group[key]):
+            raise TypeError(f"{key} must be a float, got {group[key]!r} ({where})")
+        if not 0 <= group[key] < math.inf:
+            raise ValueError(f"{key} must be finite and ≥ 0, got {group[key]} ({where})")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(beta) for beta in betas):
+        raise TypeError(f"betas must be two floats, got {betas!r} ({where})")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas must lie in [0, 1), got {tuple(betas)} ({where})")
+
+
+def _check_keys(group: dict[str, Any], group_index: int) -> None:
+    known = ("rank", *LOW_RANK_DEFAULTS, *ADAMW_KEYS, *FOREIGN_KEYS)
+    for key in group:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys are {', '.join(known[:-len(FOREIGN_KEYS)])}"
+            raise ValueError(f"unknown key {key!r} in a low-rank group ({describe(group, group_index)}); {hint}")
+
+
+def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
+    where = describe(group, group_index)
+    for key, least in (("rank", 1), ("update_proj_gap", 1), ("oversample", 0), ("power_iters", 0)):
+        value = group[key]
+        kind = "a positive int" if least else "an int ≥ 0"
+        if not _is_number(value, int):
+            raise TypeError(f"{key} must be {kind}, got {value!r} ({where})")
+        if value < least:
+            raise ValueError(f"{key} must be {kind}, got {value} ({where})")
+    if not _is_number(group["seed"], int):
+        raise TypeError(f"seed must be an int, got {group['seed']!r} ({where})")
+    if not _is_number(group["scale"]):
+        raise TypeError(f"scale must be a float, got {group['scale']!r} ({where})")
+    if not math.isfinite(group["scale"]):
+        raise ValueError(f"scale must be finite, got {group['scale']} ({where})")
+    for key, choices in (("proj_type", PROJ_TYPES), ("selection", tuple(SELECTIONS)), ("svd", SVDS)):
+        if group[key] not in choices:
+            nearest = difflib.get_close_matches(str(group[key]), choices, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, got {group[key]!r} ({where}){hint}")
+
+
+def _check_param(group: dict[str, Any], group_index: int, param_index: int) -> None:
+    param = group["params"][param_index]
+    where = describe(group, group_index, param_index)
+    if param.dim() < 2:
+        raise ValueError(f"a low-rank group takes matrices, got a {param.dim()}-D parameter ({where}); put it in a group without rank")
+    if param.numel() == 0:
+        raise ValueError(f"a low-rank group cannot hold an empty parameter ({where}); put it in a group without rank")
+    if not param.is_floating_point():
+        raise TypeError(f"a low-rank group takes real floating-point parameters, got {param.dtype} ({where}); use a group without rank")
+    if param.layout != torch.strided or hasattr(param, "device_mesh"):
+        raise TypeError(
+            f"a low-rank group takes plain dense tensors, got {type(param).__name__} with layout {param.layout} ({where}); "
+            "sharded and sparse parameters are not supported there yet"
+        )

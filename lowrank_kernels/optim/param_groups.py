@@ -1,0 +1,103 @@
+"""Which parameters of a model are projected: `param_groups`."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS
+
+OUTPUT_HEADS = ("lm_head", "embed_out")
+
+
+def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str] = "all-linear", **options: Any) -> list[dict[str, Any]]:
+    """Splits a model's trainable parameters in [dense group, low-rank group] for LowRankAdamW and its kin.
+
+    Args:
+        model: any module. Parameters with requires_grad=False are left out; shared ones appear once.
+        rank: r of the low-rank group.
+        target_modules: "all-linear", every linear layer but the output head (`lm_head`, what `model.get_output_embeddings()`
+            returns, and any layer whose weight is an embedding's); or a list of strings, a module being taken where its name
+            contains one of them (`["q_proj", "mlp"]`); or a regular expression that must match a module's whole name. Of the
+            modules found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]` of named modules.
+        options: any other key of a low-rank group (`update_proj_gap`, `scale`, `proj_type`, `selection`, `svd`, `oversample`,
+            `power_iters`, `seed`; `lr`, `betas`, `eps`, `weight_decay`), set in the low-rank group only.
+
+    Returns:
+        [{"params": everything else}, {"params": projected weights, "rank": rank, **options}].
+
+    Raises:
+        ValueError: an unknown option; target_modules that match nothing, or nothing that can be projected.
+    """
+    allowed = (*LOW_RANK_DEFAULTS, *ADAMW_KEYS)
+    for key in options:
+        if key not in allowed:
+            nearest = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known options are {', '.join(allowed)}"
+            raise ValueError(f"unknown option {key!r} for param_groups; {hint}")
+    matched = dict(_matching_modules(model, target_modules))
+    if not matched:
+        names = [name for name, module in model.named_modules() if _is_linear(module)]
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no module of {type(model).__name__}; "
+            + (f"its linear layers have names like {', '.join(map(repr, names[:3]))}" if names else "it has no linear layer")
+        )
+    projected = {}
+    for name, module in matched.items():
+        for parameter in _projectable(module, experts=target_modules != "all-linear"):
+            projected[id(parameter)] = (name, parameter)
+    if not projected:
+        kinds = sorted({type(module).__name__ for module in matched.values()})
+        raise ValueError(
+            f"target_modules={target_modules!r} matches only modules without a linear weight ({', '.join(kinds)}); "
+            "name linear layers, or build the groups by hand"
+        )
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    low_rank = [parameter for parameter in trainable if id(parameter) in projected]
+    if not low_rank:
+        name, parameter = next(iter(projected.values()))
+        raise ValueError(
+            f"target_modules={target_modules!r} matches only frozen parameters ({name!r} of shape {tuple(parameter.shape)} and others "
+            "have requires_grad=False); unfreeze them before building the groups"
+        )
+    dense = [parameter for parameter in trainable if id(parameter) not in projected]
+    return [{"params": dense}, {"params": low_rank, "rank": rank, **options}]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, and the Conv1D of transformers (a linear layer with a transposed weight)."""
+    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None)
+
+
+def _projectable(module: nn.Module, experts: bool) -> Iterator[nn.Parameter]:
+    if _is_linear(module):
+        yield module.weight
+    elif experts:
+        yield from (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
+
+
+def _matching_modules(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
+    # Wrappers put a prefix of their own in front of the names that a user knows.
+    named = [(name.replace("_orig_mod.", "").removeprefix("module."), module) for name, module in model.named_modules() if name]
+    if target_modules == "all-linear":
+        embeddings = {id(module.weight) for _, module in named if isinstance(module, nn.Embedding)}
+        head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+        for name, module in named or [("", model)]:
+            is_head = module is head or name.rpartition(".")[2] in OUTPUT_HEADS
+            if _is_linear(module) and not is_head and id(module.weight) not in embeddings:
+                yield name, module
+    elif isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(f"target_modules={target_modules!r} is neither 'all-linear' nor a regular expression: {error}") from error
+        yield from ((name, module) for name, module in named if pattern.fullmatch(name))
+    else:
+        parts = list(target_modules)
+        if not parts or not all(isinstance(part, str) and part for part in parts):
+            raise ValueError(f"target_modules must be 'all-linear', a regular expression or a list of non-empty strings, got {parts!r}")
+        yield from ((name, module) for name, module in named if any(part in name for part in parts))

@@ -1,0 +1,6 @@
+"""How a basis is chosen: one file a selection, each `(grad, rank, Spectrum, seeds) → basis`, and the refresh that calls them."""
+
+from .overlap import subspace_overlap
+from .refresh import SELECTIONS, SVDS, refresh
+
+__all__ = ["SELECTIONS", "SVDS", "refresh", "subspace_overlap"]

@@ -1,0 +1,15 @@
+"""GaLore (arXiv 2403.03507): the r leading left singular vectors of the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .spectrum import Spectrum
+
+
+def dominant(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]) -> Tensor:
+    """(batch, m, n) → (batch, m, r)."""
+    basis, _ = spectrum.leading(grad, rank)
+    return basis

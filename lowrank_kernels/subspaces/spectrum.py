@@ -1,0 +1,33 @@
+"""Singular directions of a batch of gradients, by the method that the group's `svd` key names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """svd = "randomized" (range finder with `oversample` and `power_iters`) or "exact" (full SVD). `seed` draws the sketch."""
+
+    svd: str
+    oversample: int
+    power_iters: int
+    seed: int
+
+    def leading(self, grad: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """(batch, m, n) → the leading `count` left singular vectors (batch, m, count) and values (batch, count), descending."""
+        if self.svd == "exact":
+            dtype = torch.promote_types(grad.dtype, torch.float32)
+            vectors, sigma, _ = torch.linalg.svd(torch.nan_to_num(grad.to(dtype), posinf=0.0, neginf=0.0), full_matrices=False)
+            return vectors[..., :count], sigma[..., :count]
+        return ops.range_finder(grad, count, oversample=self.oversample, power_iters=self.power_iters, seed=self.seed)
+
+    def affordable(self, grad: Tensor, rank: int) -> int:
+        """How many directions to know before r of them are sampled: all where that is no extra work, else 2r."""
+        short = min(grad.shape[-2:])
+        return short if self.svd == "exact" or 2 * rank + self.oversample >= short else 2 * rank
