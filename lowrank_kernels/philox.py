@@ -77,10 +77,10 @@ def words(seeds: Tensor, count: int, stream: int) -> Tensor:
 
 
 def normal(seeds: Tensor, shape: tuple[int, ...], stream: int, dtype: torch.dtype) -> Tensor:
-    """(batch,) seeds → (batch, *shape) of N(0, 1), by Box–Muller in fp32 (24-bit uniforms: |z| < 5.9), then cast to `dtype`."""
+    """(batch,) seeds → (batch, *shape) of N(0, 1), by Box–Muller in fp32 (23-bit uniforms: |z| < 5.8), then cast to `dtype`."""
     count = math.prod(shape)
     bits = words(seeds, count + count % 2, stream)
-    unit = ((bits >> 8).to(torch.float32) + 0.5) * 2.0**-24
+    unit = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23  # in (0, 1), exactly
     radius = unit[:, 0::2].log().mul_(-2.0).sqrt_()
     angle = unit[:, 1::2] * (2.0 * math.pi)
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)

@@ -1,8 +1,9 @@
 """The step on a CPU, in plain PyTorch, over a bucket of equal shapes.
 
-Same formulas as reference.py. What makes it faster: half precision is multiplied in fp32 (bf16 products are emulated where the
-CPU has no native ones, and their results would be rounded to bf16); small matrices are stacked into one batched product; moments
-go through torch's fused AdamW kernel, one pass over memory; fp32 weights take decay and update in the product itself.
+Same formulas as reference.py. What makes it faster than the formulas typed in: large fp32 products go to oneDNN, small ones to
+the BLAS; bf16 is multiplied as it is where the CPU has instructions for it (accumulated in fp32 and rounded once) and in fp32
+elsewhere, as is fp16; moments go through torch's fused AdamW kernel, one pass over memory for the whole bucket; decay and update
+of a weight are part of its product. Figures, and what lost: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -11,34 +12,68 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-STACK_BELOW = 256 * 256
-"""Elements of a matrix up to which copying the bucket into one stack costs less than a product call for each (benchmarks/NOTES.md)."""
+ONEDNN_FROM_FLOPS = 2**23
+"""Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer call."""
+
+CHUNK_ELEMENTS = 2**17
+"""Projected gradients are handled this many elements at a time (512 KiB in fp32), so that they are still in cache when read again."""
+
+
+def _has_native_bf16() -> bool:
+    """Whether bf16 products run on instructions of their own; without them they are some 30 times slower than in fp32."""
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
+
+
+NATIVE_BF16 = _has_native_bf16()
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right for two matrices of one dtype."""
+    flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    if ONEDNN_LINEAR is not None and left.dtype == torch.float32 and flops >= ONEDNN_FROM_FLOPS:
+        return ONEDNN_LINEAR(left, right.mT, None, "none", [], "")
+    return left @ right
+
+
+def _product_dtype(matrix: Tensor) -> torch.dtype:
+    if matrix.dtype == torch.float64 or (NATIVE_BF16 and matrix.dtype == torch.bfloat16):
+        return matrix.dtype
+    return torch.float32
 
 
 def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """R = PᵀG' for each matrix: (m, r) bases, gradients as stored → (batch, r, n) fp32 (fp64 for fp64)."""
-    dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    oriented = [grad.mT if right else grad for grad in grads]
-    if len(grads) > 1 and grads[0].numel() <= STACK_BELOW:
-        return torch.stack(bases).to(dtype).mT @ torch.stack(oriented).to(dtype)
-    projected = torch.empty(len(grads), bases[0].shape[-1], oriented[0].shape[-1], dtype=dtype)
-    for out, basis, grad in zip(projected, bases, oriented, strict=True):
-        torch.mm(basis.mT.to(dtype), grad.to(dtype), out=out)
+    dtype = _product_dtype(grads[0])
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    n = grads[0].shape[0 if right else 1]
+    projected = torch.empty(len(grads), bases[0].shape[-1], n, dtype=state_dtype)
+    for out, basis, grad in zip(projected.unbind(), bases, grads, strict=True):
+        basis, grad = basis.to(dtype), grad.to(dtype)
+        out.copy_(_product(basis.mT, grad.mT if right else grad))
     return projected
 
 
 def update_moments_(
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int
 ) -> Tensor:
-    """Moments in place; returns N (batch, r, n). AdamW with lr 1 from zero weights moves them to exactly −N."""
-    normalised = torch.zeros_like(projected)
+    """Moments in place; returns N (batch, r, n)."""
+    return _update_moments_negated_(exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=step).neg_()
+
+
+def _update_moments_negated_(
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int
+) -> Tensor:
+    """Moments in place; returns −N: AdamW with lr 1 moves weights of zero to exactly that."""
+    negated = torch.zeros_like(projected)
     adamw(
-        list(normalised.unbind()),
+        list(negated.unbind()),
         list(projected.unbind()),
         exp_avgs,
         exp_avg_sqs,
         [],
-        [torch.tensor(step - 1.0) for _ in exp_avgs],
+        list(torch.full((len(exp_avgs),), step - 1.0).unbind()),
         fused=True,
         amsgrad=False,
         beta1=beta1,
@@ -48,7 +83,7 @@ def update_moments_(
         eps=eps,
         maximize=False,
     )
-    return normalised.neg_()
+    return negated
 
 
 def back_project_(
@@ -56,18 +91,18 @@ def back_project_(
 ) -> None:
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place, one rounding."""
     decay, rate = 1 - lr * weight_decay, -lr * scale
-    dtype = normalised.dtype
-    oriented = [weight.mT if right else weight for weight in weights]
-    if len(weights) > 1 and weights[0].numel() <= STACK_BELOW:
-        stacked = torch.stack(oriented).to(dtype)
-        stacked.baddbmm_(torch.stack(bases).to(dtype), normalised, beta=decay, alpha=rate)
-        torch._foreach_copy_(oriented, list(stacked.unbind()))
-        return
-    for weight, basis, update in zip(oriented, bases, normalised, strict=True):
-        if weight.dtype == dtype:
-            weight.addmm_(basis.to(dtype), update, beta=decay, alpha=rate)
+    dtype = _product_dtype(weights[0])
+    for weight, basis, update in zip(weights, bases, normalised.to(dtype).unbind(), strict=True):
+        # The product in the weight's own orientation, so that both lie in memory alike.
+        left, right_factor = (update.mT, basis.to(dtype).mT) if right else (basis.to(dtype), update)
+        if weight.dtype != dtype:
+            weight.copy_(weight.to(dtype).mul_(decay).add_(_product(left, right_factor), alpha=rate))
+        elif dtype == torch.float32:
+            if decay != 1:
+                weight.mul_(decay)
+            weight.add_(_product(left, right_factor), alpha=rate)
         else:
-            weight.copy_(weight.to(dtype).addmm_(basis.to(dtype), update, beta=decay, alpha=rate))
+            weight.addmm_(left, right_factor, beta=decay, alpha=rate)
 
 
 def adamw_step_(
@@ -90,6 +125,9 @@ def adamw_step_(
     """One AdamW step in the subspace for each matrix of a bucket; see reference.adamw_step_."""
     if found_inf is not None and found_inf.item():  # on a CPU reading it costs nothing
         return
-    projected = project(bases, grads, right)
-    normalised = update_moments_(exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=step)
-    back_project_(weights, bases, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right)
+    chunk = max(1, CHUNK_ELEMENTS // exp_avgs[0].numel())
+    for start in range(0, len(weights), chunk):
+        part = slice(start, start + chunk)
+        projected = project(bases[part], grads[part], right)
+        negated = _update_moments_negated_(exp_avgs[part], exp_avg_sqs[part], projected, beta1=beta1, beta2=beta2, eps=eps, step=step)
+        back_project_(weights[part], bases[part], negated, lr=lr, scale=-scale, weight_decay=weight_decay, right=right)

@@ -123,7 +123,7 @@ class LowRankOptimizer(Optimizer):
 
     def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> list[Tensor]:
         hyper = bucket.hyper
-        return subspaces.refresh(
+        return subspaces.choose_bases(
             bucket.grads,
             bucket.states("basis") if "basis" in bucket.members[0].state else None,
             rank=bucket.rank,

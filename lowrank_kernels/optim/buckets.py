@@ -85,6 +85,7 @@ def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor
     for group_index, group, first in groups:
         hyper = {key: group[key] for key in HYPERPARAMETERS}
         hyper["lr"], hyper["betas"] = float(hyper["lr"]), tuple(hyper["betas"])
+        hyper_key = tuple(hyper.values())
         seen = set()
         for param_index, param in enumerate(group["params"]):
             if param.grad is None or param in seen:
@@ -98,8 +99,9 @@ def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor
             copied = param.dim() > 3 and weights[0].data_ptr() != param.data_ptr()
             step = state.get("step", 0)
             layout = (weights[0].stride(), grads[0].stride(), weights[0].dtype, grads[0].dtype, param.device)
-            key = (shape, layout, right, rank, step, tuple(hyper.items()))
-            bucket = buckets.setdefault(key, Bucket(hyper, right, rank, step))
+            key = (shape, layout, right, rank, step, hyper_key)
+            if (bucket := buckets.get(key)) is None:
+                bucket = buckets[key] = Bucket(hyper, right, rank, step)
             bucket.members.append(Member(param, first + param_index, state, weights, grads, weights[0] if copied else None))
     return list(buckets.values())
 

@@ -25,7 +25,7 @@ STACK_ELEMENTS = 2**25
 """Gradients are copied into one batch for the refresh, this many elements (128 MiB in fp32) or one matrix at a time."""
 
 
-def refresh(
+def choose_bases(
     grads: Sequence[Tensor],
     previous: Sequence[Tensor] | None,
     *,

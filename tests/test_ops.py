@@ -1,0 +1,209 @@
+"""The operators: schemas, fakes, dispatch, torch.compile, and the CPU implementation against reference.py in fp64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tolerances
+import torch
+
+from lowrank_kernels import ops, reference
+from lowrank_kernels.kernels import cpu
+
+HYPER = dict(lr=0.05, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0.25)
+
+
+def bucket(m, n, rank, right, dtype=torch.float32, batch=1, strided=False, scale=1.0, seed=0):
+    """weights, grads (as stored), bases, exp_avgs, exp_avg_sqs of a bucket with some history in its moments."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def stored():
+        matrix = torch.randn(*((n, m) if right else (m, n)), generator=generator)
+        matrix = matrix.to(dtype)
+        return torch.stack([matrix, matrix], dim=-1)[..., 0] if strided else matrix
+
+    weights = [stored() for _ in range(batch)]
+    grads = [stored().mul(scale) for _ in range(batch)]
+    bases = [torch.linalg.qr(torch.randn(m, rank, generator=generator))[0].to(dtype) for _ in range(batch)]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    exp_avgs = [torch.randn(rank, n, generator=generator, dtype=state) * scale for _ in range(batch)]
+    exp_avg_sqs = [torch.rand(rank, n, generator=generator, dtype=state) * scale**2 for _ in range(batch)]
+    return weights, grads, bases, exp_avgs, exp_avg_sqs
+
+
+def in_fp64(tensors):
+    return [[tensor.double() for tensor in group] for group in tensors]
+
+
+def assert_step_is_right(tensors, step, right, hyper=HYPER, run=ops.adamw_step_):
+    """Runs `run` on the bucket and compares weights and moments with the reference in fp64, within the derived bounds."""
+    exact = in_fp64([[t.clone() for t in group] for group in tensors])
+    before = in_fp64([[t.clone() for t in group] for group in tensors])
+    reference.adamw_step_(*exact, **hyper, step=step, right=right)
+    run(*tensors, **hyper, step=step, right=right)
+    dtype = tensors[0][0].dtype
+    native = cpu.NATIVE_BF16 and dtype == torch.bfloat16
+    unit = tolerances.UNIT.get(dtype, 2.0**-53)
+    for number in range(len(tensors[0])):
+        weight, grad, basis, exp_avg, exp_avg_sq = (group[number] for group in before)
+        weight, grad = reference.orient(weight, right), reference.orient(grad, right)
+        projected = basis.mT @ grad
+        of_r = tolerances.project_error(basis, grad) + (unit * projected.abs() if native else 0)
+        errors = tolerances.moments_error(exp_avg, exp_avg_sq, projected, hyper["beta1"], hyper["beta2"], of_r)
+        tolerances.assert_within(tensors[3][number], exact[3][number], errors[0], "exp_avg")
+        tolerances.assert_within(tensors[4][number], exact[4][number], errors[1], "exp_avg_sq")
+        adam = {key: hyper[key] for key in ("beta1", "beta2", "eps")}
+        of_n = tolerances.normalised_error(exact[3][number], exact[4][number], errors, **adam, step=step)
+        normalised = reference.update_moments_(exp_avg.clone(), exp_avg_sq.clone(), projected, **adam, step=step)
+        bound = tolerances.back_project_error(
+            weight.to(dtype),
+            basis,
+            normalised,
+            lr=hyper["lr"],
+            scale=hyper["scale"],
+            weight_decay=hyper["weight_decay"],
+            store=unit,
+            operand_unit=unit if native else 0.0,
+            normalised_error=of_n,
+        )
+        actual, expected = (reference.orient(group[0][number], right) for group in (tensors, exact))
+        tolerances.assert_within(actual, expected, bound, "weight")
+
+
+SHAPES = [(1, 1, 1), (1, 9, 1), (9, 1, 1), (7, 33, 5), (33, 7, 7), (64, 64, 64), (300, 301, 80), (96, 520, 33)]
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, n, rank", SHAPES)
+def test_cpu_step_against_fp64(m, n, rank, dtype, right):
+    for case in (dict(), dict(batch=3), dict(strided=True), dict(scale=1e-2)):
+        assert_step_is_right(bucket(m, n, rank, right, dtype, **case), step=3, right=right)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-15, 1e15])
+def test_cpu_step_at_extreme_scales(scale, right):
+    assert_step_is_right(bucket(40, 60, 8, right, scale=scale), step=1, right=right)
+
+
+def test_cpu_step_takes_the_blas_without_onednn(monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN_LINEAR", None)
+    assert_step_is_right(bucket(300, 301, 80, True), step=2, right=True)
+
+
+def test_cpu_step_without_native_bf16(monkeypatch):
+    monkeypatch.setattr(cpu, "NATIVE_BF16", False)
+    for right in (False, True):
+        assert_step_is_right(bucket(96, 120, 16, right, torch.bfloat16), step=2, right=right)
+
+
+def test_cpu_step_in_chunks_equals_one_by_one(monkeypatch):
+    together, alone = bucket(40, 60, 8, True, batch=5), bucket(40, 60, 8, True, batch=5)
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 2 * 8 * 60)
+    ops.adamw_step_(*together, **HYPER, step=4, right=True)
+    for number in range(5):
+        ops.adamw_step_(*([group[number]] for group in alone), **HYPER, step=4, right=True)
+    for a, b in zip(together[0] + together[3] + together[4], alone[0] + alone[3] + alone[4], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fp64_step_stays_in_fp64():
+    tensors = bucket(20, 30, 4, False, torch.float64)
+    exact = [[t.clone() for t in group] for group in tensors]
+    reference.adamw_step_(*exact, **HYPER, step=1, right=False)
+    ops.adamw_step_(*tensors, **HYPER, step=1, right=False)
+    for a, b in zip(tensors[0] + tensors[3], exact[0] + exact[3], strict=True):
+        assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_single_operators_compose_to_the_step(right):
+    whole, parts = (bucket(24, 36, 6, right, batch=2) for _ in range(2))
+    ops.adamw_step_(*whole, **HYPER, step=2, right=right)
+    weights, grads, bases, exp_avgs, exp_avg_sqs = parts
+    projected = ops.project(bases, grads, right)
+    normalised = ops.update_moments_(exp_avgs, exp_avg_sqs, projected, beta1=0.9, beta2=0.99, eps=1e-8, step=2)
+    ops.back_project_(weights, bases, normalised, lr=0.05, scale=0.25, weight_decay=0.1, right=right)
+    for a, b in zip(whole[0] + whole[3] + whole[4], parts[0] + parts[3] + parts[4], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [ops.adamw_step_, reference.adamw_step_])
+def test_found_inf_leaves_every_bit(implementation):
+    tensors = bucket(24, 36, 6, False)
+    tensors[1][0][0, 0] = float("inf")
+    before = [[t.clone() for t in group] for group in tensors]
+    implementation(*tensors, **HYPER, step=1, right=False, found_inf=torch.ones(1))
+    assert all(torch.equal(a, b) for x, y in zip(tensors, before, strict=True) for a, b in zip(x, y, strict=True))
+    tensors[1][0][0, 0] = 1.0
+    implementation(*tensors, **HYPER, step=1, right=False, found_inf=torch.zeros(1))
+    assert not torch.equal(tensors[0][0], before[0][0])
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_opcheck_of_the_step(right):
+    tensors = bucket(12, 20, 3, right, batch=2)
+    weights, grads, bases, exp_avgs, exp_avg_sqs = tensors
+    projected = torch.randn(2, 3, 20)
+    adam = dict(beta1=0.9, beta2=0.99, eps=1e-8, step=1)
+    back = dict(lr=0.1, scale=0.25, weight_decay=0.1, right=right)
+    torch.library.opcheck(ops.project, (bases, grads, right))
+    torch.library.opcheck(ops.update_moments_, (exp_avgs, exp_avg_sqs, projected), adam)
+    torch.library.opcheck(ops.back_project_, (weights, bases, projected), back)
+    torch.library.opcheck(ops.adamw_step_, tensors, {**HYPER, "step": 1, "right": right})
+
+
+@pytest.mark.parametrize("rank", [3, 12])
+def test_opcheck_of_the_refresh(rank):
+    lowrank = torch.ops.lowrank_kernels
+    torch.library.opcheck(lowrank.range_finder.default, (torch.randn(2, 12, 40), rank, 4, 1, 7))
+    torch.library.opcheck(lowrank.range_finder.default, (torch.randn(2, 40, 12).mT, rank, 4, 1, 7))
+    torch.library.opcheck(lowrank.orthonormalise.default, (torch.randn(2, 40, rank), 7))
+    torch.library.opcheck(lowrank.sample_importance.default, (torch.rand(2, 20), rank, [3, 4]))
+
+
+def test_the_step_compiles_into_one_graph():
+    def step(weights, grads, bases, exp_avgs, exp_avg_sqs):
+        grads = [grad * 2 for grad in grads]
+        ops.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **HYPER, step=1, right=True)
+        return weights[0].sum()
+
+    eager, compiled = bucket(12, 20, 3, True), bucket(12, 20, 3, True)
+    step(*eager)
+    torch.compile(step, fullgraph=True, backend="aot_eager")(*compiled)
+    assert torch.equal(eager[0][0], compiled[0][0])
+
+
+def test_shapes_that_do_not_fit_are_named():
+    weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(12, 20, 3, False)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="does not fit grad"):
+        ops.project(bases, [grads[0].mT], False)
+
+
+PROBE = """
+import torch
+from lowrank_kernels import ops
+from lowrank_kernels.ops import dispatch
+from lowrank_kernels.kernels import cpu
+calls = []
+cpu._product = lambda a, b: calls.append(1) or a @ b
+ops.project([torch.eye(4)], [torch.randn(4, 5)], False)
+print(dispatch.REFERENCE_FORCED, len(calls))
+"""
+
+
+@pytest.mark.parametrize("value, expected", [("1", "True 0"), ("0", "False 1"), (None, "False 1")])
+def test_environment_variable_forces_the_reference(value, expected):
+    environment = {key: text for key, text in os.environ.items() if key != "LOWRANK_KERNELS_REFERENCE"}
+    if value is not None:
+        environment["LOWRANK_KERNELS_REFERENCE"] = value
+    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_importing_on_a_cpu_stays_free_of_triton():
+    probe = "import sys, lowrank_kernels; print([m for m in sys.modules if m.startswith('lowrank_kernels.kernels')])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['lowrank_kernels.kernels', 'lowrank_kernels.kernels.cpu']"
