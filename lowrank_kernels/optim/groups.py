@@ -95,7 +95,7 @@ def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[i
                 f"rank {group['rank']} is more than the shorter side of {describe(group, group_index, param_index)}; "
                 f"rank {min(shape)} is used for this shape, which saves no memory there",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=7,
             )
 
 

@@ -1,0 +1,182 @@
+"""State: dtypes, files, resuming to the bit, copying, pickling, and checkpoints that do not fit."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, same_bits, train
+from torch import nn
+
+import lowrank_kernels as lrk
+from lowrank_kernels.subspaces import SELECTIONS
+
+
+def through_a_file(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("save_at", [1, 6, 8])  # in the first period, in a later one, just before a refresh (gap 4)
+def test_resume_is_bit_identical(selection, dtype, save_at):
+    straight, optimizer = build(dtype, selection=selection)
+    losses = train(straight, optimizer, 13)
+
+    stopped, optimizer_before = build(dtype, selection=selection)
+    train(stopped, optimizer_before, save_at)
+    file = through_a_file({"model": stopped.state_dict(), "optimizer": optimizer_before.state_dict()})
+
+    resumed, optimizer_after = build(dtype, selection=selection)
+    resumed.load_state_dict(file["model"])
+    optimizer_after.load_state_dict(file["optimizer"])
+    assert train(resumed, optimizer_after, 13 - save_at, start=save_at) == losses[save_at:]
+    assert same_bits(straight.state_dict(), resumed.state_dict())
+    assert same_bits(optimizer.state_dict(), optimizer_after.state_dict())
+
+
+CHILD = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from models import build, train
+model, optimizer = build(torch.bfloat16)
+file = torch.load(sys.argv[2], weights_only=True)
+model.load_state_dict(file["model"]); optimizer.load_state_dict(file["optimizer"])
+train(model, optimizer, 6, start=6)
+torch.save(model.state_dict(), sys.argv[3])
+"""
+
+
+def test_resume_in_another_process_is_bit_identical(tmp_path):
+    model, optimizer = build(torch.bfloat16)
+    train(model, optimizer, 6)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
+    train(model, optimizer, 6, start=6)
+    arguments = [str(Path(__file__).parent), str(tmp_path / "checkpoint.pt"), str(tmp_path / "end.pt")]
+    program = f"import torch; torch.set_num_threads({torch.get_num_threads()})\n{CHILD}"
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+    assert same_bits(dict(model.state_dict()), dict(torch.load(tmp_path / "end.pt", weights_only=True)))
+
+
+@pytest.mark.parametrize("dtype, state_dtype", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])
+def test_moments_keep_their_dtype_also_after_loading(dtype, state_dtype):
+    parameter = nn.Parameter(torch.randn(12, 20).to(dtype))
+
+    def optimizer_of():
+        return lrk.LowRankAdamW([{"params": [parameter], "rank": 4}])
+
+    optimizer = optimizer_of()
+    parameter.grad = torch.randn(12, 20).to(dtype)
+    optimizer.step()
+    loaded = optimizer_of()
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    for state in (optimizer.state[parameter], loaded.state[parameter]):
+        assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == state_dtype
+        assert state["basis"].dtype == dtype
+        assert type(state["step"]) is int
+    assert same_bits(optimizer.state_dict(), loaded.state_dict())
+
+
+def test_dense_states_of_half_precision_are_torchs():
+    parameter = nn.Parameter(torch.randn(12).bfloat16())
+    optimizer = lrk.LowRankAdamW([parameter])
+    parameter.grad = torch.randn(12).bfloat16()
+    optimizer.step()
+    state = optimizer.state[parameter]
+    assert state["exp_avg"].dtype == torch.bfloat16 and state["step"].dtype == torch.float32
+
+
+def test_loading_shares_no_memory():
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    saved = optimizer.state_dict()
+    before = copy.deepcopy(saved)
+    _, other = build()
+    other.load_state_dict(saved)
+    assert same_bits(saved, before)
+    train(model, optimizer, 3, start=2)
+    assert same_bits(other.state_dict(), before)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_deepcopy_and_pickle(duplicate):
+    model, optimizer = build()
+    train(model, optimizer, 5)
+    other_model, other_optimizer = duplicate((model, optimizer))
+    assert train(model, optimizer, 6, start=5) == train(other_model, other_optimizer, 6, start=5)
+    assert same_bits(model.state_dict(), other_model.state_dict())
+
+
+def test_state_holds_tensors_and_numbers_only():
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    for state in optimizer.state_dict()["state"].values():
+        assert all(isinstance(value, (torch.Tensor, int, float)) for value in state.values())
+
+
+def test_state_bytes_are_the_formula():
+    model, optimizer = build(torch.bfloat16)
+    train(model, optimizer, 1)
+    for parameter in (model.up.weight, model.layers[0].weight, model.down.weight):
+        m, n = sorted(parameter.shape)
+        state = optimizer.state[parameter]
+        assert sum(value.untyped_storage().nbytes() for value in state.values() if isinstance(value, torch.Tensor)) == 8 * 6 * n + 2 * m * 6
+
+
+def test_load_hooks_see_and_replace_the_dict():
+    model, optimizer = build()
+    train(model, optimizer, 3)
+    _, other = build()
+    seen = []
+
+    def replace(_, state_dict):
+        state_dict = copy.deepcopy(state_dict)
+        state_dict["param_groups"][1]["lr"] = 0.125
+        return state_dict
+
+    other.register_load_state_dict_pre_hook(replace)
+    other.register_load_state_dict_post_hook(lambda loaded: seen.append(loaded.state[loaded.param_groups[1]["params"][0]]["exp_avg"].dtype))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[1]["lr"] == 0.125 and seen == [torch.float32]
+    assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
+
+
+def test_checkpoint_of_torch_adamw_is_refused():
+    model, optimizer = build()
+    adamw = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="group 1 is low-rank here but dense in the checkpoint"):
+        optimizer.load_state_dict(adamw.state_dict())
+    assert same_bits(optimizer.state_dict(), before)
+
+
+def test_checkpoint_of_another_model_is_refused():
+    small, wide = (lrk.LowRankAdamW([{"params": [nn.Parameter(torch.randn(10, columns))], "rank": 4}]) for columns in (20, 30))
+    for optimizer in (small, wide):
+        parameter = optimizer.param_groups[0]["params"][0]
+        parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"exp_avg is \(4, 20\), expected \(4, 30\) \(group 0, parameter 0 of shape \(10, 30\)\)"):
+        wide.load_state_dict(small.state_dict())
+    broken = small.state_dict()
+    broken["state"][0] = {key: value for key, value in broken["state"][0].items() if key != "basis"}
+    with pytest.raises(ValueError, match="basis is missing"):
+        small.load_state_dict(broken)
+
+
+def test_changed_rank_after_steps_is_an_error_that_changes_nothing():
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    optimizer.param_groups[1]["rank"] = 5
+    with pytest.raises(ValueError, match="cannot change after the first step"):
+        train(model, optimizer, 1)
+    optimizer.param_groups[1]["rank"] = 6
+    assert same_bits(before, (model.state_dict(), optimizer.state_dict()))
