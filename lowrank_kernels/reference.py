@@ -28,9 +28,7 @@ def project(basis: Tensor, grad: Tensor, right: bool) -> Tensor:
     return basis.mT.to(dtype) @ orient(grad, right).to(dtype)
 
 
-def update_moments_(
-    exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int
-) -> Tensor:
+def update_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int) -> Tensor:
     """M = β1·M + (1−β1)·R and V = β2·V + (1−β2)·R² in place; returns N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε), as torch.optim.AdamW.
 
     All (…, r, n). `step` is t, the number of this update, from 1.
@@ -40,9 +38,7 @@ def update_moments_(
     return (exp_avg / (1 - beta1**step)) / ((exp_avg_sq / (1 - beta2**step)).sqrt() + eps)
 
 
-def back_project_(
-    weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool
-) -> None:
+def back_project_(weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool) -> None:
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place: decay first, one rounding. weight as stored; basis (…, m, r); normalised (…, r, n)."""
     dtype = compute_dtype(weight, normalised)
     update = basis.to(dtype) @ normalised.to(dtype)

@@ -28,9 +28,7 @@ def _sample_importance_fake(sigma: Tensor, rank: int, seeds: Sequence[int]) -> T
     return sigma.new_empty(sigma.shape[0], rank, dtype=torch.int64)
 
 
-_orthonormalise = dispatch.define(
-    "orthonormalise", "(Tensor matrix, int seed) -> Tensor", _orthonormalise_fake, algorithms.orthonormalise
-)
+_orthonormalise = dispatch.define("orthonormalise", "(Tensor matrix, int seed) -> Tensor", _orthonormalise_fake, algorithms.orthonormalise)
 _range_finder = dispatch.define(
     "range_finder",
     "(Tensor grad, int rank, int oversample, int power_iters, int seed) -> (Tensor, Tensor)",

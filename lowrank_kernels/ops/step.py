@@ -37,9 +37,7 @@ def _project_cuda(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tens
 
 
 def _update_moments_default(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
-    return torch.stack(
-        [reference.update_moments_(m, v, r, **scalars) for m, v, r in zip(exp_avgs, exp_avg_sqs, projected, strict=True)]
-    )
+    return torch.stack([reference.update_moments_(m, v, r, **scalars) for m, v, r in zip(exp_avgs, exp_avg_sqs, projected, strict=True)])
 
 
 def _update_moments_fake(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
@@ -67,8 +65,10 @@ def _back_project_fake(weights: list[Tensor], bases: list[Tensor], normalised: T
     weight = reference.orient(weights[0], right)
     torch._check(
         weight.shape == (bases[0].shape[0], normalised.shape[2]) and bases[0].shape[1] == normalised.shape[1],
-        lambda: f"weight {tuple(weights[0].shape)}, basis {tuple(bases[0].shape)} and normalised {tuple(normalised.shape)} do not fit "
-        f"with right={right}",
+        lambda: (
+            f"weight {tuple(weights[0].shape)}, basis {tuple(bases[0].shape)} and normalised {tuple(normalised.shape)} do not fit "
+            f"with right={right}"
+        ),
     )
 
 

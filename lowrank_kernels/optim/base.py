@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import chain
 from typing import Any
 
 import torch
@@ -236,17 +235,12 @@ class LowRankOptimizer(Optimizer):
                 )
 
     def _restore_states(self, final: dict[str, Any]) -> None:
-        saved_ids = chain.from_iterable(group["params"] for group in final["param_groups"])
-        for (group, param), saved_id in zip(
-            ((group, param) for group in self.param_groups for param in group["params"]), saved_ids, strict=True
-        ):
-            saved = final["state"].get(saved_id, {})
-            for key, value in saved.items():
-                if not isinstance(value, Tensor):
-                    continue
-                if groups.is_low_rank(group):
-                    self.state[param][key] = value.detach().clone().to(param.device)
-                elif key == "step":  # torch's fused AdamW wants it beside the parameter
-                    self.state[param][key] = value.detach().clone().to(param.device)
-                else:
-                    self.state[param][key] = self.state[param][key].clone()
+        for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
+            for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                for key, value in final["state"].get(saved_id, {}).items():
+                    if not isinstance(value, Tensor):
+                        continue
+                    if groups.is_low_rank(group) or key == "step":  # torch's fused AdamW wants its step beside the parameter
+                        self.state[param][key] = value.detach().clone().to(param.device)
+                    else:
+                        self.state[param][key] = self.state[param][key].clone()

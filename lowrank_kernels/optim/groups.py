@@ -95,7 +95,7 @@ def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[i
                 f"rank {group['rank']} is more than the shorter side of {describe(group, group_index, param_index)}; "
                 f"rank {min(shape)} is used for this shape, which saves no memory there",
                 UserWarning,
-                stacklevel=7,
+                stacklevel=8,
             )
 
 
@@ -133,7 +133,7 @@ def _check_keys(group: dict[str, Any], group_index: int) -> None:
     for key in group:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys are {', '.join(known[:-len(FOREIGN_KEYS)])}"
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys are {', '.join(known[: -len(FOREIGN_KEYS)])}"
             raise ValueError(f"unknown key {key!r} in a low-rank group ({describe(group, group_index)}); {hint}")
 
 

@@ -23,7 +23,8 @@ def test_with_p_identity_and_scale_1_it_is_adamw(monkeypatch, proj_type, dtype):
     torch.manual_seed(0)
     shapes = [(24, 31), (31, 24), (16, 16)]
     ours = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-    theirs = [nn.Parameter(parameter.detach().clone().float() if dtype == torch.bfloat16 else parameter.detach().clone()) for parameter in ours]
+    exact = torch.float32 if dtype == torch.bfloat16 else dtype
+    theirs = [nn.Parameter(parameter.detach().clone().to(exact)) for parameter in ours]
     settings = dict(lr=1e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.3)
     # The rank is clamped to the shorter side; on the longer one P would not be the identity.
     groups = [

@@ -65,8 +65,9 @@ def test_resume_in_another_process_is_bit_identical(tmp_path):
     assert same_bits(dict(model.state_dict()), dict(torch.load(tmp_path / "end.pt", weights_only=True)))
 
 
-@pytest.mark.parametrize("dtype, state_dtype", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64, torch.float64)])
-def test_moments_keep_their_dtype_also_after_loading(dtype, state_dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_moments_keep_their_dtype_also_after_loading(dtype):
+    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     parameter = nn.Parameter(torch.randn(12, 20).to(dtype))
 
     def optimizer_of():

@@ -152,9 +152,7 @@ def test_add_param_group_after_steps():
     with pytest.raises(ValueError, match="rank must be a positive int, got 0"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.randn(4, 4))], "rank": 0})
     assert len(optimizer.param_groups) == 3
-    reloaded = lrk.LowRankAdamW(
-        [*lrk.param_groups(model, rank=6, update_proj_gap=4), {"params": [extra], "rank": 3, "update_proj_gap": 2}]
-    )
+    reloaded = lrk.LowRankAdamW([*lrk.param_groups(model, rank=6, update_proj_gap=4), {"params": [extra], "rank": 3, "update_proj_gap": 2}])
     reloaded.load_state_dict(optimizer.state_dict())
     assert same_bits(reloaded.state_dict()["state"], optimizer.state_dict()["state"])
 

@@ -26,9 +26,7 @@ def with_spectrum(m, n, sigma):
 def fresh(grads, rank, *, previous=None, seed=0, number=0, right=False, places=None, dtype=torch.float32, **options):
     settings = dict(selection="importance", svd="randomized", oversample=8, power_iters=1) | options
     places = places or [(index, 0) for index in range(len(grads))]
-    return choose_bases(
-        grads, previous, rank=rank, right=right, seed=seed, refresh_number=number, places=places, dtype=dtype, **settings
-    )
+    return choose_bases(grads, previous, rank=rank, right=right, seed=seed, refresh_number=number, places=places, dtype=dtype, **settings)
 
 
 @pytest.mark.gpu

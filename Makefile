@@ -1,0 +1,53 @@
+# make demo | test | lint | bench: make .venv if it is missing, install what they need, and run.
+# make gpu: runs with the Python given as PYTHON, as it is: no virtual environment, nothing installed.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+# Arguments for the example, pytest and the benchmark: make test ARGS="-k resume"
+ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(subst =,_,$(TORCH)))
+# One thread a worker: two pools of threads on two cores mostly wait for each other.
+WORKERS ?= 2
+
+.PHONY: demo test lint bench gpu clean
+
+demo: $(VENV)/.extra-demo
+	$(RUN) examples/pretrain.py $(ARGS)
+
+test: $(VENV)/.extra-test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+bench: $(VENV)/.extra-bench
+	$(RUN) -m benchmarks $(ARGS)
+
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest -m gpu -x $(ARGS)
+	$(PYTHON) -m benchmarks --seconds 240
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(TORCH_STAMP): | $(VENV)/bin/python
+	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja
+	touch $@
+
+$(VENV)/.extra-%: pyproject.toml setup.py $(TORCH_STAMP)
+	$(PIP) --no-build-isolation --editable ".[$*]"
+	touch $@
+
+$(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
+	$(PIP) "$$(sed -n 's/.*"\(ruff[^"]*\)".*/\1/p' pyproject.toml)"
+	touch $@

@@ -1,0 +1,73 @@
+"""What this installation can do here: versions, devices, kernels and the extension, each with the reason where it is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+
+import torch
+
+from .kernels import cpu
+from .ops import dispatch
+from .version import __version__
+
+
+def environment() -> dict[str, str]:
+    """Name → finding, in the order in which `report` prints them. Needs neither Triton, nor a compiler, nor a GPU."""
+    return {
+        "lowrank_kernels": f"{__version__} in {os.path.dirname(os.path.abspath(__file__))}",
+        "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+        "torch": f"{torch.__version__}, built for {_torch_build()}",
+        "Triton": _triton(),
+        "extension": "not built: this version has no compiled part; the subspace refresh runs in PyTorch",
+        "C++ compiler": shutil.which(os.environ.get("CXX", "c++")) or "none found",
+        "nvcc": shutil.which("nvcc") or "none found",
+        "CPU": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bf16 products {_cpu_bf16()}",
+        "GPU": _gpus(),
+        "step runs on": _step(),
+        "fp32 matmul precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def report() -> str:
+    """`environment` as text, a line each."""
+    findings = environment()
+    width = max(map(len, findings))
+    return "\n".join(f"{name:<{width}}  {finding}" for name, finding in findings.items())
+
+
+def _torch_build() -> str:
+    if torch.version.cuda:
+        return f"CUDA {torch.version.cuda}"
+    return f"ROCm {torch.version.hip}" if torch.version.hip else "the CPU only"
+
+
+def _triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return f"not installed{'' if sys.platform == 'linux' else ' (it has no wheels for this platform)'}"
+    return importlib.metadata.version("triton")
+
+
+def _cpu_bf16() -> str:
+    return "native" if cpu.NATIVE_BF16 else "in fp32 (no instructions for them)"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        found.append(f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory / 2**30:.0f} GiB")
+    return "; ".join(found)
+
+
+def _step() -> str:
+    if dispatch.REFERENCE_FORCED:
+        return "the reference in plain PyTorch everywhere (LOWRANK_KERNELS_REFERENCE is set)"
+    cuda = "the reference in plain PyTorch on a GPU (Triton is missing)" if dispatch.triton_missing() else "Triton kernels on a CUDA GPU"
+    return f"{cuda}, batched PyTorch on a CPU, the reference elsewhere"

@@ -1,0 +1,56 @@
+"""The report, also on a machine without Triton and without a compiler; the version; an installation without the package's extras."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import lowrank_kernels as lrk
+from lowrank_kernels import environment
+from lowrank_kernels.ops import dispatch
+
+
+def test_report_names_everything():
+    text = environment.report()
+    assert lrk.__version__ in text
+    for name in ("torch", "Triton", "extension", "C++ compiler", "GPU", "step runs on"):
+        assert any(line.startswith(name) for line in text.splitlines())
+
+
+WITHOUT_TRITON = """
+import importlib.util, runpy, sys
+sys.modules["triton"] = None
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name.partition(".")[0] == "triton" else found(name, package)
+runpy.run_module("lowrank_kernels", run_name="__main__")
+import torch, lowrank_kernels as lrk
+parameter = torch.nn.Parameter(torch.ones(8, 9)); parameter.grad = torch.ones(8, 9)
+lrk.I3SAdamW([{"params": [parameter], "rank": 2}]).step()
+"""
+
+
+def test_works_without_triton_and_without_a_compiler():
+    bare = {key: value for key, value in os.environ.items() if key not in ("CXX", "CC")} | {"PATH": "/nonexistent"}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=bare, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    assert lines["Triton"].strip().startswith("not installed")
+    assert lines["C++ compiler"].strip() == "none found"
+
+
+def test_missing_triton_is_said_once_where_a_gpu_would_have_used_it(monkeypatch):
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
+    dispatch.triton_missing.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="Triton is not installed; low-rank steps on the GPU run in plain PyTorch"):
+            assert dispatch.triton_missing() == "Triton is not installed"
+    finally:
+        dispatch.triton_missing.cache_clear()
+
+
+def test_version_is_in_one_place():
+    import importlib.metadata
+
+    assert importlib.metadata.version("lowrank-kernels") == lrk.__version__
