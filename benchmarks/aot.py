@@ -1,0 +1,295 @@
+"""Ahead-of-time compilation of every kernel configuration, for GPUs that need not be here: registers, spills, access widths.
+
+    python -m benchmarks.aot            # a table of all configurations
+    python -m benchmarks.aot --json     # the same as JSON
+
+The launchers run for real on unfilled CPU tensors; only the driver is replaced, by one that names a target, and
+the launch itself, which stops after compilation. So what is examined is what a launch would run: the arguments' specialisation, the
+constexprs and the choice of configuration are the launchers' own. The disassembler is the one in Triton's wheel.
+"""
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lowrank_kernels.kernels import back_project, configs, moments, project
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may use
+SMALL_TILE_TARGETS = (90, 120)  # what the rows for unknown architectures and narrow accesses are compiled for
+WIDE_EXTENT, NARROW_EXTENT = 4096, 1001  # m and n
+TABLES = {"project": configs.PROJECT, "back_project": configs.BACK_PROJECT}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One launch to compile. `config` is the row that it is meant to reach; rank and kind are chosen so that it does."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    kind: str
+    config: object
+    rank: int
+    right: bool = False
+    found_inf: bool = False
+    normalised: str = "fp32"
+    wide: bool = True
+
+
+@dataclasses.dataclass
+class Report:
+    """What the compiler made of a launch. Counters map an instruction to how often it occurs."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    kind: str
+    side: str
+    found_inf: bool
+    normalised: str
+    wide: bool
+    config: dict
+    wanted_config: dict
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    local_bytes: int
+    local_accesses: dict
+    fp64: dict
+    tensor_cores: dict
+    global_accesses: dict
+
+    def narrow(self) -> dict[str, int]:
+        """Global accesses of less than 16 bytes."""
+        return {name: count for name, count in self.global_accesses.items() if access_bits(name) < 128}
+
+
+def all_configs() -> set:
+    """(kernel, architecture or None, config) of every row there is."""
+    rows = {("moments", None, configs.MOMENTS)}
+    for kernel, tables in TABLES.items():
+        rows |= {(kernel, arch, row) for arch, kinds in tables.items() for kind in kinds.values() for row in kind}
+    return rows
+
+
+def cases() -> list[Case]:
+    """Every row × side; 16-bit rows in bf16, and in fp16 on sm_90. The back-projection also with N in fp32 and without found_inf.
+
+    The small tiles, too, with a shape that allows no 16-byte access, which the other rows never meet. On an architecture that has
+    rows of its own they meet no other.
+    """
+    found = []
+    for kernel, tables in TABLES.items():
+        for arch, kinds in tables.items():
+            for target in SMALL_TILE_TARGETS if arch is None else (arch,):
+                for kind, rows in kinds.items():
+                    for row in rows:
+                        for right in (False, True):
+                            dtype = "bf16" if kind == "16bit" else "fp32"
+                            found += _variants(Case(kernel, target, dtype, kind, row, row.rank_covered, right), arch)
+    for target in SHARED_LIMIT:
+        for normalised in ("fp32", "bf16"):
+            found.append(Case("moments", target, "fp32", "elementwise", configs.MOMENTS, 128, False, normalised == "bf16", normalised))
+    return found
+
+
+def _variants(case: Case, arch: int | None) -> list[Case]:
+    found = [case]
+    if case.dtype == "bf16" and arch == 90:
+        found.append(dataclasses.replace(case, dtype="fp16"))
+    if case.kernel == "back_project":
+        found = [dataclasses.replace(variant, found_inf=True, normalised=variant.dtype) for variant in found]
+        if case.dtype == "bf16":
+            found.append(case)
+    if arch is None:
+        narrow = [dataclasses.replace(case, wide=False, rank=case.rank - 1)]
+        found = narrow if case.arch in configs.PROJECT else narrow + found
+    return found
+
+
+class _Target:
+    """Stands in for the active driver: names an architecture, has no device."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # one cache of compiled kernels an architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def _launch(case: Case) -> None:
+    dtype, m, n = DTYPES[case.dtype], *(2 * [WIDE_EXTENT if case.wide else NARROW_EXTENT])
+    bases, matrices = [torch.empty(m, case.rank, dtype=dtype)], [torch.empty(m, n, dtype=dtype)]
+    states = [torch.empty(case.rank, n)]
+    batch = torch.empty(1, case.rank, n, dtype=DTYPES[case.normalised])
+    found_inf = torch.empty(1) if case.found_inf else None
+    if case.kernel == "project":
+        project.project(bases, matrices, case.right)
+    elif case.kernel == "moments":
+        moments.update_moments_(
+            states, [torch.empty(case.rank, n)], torch.empty(1, case.rank, n),
+            beta1=0.9, beta2=0.999, eps=1e-8, step=1, found_inf=found_inf, out=batch,
+        )  # fmt: skip
+    else:
+        back_project.back_project_(
+            matrices, bases, batch, lr=1e-2, scale=0.25, weight_decay=0.1, right=case.right, found_inf=found_inf
+        )
+
+
+def compile_case(case: Case) -> Report:
+    """Runs the launcher up to the launch and disassembles what it compiled. Needs a process where TRITON_INTERPRET is unset."""
+    compiled = []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((kernel, kwargs))
+        return kernel
+
+    triton.runtime.driver.set_active(_Target(case.arch))
+    architecture, precision = configs.architecture, torch.get_float32_matmul_precision()
+    triton.JITFunction.run, configs.architecture = compile_only, lambda device: case.arch
+    torch.set_float32_matmul_precision("high" if case.kind == "tf32" else "highest")
+    try:
+        _launch(case)
+    finally:
+        triton.JITFunction.run, configs.architecture = run, architecture
+        torch.set_float32_matmul_precision(precision)
+    [(kernel, config)] = compiled
+    usage, instructions = disassemble(kernel.asm["cubin"])
+    return Report(
+        kernel=case.kernel,
+        arch=case.arch,
+        dtype=case.dtype,
+        kind=case.kind,
+        side="-" if case.kernel == "moments" else "right" if case.right else "left",
+        found_inf=case.found_inf,
+        normalised=case.normalised,
+        wide=case.wide,
+        config=config,
+        wanted_config=vars(case.config),
+        registers=usage["REG"],
+        shared_bytes=kernel.metadata.shared,
+        stack_bytes=usage["STACK"],
+        local_bytes=usage["LOCAL"],
+        local_accesses=_select(instructions, r"(LDL|STL)\b"),
+        fp64=_select(instructions, r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|(F2F|I2F|F2I|MUFU)\b.*(F64|64H)"),
+        tensor_cores=_select(instructions, r"(HMMA|IMMA|HGMMA|QGMMA|UTC\w*MMA|OMMA|QMMA)\b"),
+        global_accesses=_select(instructions, r"(LDG|STG|LDGSTS|LD|ST|RED|ATOM|ATOMG|UTMA\w+|UBLKCP)\b"),
+    )
+
+
+def disassemble(cubin: bytes) -> tuple[dict[str, int], Counter]:
+    """Resource usage (REG, STACK, LOCAL) and how often each SASS instruction occurs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = _tool("cuobjdump", "--dump-resource-usage", "--dump-sass", file.name)
+    instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", text, re.MULTILINE))
+    if not instructions:
+        raise RuntimeError(f"no SASS in the output of cuobjdump:\n{text[:2000]}")
+    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}, instructions
+
+
+def access_bits(instruction: str) -> int:
+    """Bits that a thread moves: LDG.E.128 → 128, LDG.E.U8 → 8, LDG.E → 32; bulk copies count as wide."""
+    if instruction.startswith(("UTMA", "UBLKCP")):
+        return 1024
+    widths = [int(width) for width in re.findall(r"\.[US]?(8|16|64|128|256)\b", instruction)]
+    return max(widths, default=32)
+
+
+def _select(instructions: Counter, pattern: str) -> dict[str, int]:
+    return {name: count for name, count in sorted(instructions.items()) if re.match(pattern, name)}
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _worker(cache: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = cache
+
+
+def compile_all(workers: int = 2) -> list[Report]:
+    """Compiles every case afresh: the cache of compiled kernels is a folder that goes away with the call."""
+    with tempfile.TemporaryDirectory() as cache:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker, initargs=(cache,)) as pool:
+            return list(pool.map(compile_case, cases(), chunksize=4))
+
+
+def compile_all_in_subprocess() -> list[Report]:
+    """compile_all where this process may have imported the kernels for the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.aot", "--json"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-8000:]}")
+    return [Report(**fields) for fields in json.loads(done.stdout)]
+
+
+def versions() -> str:
+    ptxas = re.search(r"V[\d.]+", _tool("ptxas", "--version")).group()
+    blackwell = re.search(r"V[\d.]+", _tool("ptxas-blackwell", "--version")).group()
+    cuobjdump = re.search(r"V[\d.]+", _tool("cuobjdump", "--version")).group()
+    return f"torch {torch.__version__}, triton {triton.__version__}, ptxas {ptxas} (sm_100 and later {blackwell}), cuobjdump {cuobjdump}"
+
+
+def table(reports: list[Report]) -> str:
+    header = ("kernel", "arch", "side", "dtype", "kind", "N", "shape", "config", "regs", "shared", "spills", "tensor cores", "global")
+    lines = [header]
+    for report in reports:
+        numbers = [str(value) for name, value in report.config.items() if name != "enable_fp_fusion"]
+        widths = Counter()
+        for name, count in report.global_accesses.items():
+            widths[access_bits(name) // 8] += count
+        lines.append((
+            report.kernel, f"sm_{report.arch}", report.side, report.dtype, report.kind, report.normalised,
+            "wide" if report.wide else "narrow", "/".join(numbers), str(report.registers),
+            f"{report.shared_bytes / 1024:.0f}K", str(sum(report.local_accesses.values())),
+            " ".join(report.tensor_cores) or "-", " ".join(f"{bytes_}B x{count}" for bytes_, count in sorted(widths.items())),
+        ))  # fmt: skip
+    width = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(size) for cell, size in zip(line, width, strict=True)).rstrip() for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every kernel configuration ahead of time and print what it uses.")
+    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    reports = compile_all(arguments.workers)
+    if arguments.json:
+        print(json.dumps([dataclasses.asdict(report) for report in reports]))
+    else:
+        print(versions())
+        print("config: the blocks in the order of configs.py, warps, stages; N: dtype in which N is stored")
+        print(table(reports))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The optimizers on offer. A new one is an entry in METHODS; nothing else has to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from settings import Settings
+
+
+@dataclass(frozen=True)
+class Method:
+    title: str
+    lr: float  # default peak learning rate for the width of tiny and 9m; see `default_lr`
+    color: str  # in pictures; Okabe and Ito's palette, told apart by colour-blind readers
+    build: Callable[[nn.Module, float, Settings], torch.optim.Optimizer]
+    has_basis: bool  # whether state[p]["basis"] is there to compare
+
+
+def _adamw(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    fused = torch.device(settings.device).type in ("cpu", "cuda", "mps", "xpu")
+    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=settings.weight_decay, fused=fused)
+
+
+def _low_rank(class_name: str) -> Callable[[nn.Module, float, Settings], torch.optim.Optimizer]:
+    def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+        import lowrank_kernels as lrk  # here, so that adamw alone needs nothing but torch
+
+        groups = lrk.param_groups(model, rank=settings.rank, update_proj_gap=settings.update_proj_gap, scale=settings.scale,
+                                  svd=settings.svd, seed=settings.seed)
+        return getattr(lrk, class_name)(groups, lr=lr, weight_decay=settings.weight_decay)
+
+    return build
+
+
+METHODS: dict[str, Method] = {
+    "adamw": Method("AdamW", 2e-3, "#4d4d4d", _adamw, has_basis=False),
+    "galore": Method("GaLore", 2e-2, "#d55e00", _low_rank("GaLoreAdamW"), has_basis=True),
+    "i3s": Method("I3S", 2e-2, "#0072b2", _low_rank("I3SAdamW"), has_basis=True),
+}
+
+
+def default_lr(method: str, hidden: int) -> float:
+    """The best of a short search at width 128; half of it, which is about what GaLore's experiments use, for wider models."""
+    return METHODS[method].lr / (1 if hidden <= 128 else 2)

@@ -1,0 +1,107 @@
+"""Two panels: the loss as training goes on, and how much of each basis the next one keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods import METHODS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, SOFT, FAINT = "#222222", "#5f5f5f", "#9a9a9a"
+STYLE = {
+    "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False,
+    "axes.grid": True, "grid.color": "#ececec", "axes.axisbelow": True,
+}
+POINTS = {"linewidth": 1.7, "marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "clip_on": False}
+
+
+def draw(path: Path, runs: dict[str, list[dict[str, Any]]], *, title: str, subtitle: str, random_overlap: float) -> None:
+    """Save a PNG of the metrics rows of each optimizer. `random_overlap` = r / m, what two unrelated subspaces share on average."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    overlaps = {method: points for method, rows in runs.items() if (points := _overlaps(rows))}
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2 if overlaps else 1, figsize=(11.5, 5.2), squeeze=False)
+        figure.subplots_adjust(left=0.055, right=0.925 if overlaps else 0.88, bottom=0.1, top=0.74, wspace=0.38)
+        figure.text(0.055, 0.945, title, fontsize=14, fontweight="bold", va="center")
+        figure.text(0.055, 0.892, subtitle, color=SOFT, va="center")
+        _draw_loss(axes[0][0], runs)
+        if overlaps:
+            _draw_overlap(axes[0][1], overlaps, random_overlap)
+        figure.savefig(path, dpi=160, facecolor="white")
+        plt.close(figure)
+
+
+def _overlaps(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(steps before the refresh, overlap) of each refresh but the first."""
+    return [(row["step"] - 1, row["overlap"]) for row in rows if row.get("overlap") is not None]
+
+
+def _draw_loss(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
+    ends, shown = [], []
+    steps = max(row["step"] for rows in runs.values() for row in rows)
+    for method, rows in runs.items():
+        color, label = METHODS[method].color, METHODS[method].title
+        train = [row["loss"] for row in rows if row["event"] == "step"]
+        smooth = _running_mean(train, reach=steps // 30)
+        val = [(row["step"], row["val_loss"]) for row in rows if row["event"] == "eval"]
+        axes.plot(range(1, len(smooth) + 1), smooth, color=color, linewidth=1, alpha=0.35)
+        axes.plot(*zip(*val, strict=True), color=color, **POINTS)
+        ends.append((val[-1][1], f"{label} {val[-1][1]:.3f}", color))
+        shown += smooth[len(smooth) // 10 :] + [loss for _, loss in val]  # the plunge of the first steps would flatten all the rest
+    margin = 0.06 * (max(shown) - min(shown)) or 0.1
+    axes.set_ylim(min(shown) - margin, max(shown) + margin)
+    axes.set_xlim(0, steps)
+    _title(axes, "Loss, nats per byte", "Points: held-out text. Thin lines: training batches, running mean.")
+    axes.set_xlabel("step")
+    _label_ends(axes, ends)
+
+
+def _draw_overlap(axes: Axes, overlaps: dict[str, list[tuple[int, float]]], random_overlap: float) -> None:
+    ends = []
+    axes.axhline(random_overlap, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(f"unrelated subspaces share r/m = {random_overlap:.2f}", (0, random_overlap), xycoords=axes.get_yaxis_transform(),
+                  xytext=(4, -4), textcoords="offset points", va="top", color=SOFT, fontsize=9)
+    for method, points in overlaps.items():
+        axes.plot(*zip(*points, strict=True), color=METHODS[method].color, **POINTS)
+        ends.append((points[-1][1], METHODS[method].title, METHODS[method].color))
+    axes.set_ylim(0, 1)
+    axes.set_xlim(0, max(step for points in overlaps.values() for step, _ in points))
+    _title(axes, "Overlap of each new basis with the one it replaces", "‖PᵀQ‖²/r, mean over the projected matrices; 1 = the same subspace.")
+    axes.set_xlabel("step of the refresh")
+    _label_ends(axes, ends)
+
+
+def _title(axes: Axes, title: str, explanation: str) -> None:
+    for text, height, style in ((title, 22, {"fontsize": 11, "fontweight": "bold"}), (explanation, 8, {"fontsize": 9, "color": SOFT})):
+        axes.annotate(text, (0, 1), xycoords="axes fraction", xytext=(0, height), textcoords="offset points", **style)
+
+
+def _running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean of each value and `reach` values on either side (fewer at the start); it ends where there are no longer so many."""
+    sums = [0.0, *accumulate(values)]
+    sides = (min(i, reach) for i in range(len(values) - reach))
+    return [(sums[i + side + 1] - sums[i - side]) / (2 * side + 1) for i, side in enumerate(sides)]
+
+
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+    """Name each line at its right end; labels of lines that end together are pushed apart, evenly up and down."""
+    low, high = axes.get_ylim()
+    gap = 0.055 * (high - low)
+    ends = sorted(ends)
+    heights = [y for y, _, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    shift = sum(height - y for height, (y, _, _) in zip(heights, ends, strict=True)) / len(ends)
+    for height, (_, label, color) in zip(heights, ends, strict=True):
+        axes.annotate(label, (1, height - shift), xycoords=axes.get_yaxis_transform(), xytext=(9, 0), textcoords="offset points",
+                      va="center", color=color, fontweight="bold", annotation_clip=False)

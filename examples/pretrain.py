@@ -1,0 +1,294 @@
+"""Pretrain a small LLaMA-style decoder on bytes of real text, with full-rank and low-rank optimizers side by side.
+
+    python examples/pretrain.py                                    # AdamW, GaLore and I3S in turn; a few minutes on two CPU cores
+    python examples/pretrain.py --optimizer i3s --rank 16 --lr 2e-2
+    python examples/pretrain.py --resume                           # go on after a kill or Ctrl-C
+
+Each optimizer starts from the same weights and sees the same batches. The result is a table, metrics as JSON lines and a picture.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+
+# Read when torch is loaded. Threads that spin while they wait starve each other as soon as another process shares the cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import argparse
+import dataclasses
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import llama
+import text
+import torch
+import training
+from checkpoints import read_metrics, write_atomically
+from methods import METHODS, default_lr
+from settings import Plan, Settings, SettingsError, defaults, flag
+from stopping import stop_on_signal
+from training import Diverged, Files, Stopped
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout works before it is installed
+
+PLAN, SUMMARY, PICTURE = "settings.json", "summary.json", "curves.png"
+DEMO_EXTRA = "pip install 'lowrank-kernels[demo]'"
+
+
+def parser() -> argparse.ArgumentParser:
+    counts = ", ".join(f"{name} {_millions(llama.parameter_count(size, text.VOCAB_SIZE, False))}" for name, size in llama.SIZES.items())
+    result = argparse.ArgumentParser(
+        prog="pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        epilog="Sizes are the LLaMA widths and depths their names stand for; over a vocabulary of 256 bytes they have fewer\n"
+               f"parameters: {counts}.")
+    base = defaults("tiny")
+
+    def option(group: argparse._ArgumentGroup, name: str, kind: type, help: str, **extra: Any) -> None:
+        default = getattr(base, name)
+        group.add_argument(flag(name), type=kind, help=help if default is None else f"{help} (tiny: {default})", **extra)
+
+    what = result.add_argument_group("what to train")
+    what.add_argument("--model", choices=list(llama.SIZES), help="size of the decoder, and defaults that go with it (tiny)")
+    what.add_argument("--tie-head", action="store_true", help="the output head shares the embedding's weights")
+    what.add_argument("--data", type=Path, metavar="FILE_OR_DIR", help="text to train on (the Python standard library's source)")
+    option(what, "seed", int, "of weights, batches and sampled subspaces")
+    option(what, "seq_len", int, "bytes a sequence")
+    option(what, "batch_size", int, "sequences a step")
+    option(what, "accumulate", int, "cut each step's batch into this many micro-batches, to save memory")
+    option(what, "steps", int, "optimizer steps")
+
+    how = result.add_argument_group("how to optimize")
+    how.add_argument("--optimizer", nargs="+", choices=list(METHODS), metavar="NAME",
+                     help=f"run one after the other: {', '.join(METHODS)} (all)")
+    how.add_argument("--lr", nargs="+", metavar="LR", help="peak learning rate: one number for all, or adamw=1e-3 galore=1e-2 "
+                     f"({' '.join(f'{name}={method.lr:g}' for name, method in METHODS.items())}, half of it from 60m on)")
+    how.add_argument("--warmup", type=int, help="steps of linear warm-up before the cosine (a tenth of --steps)")
+    option(how, "clip", float, "norm to which the gradient is clipped; 0 for never")
+    option(how, "weight_decay", float, "decoupled, as in AdamW")
+    option(how, "rank", int, "of the low-rank optimizers' subspaces")
+    option(how, "update_proj_gap", int, "steps between subspace refreshes")
+    option(how, "scale", float, "factor on the low-rank update")
+    option(how, "svd", str, "how a refresh finds its subspace", choices=["randomized", "exact"])
+
+    where = result.add_argument_group("where and how often")
+    where.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights and their gradients (fp32)")
+    where.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
+    where.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
+    where.add_argument("--compile", action="store_true", help="torch.compile the model")
+    option(where, "eval_every", int, "steps between evaluations on the held-out text")
+    option(where, "eval_sequences", int, "sequences of held-out text in an evaluation")
+    where.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (100)")
+    where.add_argument("--out", type=Path, help="directory for everything written (a new one under runs/)")
+    where.add_argument("--resume", action="store_true", default=False,
+                       help="go on with the run in --out (the latest under runs/) from its checkpoint; settings are the run's own")
+    return result
+
+
+def learning_rates(values: list[str], methods: list[str]) -> dict[str, float]:
+    """["1e-3"] or ["adamw=1e-3", "galore=1e-2"] → optimizer → learning rate."""
+    result = {}
+    for value in values:
+        name, equals, number = value.rpartition("=")
+        try:
+            lr = float(number)
+        except ValueError:
+            raise SettingsError(f"--lr {value}: {number!r} is not a number") from None
+        if not 0 < lr < math.inf:
+            raise SettingsError(f"--lr {value}: a learning rate must be positive and finite")
+        if not equals:
+            if len(values) > 1:
+                raise SettingsError(f"--lr {' '.join(values)}: give one number for all optimizers, or NAME=NUMBER for each")
+            return dict.fromkeys(methods, lr)
+        if name not in methods:
+            raise SettingsError(f"--lr {value}: {name!r} is not among the optimizers of this run ({', '.join(methods)})")
+        result[name] = lr
+    return result
+
+
+def new_plan(args: argparse.Namespace) -> tuple[Plan, text.Corpus]:
+    """The settings asked for, and their text."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings) if hasattr(args, field.name)}
+    if "steps" in given:
+        given.setdefault("warmup", given["steps"] // 10)
+    given.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
+    given.setdefault("threads", torch.get_num_threads())
+    if "data" in given:
+        given["data"] = str(given["data"].resolve())
+    settings = dataclasses.replace(defaults(given.get("model", "tiny")), **given).check()
+    _check_device(settings.device)
+    methods = list(dict.fromkeys(getattr(args, "optimizer", METHODS)))
+    chosen = learning_rates(getattr(args, "lr", []), methods)
+    corpus = _load_text(settings)
+    settings = dataclasses.replace(settings, data_digest=corpus.digest)
+    hidden = llama.SIZES[settings.model].hidden
+    return Plan(settings, {method: chosen.get(method, default_lr(method, hidden)) for method in methods}), corpus
+
+
+def resumed_plan(args: argparse.Namespace, directory: Path) -> tuple[Plan, text.Corpus]:
+    """The plan of the run in `directory`; a given argument has to agree with it. Optimizers may be added."""
+    if not (directory / PLAN).exists():
+        raise SettingsError(f"--resume: {directory} holds no run")
+    old = Plan.load(directory / PLAN)
+    for field in dataclasses.fields(Settings):
+        was = getattr(old.settings, field.name)
+        now = getattr(args, field.name, was)
+        if isinstance(now, Path):
+            now = str(now.resolve())
+        if now != was:
+            raise SettingsError(f"{flag(field.name)} {now}: the run in {directory} was started with {was} and cannot change")
+    methods = list(dict.fromkeys([*old.lr, *getattr(args, "optimizer", [])]))
+    lr = {method: old.lr.get(method, default_lr(method, llama.SIZES[old.settings.model].hidden)) for method in methods}
+    for method, now in learning_rates(getattr(args, "lr", []), methods).items():
+        if method in old.lr and now != old.lr[method]:
+            raise SettingsError(f"--lr {method}={now:g}: the run in {directory} was started with {old.lr[method]:g} and cannot change")
+        lr[method] = now
+    _check_device(old.settings.device)
+    corpus = _load_text(old.settings)
+    if corpus.digest != old.settings.data_digest:
+        raise SettingsError(f"--data: {corpus.name} has changed since the run in {directory} was started")
+    return Plan(old.settings, lr), corpus
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingsError(f"--device {device}: {str(error).splitlines()[0]}") from None
+
+
+def _load_text(settings: Settings) -> text.Corpus:
+    corpus = text.load(Path(settings.data) if settings.data else None)
+    text.check_length(corpus, settings.seq_len)
+    return corpus
+
+
+def new_directory(model: str) -> Path:
+    """runs/<model>-001, or the first number that is free."""
+    number = 1
+    while True:
+        try:
+            (path := Path("runs") / f"{model}-{number:03}").mkdir(parents=True)
+            return path
+        except FileExistsError:
+            number += 1
+
+
+def latest_directory() -> Path:
+    found = sorted(Path("runs").glob(f"*/{PLAN}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise SettingsError("--resume: no run under runs/; name its directory with --out")
+    return found[-1].parent
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M"
+
+
+def describe(settings: Settings) -> str:
+    size = llama.SIZES[settings.model]
+    parameters = llama.parameter_count(size, text.VOCAB_SIZE, settings.tie_head)
+    return (f"{settings.model} ({_millions(parameters)} parameters), rank {settings.rank} of {size.hidden}, "
+            f"refresh every {settings.update_proj_gap} steps")
+
+
+def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: int, resume: bool) -> int:
+    """Train what is not finished, then report on what is. Returns the exit status."""
+    from report import Reporter, summarize, table
+    from rich.console import Console
+
+    console = Console(soft_wrap=not sys.stdout.isatty())
+    settings = plan.settings
+    plan.save(directory / PLAN)
+    where = f"{settings.dtype} on {settings.device} ({settings.threads} threads)"
+    console.print(f"{describe(settings)}, seed {settings.seed}, {where}", highlight=False)
+    console.print(str(corpus), highlight=False)
+
+    status, runs = 0, {}
+    with stop_on_signal() as received, Reporter(console, settings.steps) as reporter:
+        for method, lr in plan.lr.items():
+            files = Files.of(directory, method)
+            if resume and files.finished():
+                console.print(f"{METHODS[method].title}: finished before", highlight=False)
+                runs[method] = read_metrics(files.metrics)
+                continue
+            reporter.start(method, lr)
+            try:
+                runs[method] = training.train(settings, method, lr, corpus, files, checkpoint_every=checkpoint_every, resume=resume,
+                                              on_row=reporter.row, should_stop=lambda: bool(received))
+            except Diverged as error:
+                console.print(f"[red]{error}; try a smaller --lr[/]", highlight=False)
+                status = 1
+            except Stopped as stop:
+                console.print(f"Stopped; {METHODS[method].title} is saved at step {stop.step}. To go on:\n"
+                              f"  python {sys.argv[0]} --resume --out {directory}", highlight=False)
+                return 128 + received[0]
+
+    if not runs:
+        return status
+    summaries = {method: summarize(rows) for method, rows in runs.items()}
+    record = {"settings": dataclasses.asdict(settings), "lr": plan.lr, "torch": torch.__version__, "results": summaries}
+    write_atomically(directory / SUMMARY, lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
+    console.print()
+    console.print(table(summaries, title=f"{describe(settings)}, {settings.steps} steps, seed {settings.seed}"))
+    written = [*(f"{method}.jsonl" for method in runs), SUMMARY]
+    if _draw(directory / PICTURE, plan, corpus, runs):
+        written.append(PICTURE)
+    console.print(f"Written to {directory}: {', '.join(written)}", highlight=False)
+    return status
+
+
+def _draw(path: Path, plan: Plan, corpus: text.Corpus, runs: dict[str, list[dict[str, Any]]]) -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print(f"No picture: matplotlib is not installed ({DEMO_EXTRA})", file=sys.stderr)
+        return False
+    from picture import draw
+
+    settings = plan.settings
+    rates = ", ".join(f"{METHODS[method].title} {plan.lr[method]:g}" for method in runs)
+    length = f"{settings.steps} steps of {settings.batch_size} × {settings.seq_len} bytes, seed {settings.seed}"
+    draw(path, runs, title=describe(settings), subtitle=f"{corpus.name}; {length}; peak lr {rates}",
+         random_overlap=min(1.0, settings.rank / llama.SIZES[settings.model].hidden))
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        _require("rich", DEMO_EXTRA)
+        if args.checkpoint_every < 1:
+            raise SettingsError(f"--checkpoint-every must be a positive integer, got {args.checkpoint_every}")
+        if args.resume:
+            directory = getattr(args, "out", None) or latest_directory()
+            plan, corpus = resumed_plan(args, directory)
+        else:
+            directory = getattr(args, "out", None)
+            if directory is not None and (directory / PLAN).exists():
+                raise SettingsError(f"--out {directory} already holds a run: add --resume to go on with it, or choose another directory")
+            plan, corpus = new_plan(args)
+            if directory is None:
+                directory = new_directory(plan.settings.model)
+            directory.mkdir(parents=True, exist_ok=True)
+        if any(METHODS[method].has_basis for method in plan.lr):
+            _require("lowrank_kernels", "all but adamw need it; in its checkout, pip install -e .")
+    except (SettingsError, text.TextError) as error:
+        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        return 2
+    return run(plan, corpus, directory, checkpoint_every=args.checkpoint_every, resume=args.resume)
+
+
+def _require(module: str, remedy: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise SettingsError(f"{module} cannot be imported ({error}): {remedy}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""One run: a model, an optimizer, a schedule; metrics and checkpoints on the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import llama
+import text
+import torch
+from checkpoints import Metrics
+from memory import PeakMemory
+from methods import METHODS
+from settings import Settings
+from torch import Tensor, nn
+
+FINAL_LR = 0.1  # of the peak, at the end of the cosine
+
+
+class Stopped(Exception):
+    """The run was asked to stop; a checkpoint of `step` is written."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+
+class Diverged(RuntimeError):
+    """A loss or a gradient is no longer finite."""
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where a run of one optimizer keeps its two files."""
+
+    metrics: Path
+    checkpoint: Path
+
+    @classmethod
+    def of(cls, directory: Path, method: str) -> Files:
+        return cls(directory / f"{method}.jsonl", directory / f"{method}.pt")
+
+    def finished(self) -> bool:
+        rows = checkpoints.read_metrics(self.metrics)
+        return bool(rows) and rows[-1]["event"] == "end"
+
+
+def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
+    """Linear from peak / warmup to peak over `warmup` steps, then a cosine that ends at FINAL_LR · peak. step counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return peak * (FINAL_LR + (1 - FINAL_LR) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def build_model(settings: Settings) -> nn.Module:
+    model = llama.Llama(llama.SIZES[settings.model], text.VOCAB_SIZE, settings.tie_head).initialize(settings.seed)
+    model.to(device=settings.device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype])
+    if settings.compile:
+        model.compile()
+    return model
+
+
+def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int) -> float:
+    """Add the gradient of the mean loss over `tokens` to .grad, in `pieces` equal micro-batches; return that loss in nats."""
+    losses = []
+    for piece in tokens.chunk(pieces):
+        loss = llama.loss(model, piece) / pieces
+        loss.backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum().item()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, windows: Tensor, batch_size: int) -> float:
+    """Mean loss of each held-out byte, nats."""
+    total = sum(llama.loss(model, piece).double().item() * len(piece) for piece in windows.split(batch_size))
+    return total / len(windows)
+
+
+def bases(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
+    """Copies on the CPU of the bases in use: none on the device, where they would count as the optimizer's peak."""
+    return {p: state["basis"].to("cpu", copy=True) for p, state in optimizer.state.items() if "basis" in state}
+
+
+def mean_overlap(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, Tensor]) -> float | None:
+    """Mean over the projected parameters of ‖PᵀQ‖²_F / r between a basis and its successor; None where there is none yet."""
+    if not before:
+        return None
+    import lowrank_kernels as lrk
+
+    return sum(lrk.subspace_overlap(before[p], after[p]).mean().item() for p in before) / len(before)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+
+
+def train(
+    settings: Settings,
+    method: str,
+    lr: float,
+    corpus: text.Corpus,
+    files: Files,
+    *,
+    checkpoint_every: int,
+    resume: bool = False,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[dict[str, Any]]:
+    """Train to the end and return the rows of the metrics file.
+
+    Rows: "step" (loss in nats a byte, lr, grad_norm, optimizer_ms; at a refresh the overlap with the previous basis), "eval" (val_loss) and
+    a last "end" (state_bytes, peak_bytes, wall_s). `step` counts finished steps; a row's loss is that of the weights before its step.
+    Raises Stopped once `should_stop()` holds and the step under way is saved, Diverged on a loss that is not finite.
+    """
+    torch.set_num_threads(settings.threads)
+    device = torch.device(settings.device)
+    _warm_up(settings)
+    peak = PeakMemory(device)
+    model = build_model(settings)
+    optimizer = METHODS[method].build(model, lr, settings)
+    windows = text.windows(corpus.val, count=settings.eval_sequences, seq_len=settings.seq_len).to(device)
+
+    done, wall_s, earlier_peak_bytes, position = 0, 0.0, 0, 0
+    if resume and (saved := checkpoints.load(files.checkpoint)):
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        done, wall_s, earlier_peak_bytes, position = saved["step"], saved["wall_s"], saved["peak_bytes"], saved["metrics_position"]
+        del saved
+    metrics = Metrics(files.metrics, position)
+    started_s = time.perf_counter() - wall_s
+
+    def log(row: dict[str, Any]) -> None:
+        if not all(math.isfinite(row.get(key, 0.0)) for key in ("loss", "grad_norm", "val_loss")):
+            raise Diverged(f"{METHODS[method].title} diverged at step {row['step']} (lr {lr:g})")
+        metrics.append(row)
+        on_row(row)
+
+    def highest_bytes() -> int | None:
+        now = peak.bytes()
+        return None if now is None or earlier_peak_bytes is None else max(now, earlier_peak_bytes)
+
+    try:
+        for step in range(done, settings.steps):
+            log(train_step(model, optimizer, step, lr, settings, corpus))
+            last = step + 1 == settings.steps
+            if last or (step + 1) % settings.eval_every == 0:
+                log({"event": "eval", "step": step + 1, "val_loss": evaluate(model, windows, settings.batch_size)})
+            stop = should_stop() and not last
+            if last or stop or (step + 1) % checkpoint_every == 0:
+                checkpoints.save(files.checkpoint, {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                    "metrics_position": metrics.position(), "wall_s": time.perf_counter() - started_s, "peak_bytes": highest_bytes()})
+            if stop:
+                raise Stopped(step + 1)
+        log({"event": "end", "step": settings.steps, "state_bytes": state_bytes(optimizer), "peak_bytes": highest_bytes(),
+             "wall_s": time.perf_counter() - started_s})
+    finally:
+        metrics.close()
+    return checkpoints.read_metrics(files.metrics)
+
+
+@functools.cache
+def _warm_up(settings: Settings) -> None:
+    """Load, once a process, what the first step of any run loads (libraries, thread pools): not the memory or time of one optimizer."""
+    small = dataclasses.replace(settings, model="tiny", compile=False)
+    model = build_model(small)
+    tokens = torch.zeros(settings.batch_size // settings.accumulate, settings.seq_len + 1, dtype=torch.int64, device=settings.device)
+    accumulate_gradients(model, tokens, 1)
+    METHODS["adamw"].build(model, 1e-3, small).step()
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, lr: float, settings: Settings, corpus: text.Corpus
+) -> dict[str, Any]:
+    """Step number `step` (from 0) and its metrics row."""
+    tokens = text.batch(corpus.train, seed=settings.seed, step=step, batch_size=settings.batch_size, seq_len=settings.seq_len)
+    optimizer.zero_grad(set_to_none=True)
+    loss = accumulate_gradients(model, tokens.to(settings.device), settings.accumulate)
+    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf).item()
+    lr_now = learning_rate(step, lr, settings.warmup, settings.steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr_now
+
+    before = bases(optimizer) if step % settings.update_proj_gap == 0 else {}
+    _synchronize(settings.device)
+    start_s = time.perf_counter()
+    optimizer.step()
+    _synchronize(settings.device)
+    row = {"event": "step", "step": step + 1, "loss": loss, "lr": lr_now, "grad_norm": grad_norm,
+           "optimizer_ms": (time.perf_counter() - start_s) * 1e3}
+    if step % settings.update_proj_gap == 0:
+        after = bases(optimizer)
+        if after:
+            row |= {"refresh": True, "overlap": mean_overlap(before, after)}
+    return row
+
+
+def _synchronize(device: str) -> None:
+    """The clock would otherwise time the launch of CUDA kernels, not their run."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

@@ -1,0 +1,47 @@
+"""How the dots multiply: operand dtype and input precision, decided on the host and stated at every `tl.dot`."""
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+FLOATS = tuple(TRITON_DTYPES)
+
+
+@triton.jit
+def round_operand(x, PRECISION: tl.constexpr):
+    """Nearest tf32 for a tf32 dot, x otherwise.
+
+    The tensor cores drop the low 13 bits of an fp32 operand, which biases every product towards zero; rounding first halves the
+    error and removes the bias. is_pure=False also keeps Triton from moving the transpose of a tf32 operand in front of its load,
+    which would turn the 16-byte copies into 4-byte ones.
+    """
+    if PRECISION == "tf32":
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+    return x
+
+
+INTERPRETED = not isinstance(round_operand, triton.JITFunction)  # what @triton.jit made of it when the kernels were imported
+
+
+@dataclass(frozen=True)
+class Dot:
+    """kind names the rows of configs.py: "16bit", "tf32" or "ieee". Every kind accumulates in fp32."""
+
+    kind: str
+    DOT_DTYPE: tl.dtype
+    PRECISION: str
+
+
+def dot_of(a: torch.dtype, b: torch.dtype) -> Dot:
+    """16-bit operands where both are one 16-bit dtype; else fp32 operands, as torch.get_float32_matmul_precision() asks.
+
+    The interpreter gets fp32 operands always: its tl.dot multiplies the bit patterns of bf16. Upcasting is exact, so the
+    products are those of the 16-bit dot. There is no tf32 in the interpreter nor on AMD, which get ieee.
+    """
+    if a == b and a.itemsize == 2:
+        return Dot("16bit", tl.float32 if INTERPRETED else TRITON_DTYPES[a], "ieee")
+    if torch.get_float32_matmul_precision() == "highest" or INTERPRETED or torch.version.hip is not None:
+        return Dot("ieee", tl.float32, "ieee")
+    return Dot("tf32", tl.float32, "tf32")

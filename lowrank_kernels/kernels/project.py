@@ -1,0 +1,92 @@
+"""R = PᵀG', accumulated in fp32.
+
+G' is G of shape (m, n) on the left side and Gᵀ on the right, where the stored G is (n, m): the two sides differ in strides alone.
+"""
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs, table
+from .dots import FLOATS, TRITON_DTYPES, dot_of, round_operand
+
+
+@triton.jit(do_not_specialize_on_alignment=["bases_at", "grads_at"])
+def _project_kernel(
+    bases_at, grads_at, projected,
+    m, n, rank, stride_pm, stride_pr, stride_gm, stride_gn,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    # Programs on the same strip of G are neighbours, so that its re-reads hit L2.
+    matrix = tl.program_id(1).to(tl.int64)
+    rank_tiles = tl.cdiv(rank, BLOCK_R)
+    offs_r = tl.program_id(0) % rank_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_n = tl.program_id(0) // rank_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    in_r = offs_r < rank
+    in_n = offs_n < n
+    basis = tl.load(bases_at + matrix).to(tl.pointer_type(P_DTYPE))
+    grad = tl.load(grads_at + matrix).to(tl.pointer_type(G_DTYPE))
+    if ALIGNED:
+        basis = tl.multiple_of(basis, 16)
+        grad = tl.multiple_of(grad, 16)
+    p_at = basis + offs_k[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
+    g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
+    block_k = tl.full((), BLOCK_K, tl.int64)
+
+    # The tile is accumulated as Rᵀ: n is then the long side of the dot, which wgmma wants to be at least 64, whatever the rank.
+    acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+    for k in range(0, m, BLOCK_K):
+        in_k = offs_k < m - k
+        p = tl.load(p_at, mask=in_k[:, None] & in_r[None, :], other=0.0).to(DOT_DTYPE)
+        g = tl.load(g_at, mask=in_k[:, None] & in_n[None, :], other=0.0).to(DOT_DTYPE)
+        acc = tl.dot(round_operand(g, PRECISION).T, round_operand(p, PRECISION), acc, input_precision=PRECISION)
+        p_at += block_k * stride_pm
+        g_at += block_k * stride_gm
+
+    r_at = projected + matrix * rank * n + offs_r[:, None].to(tl.int64) * n + offs_n[None, :]
+    tl.store(r_at, acc.T, mask=in_r[:, None] & in_n[None, :])
+
+
+def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
+    """R = PᵀG' for every matrix of a bucket, in one launch: B bases (m, r), B gradients as stored → (B, r, n) fp32.
+
+    Gradients are (m, n), or (n, m) on the right side, with any strides. A gradient and a basis of one 16-bit dtype are multiplied
+    as such, anything else in fp32 as torch.get_float32_matmul_precision() asks; the sum over m is fp32. Raises ValueError for a
+    list that is not a bucket and for shapes that do not fit.
+    """
+    check(bases, grads, right)
+    return launch(*table.pointer_table(bases, grads), bases, grads, right)
+
+
+def check(bases: list[Tensor], grads: list[Tensor], right: bool) -> None:
+    table.check_bucket("bases", bases, FLOATS)
+    table.check_bucket("grads", grads, FLOATS)
+    table.check_same_length(bases=bases, grads=grads)
+    table.check_same_device(bases=bases, grads=grads)
+    if bases[0].shape[0] != grads[0].shape[1 if right else 0]:
+        side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
+        raise ValueError(
+            f"a basis (m, r) must fit a {side} gradient {shape}, got {tuple(bases[0].shape)} and {tuple(grads[0].shape)}"
+        )
+
+
+def launch(bases_at: Tensor, grads_at: Tensor, bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
+    """project, given the pointer table and checked buckets."""
+    basis, grad = bases[0], grads[0].mT if right else grads[0]
+    (m, rank), n = basis.shape, grad.shape[1]
+    dot = dot_of(basis.dtype, grad.dtype)
+    aligned = table.aligned(bases, grads)
+    config = configs.project_config(configs.architecture(basis.device), dot.kind, rank, aligned and table.wide(basis, grad))
+    projected = torch.empty((len(bases), rank, n), dtype=torch.float32, device=basis.device)
+    tiles = triton.cdiv(rank, config.BLOCK_R) * triton.cdiv(n, config.BLOCK_N)
+    if tiles:
+        with table.on_device(basis.device):
+            _project_kernel[(tiles, len(bases))](
+                bases_at, grads_at, projected,
+                m, n, rank, *basis.stride(), *grad.stride(),
+                TRITON_DTYPES[basis.dtype], TRITON_DTYPES[grad.dtype], dot.DOT_DTYPE, dot.PRECISION, aligned,
+                **vars(config),
+            )  # fmt: skip
+    return projected

@@ -1,0 +1,78 @@
+"""The study over a grid: nothing is run twice, nothing is rewritten."""
+
+import importlib.util
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch, prose):
+    """Call it with arguments; it returns the exit status. Results go to tmp_path."""
+    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "learning", module)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "SCRATCH", tmp_path / "scratch")
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["learning.py", "micro", *map(str, arguments)])
+        return module.main()
+
+    call.module = module
+    call.arguments = ("--data", prose, "--steps", 4, "--batch-size", 2, "--seq-len", 16, "--eval-sequences", 4, "--threads", 1,
+                      "--update-proj-gap", 2)
+    call.results = tmp_path / "results" / "micro.jsonl"
+    call.scratch = tmp_path / "scratch"
+    return call
+
+
+def records(study):
+    return [json.loads(line) for line in study.results.read_text().splitlines()]
+
+
+def test_a_grid_is_run_once(study, capsys):
+    grid = (*study.arguments, "--optimizer", "adamw", "galore", "--rank", 2, 4)
+    assert study(*grid, "--seeds", 0) == 0
+    first = study.results.read_bytes()
+    found = [(r["optimizer"], r["settings"]["rank"]) for r in records(study)]
+    assert sorted(found) == [("adamw", 2), ("galore", 2), ("galore", 4)]  # AdamW has no rank: one run stands for both
+    assert all(r["torch"] and r["python"] and r["lr"] and r["settings"]["data_digest"] and r["val_loss"] > 0 for r in records(study))
+    assert [r["overlap"] is None for r in records(study) if r["optimizer"] == "adamw"] == [True]
+    assert not list(study.scratch.rglob("*.pt"))
+
+    assert study(*grid, "--seeds", 0, 1) == 0
+    assert study.results.read_bytes().startswith(first)
+    assert sorted(r["settings"]["seed"] for r in records(study)) == [0, 0, 0, 1, 1, 1]
+    assert "3 runs to do, 3 in" in capsys.readouterr().out
+
+    assert study("--report") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("galore") == 2 and printed.count("adamw") == 1 and printed.count("±") > 3
+
+
+def test_an_interrupted_study_goes_on_from_its_checkpoint(study, monkeypatch):
+    grid = (*study.arguments, "--optimizer", "galore", "--seeds", 0)
+    assert study(*grid) == 0
+    (whole,) = records(study)
+    study.results.unlink()
+
+    train = study.module.training.train
+    monkeypatch.setattr(study.module.training, "train", lambda *a, should_stop, **k: train(*a, should_stop=lambda: True, **k))
+    assert study(*grid) == 130
+    assert not study.results.exists() and list(study.scratch.rglob("*.pt"))
+    monkeypatch.setattr(study.module.training, "train", train)
+    assert study(*grid) == 0
+    (resumed,) = records(study)
+    assert resumed["val_curve"] == whole["val_curve"] and resumed["overlaps"] == whole["overlaps"]
+
+
+def test_a_divergence_is_a_result(study):
+    assert study(*study.arguments, "--optimizer", "adamw", "--lr", 1e30, "--seeds", 0) == 0
+    (record,) = records(study)
+    assert "diverged" in record and "val_loss" not in record
+    assert study("--report") == 0

@@ -1,0 +1,109 @@
+"""The loop's arithmetic, seen from inside."""
+
+import math
+
+import pytest
+import text
+import torch
+import training
+from checkpoints import Metrics, read_metrics, write_atomically
+from settings import Settings
+
+MICRO = Settings(steps=4, batch_size=4, seq_len=16, threads=1)
+
+
+def gradients(settings, pieces):
+    model = training.build_model(settings)
+    tokens = torch.randint(256, (settings.batch_size, settings.seq_len + 1), generator=torch.Generator().manual_seed(0))
+    loss = training.accumulate_gradients(model, tokens, pieces)
+    return loss, torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_accumulation_equals_one_big_batch(pieces):
+    whole_loss, whole = gradients(MICRO, 1)
+    loss, summed = gradients(MICRO, pieces)
+    # fp32 sums of 64 terms in another order: relative error ≲ 64 · 2⁻²⁴ ≈ 4e-6, and rounding through the layers, a few times that.
+    assert loss == pytest.approx(whole_loss, rel=2e-5)
+    assert (summed - whole).norm() < 2e-5 * whole.norm()
+
+
+def test_warm_up_then_cosine():
+    rates = [training.learning_rate(step, peak=1.0, warmup=10, steps=100) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0) == pytest.approx(max(rates))
+    assert rates[-1] == pytest.approx(training.FINAL_LR)
+    assert all(earlier < later for earlier, later in zip(rates[:9], rates[1:10], strict=True))
+    assert all(earlier > later for earlier, later in zip(rates[10:-1], rates[11:], strict=True))
+    middle = (10 + 99) / 2
+    assert (rates[math.floor(middle)] + rates[math.ceil(middle)]) / 2 == pytest.approx((1 + training.FINAL_LR) / 2, abs=1e-3)
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (0, 2), (5, 5), (10, 3)])
+def test_schedules_without_room(warmup, steps):
+    assert all(0 < training.learning_rate(step, 1.0, warmup, steps) <= 1 for step in range(steps))
+
+
+def test_evaluation_weighs_every_byte_alike():
+    model = training.build_model(MICRO)
+    windows = torch.randint(256, (5, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        each = [training.llama.loss(model, window[None]).item() for window in windows]
+    assert training.evaluate(model, windows, batch_size=2) == pytest.approx(sum(each) / 5, rel=1e-5)
+    assert training.evaluate(model, windows, batch_size=2) != pytest.approx(sum(each[:4]) / 4, rel=1e-5)
+
+
+def test_state_bytes_counts_every_tensor():
+    parameter = torch.nn.Parameter(torch.ones(3, 5))
+    parameter.grad = torch.ones(3, 5)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    assert training.state_bytes(optimizer) == 2 * 15 * 4 + 4  # two moments, and the step as one fp32
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    corpus = text._split_tail(bytes(range(256)) * 20, "bytes")
+    monkeypatch.setattr(training, "accumulate_gradients", lambda *_: math.nan)
+    with pytest.raises(training.Diverged, match="AdamW diverged at step 1"):
+        training.train(MICRO, "adamw", 1e-3, corpus, training.Files.of(tmp_path, "adamw"), checkpoint_every=1)
+
+
+def test_bf16_weights_train(tmp_path):
+    corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
+    settings = Settings(steps=30, batch_size=4, seq_len=16, warmup=3, threads=1, dtype="bf16", eval_every=30, eval_sequences=4)
+    rows = training.train(settings, "adamw", 3e-3, corpus, training.Files.of(tmp_path, "adamw"), checkpoint_every=30)
+    saved = torch.load(tmp_path / "adamw.pt", weights_only=True)
+    assert {tensor.dtype for tensor in saved["model"].values()} == {torch.bfloat16}
+    assert rows[-2]["val_loss"] < rows[0]["loss"] - 1
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint"
+    write_atomically(path, lambda file: file.write(b"whole"))
+
+    def fail(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"whole"
+
+
+def test_metrics_forget_what_came_after_a_position(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    metrics.append({"step": 1})
+    position = metrics.position()
+    metrics.append({"step": 2})
+    metrics.close()
+    with open(path, "ab") as file:
+        file.write(b'{"step": 3')
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+
+    metrics = Metrics(path, position)
+    metrics.append({"step": 20})
+    metrics.close()
+    assert read_metrics(path) == [{"step": 1}, {"step": 20}]
+    with pytest.raises(RuntimeError, match="was changed since"):
+        Metrics(path, position=10_000)
