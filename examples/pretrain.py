@@ -41,7 +41,7 @@ DEMO_EXTRA = "pip install 'lowrank-kernels[demo]'"
 
 
 def parser() -> argparse.ArgumentParser:
-    counts = ", ".join(f"{name} {_millions(llama.parameter_count(size, text.VOCAB_SIZE, False))}" for name, size in llama.SIZES.items())
+    counts = ", ".join(f"{name} {_short(llama.parameter_count(size, text.VOCAB_SIZE, False))}" for name, size in llama.SIZES.items())
     result = argparse.ArgumentParser(
         prog="pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
         epilog="Sizes are the LLaMA widths and depths their names stand for; over a vocabulary of 256 bytes they have fewer\n"
@@ -185,14 +185,14 @@ def latest_directory() -> Path:
     return found[-1].parent
 
 
-def _millions(count: int) -> str:
-    return f"{count / 1e6:.3g} M"
+def _short(count: int) -> str:
+    return f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
 
 
 def describe(settings: Settings) -> str:
     size = llama.SIZES[settings.model]
     parameters = llama.parameter_count(size, text.VOCAB_SIZE, settings.tie_head)
-    return (f"{settings.model} ({_millions(parameters)} parameters), rank {settings.rank} of {size.hidden}, "
+    return (f"{settings.model} ({_short(parameters)} parameters), rank {settings.rank} of {size.hidden}, "
             f"refresh every {settings.update_proj_gap} steps")
 
 

@@ -106,12 +106,12 @@ class Reporter:
 
     def start(self, method: str, lr: float) -> None:
         self._title, self._color, self._lr = METHODS[method].title, METHODS[method].color, lr
-        self._done_before: int | None = None  # steps a checkpoint spared us, known with the first row
-        self._started_s, self._last_line_s = time.perf_counter(), -math.inf
+        self._started = False  # how many steps a checkpoint spared us is known with the first row
+        self._last_line_s = -math.inf
         self._loss = self._val = "–"
 
     def _first_row(self, done_before: int) -> None:
-        self._done_before = done_before
+        self._started, self._done_before, self._first_row_s = True, done_before, time.perf_counter()
         if self._live:
             self._task = self._bars.add_task(f"[{self._color}]{self._title:<7}[/] lr {self._lr:g}", total=self._steps,
                                              completed=done_before, loss="–", val="–")
@@ -121,7 +121,7 @@ class Reporter:
 
     def row(self, row: dict[str, Any]) -> None:
         """One row of the metrics."""
-        if self._done_before is None:
+        if not self._started:
             self._first_row(row["step"] - 1)
         if row["event"] == "step":
             self._loss = f"{row['loss']:.3f}"
@@ -133,9 +133,12 @@ class Reporter:
             self._line(row["step"])
 
     def _line(self, step: int) -> None:
-        now_s = time.perf_counter()
-        per_s = (step - (self._done_before or 0)) / (now_s - self._started_s)
-        left_s = (self._steps - step) / per_s
-        self.console.print(f"  {self._title:<7} step {step:>{len(str(self._steps))}}/{self._steps}  loss {self._loss}  held-out {self._val}"
-                           f"  {per_s:.1f} steps/s  {int(left_s // 60)}:{int(left_s % 60):02d} left", highlight=False)
-        self._last_line_s = now_s
+        self._last_line_s = time.perf_counter()
+        steps_since_first = step - 1 - self._done_before
+        pace = ""
+        if steps_since_first:  # the first step loads and compiles; its pace is nobody's
+            per_s = steps_since_first / (self._last_line_s - self._first_row_s)
+            left_s = int((self._steps - step) / per_s)
+            pace = f"  {per_s:.1f} steps/s  {left_s // 60}:{left_s % 60:02} left"
+        self.console.print(f"  {self._title:<7} step {step:>{len(str(self._steps))}}/{self._steps}"
+                           f"  loss {self._loss}  held-out {self._val}{pace}", highlight=False)

@@ -1,7 +1,6 @@
 """The example as its users run it, and in this process where a command of its own would show nothing more."""
 
 import io
-import json
 import os
 import subprocess
 import sys
@@ -10,14 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from pretrain_runs import MICRO, PROSE, SCRIPT
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "pretrain.py"
 sys.path.insert(0, str(SCRIPT.parent))
 
-MICRO = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--rank", "4", "--update-proj-gap", "2", "--eval-every", "3",
-         "--eval-sequences", "4", "--threads", "1"]
-PROSE = "".join(f"{n} bottles of beer on the wall, take one down, pass it around, {n - 1} left.\n" for n in range(400, 0, -1))
+
+@pytest.fixture(autouse=True)
+def threads():
+    """A run in this process sets the number of CPU threads; the tests after it get theirs back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -66,12 +69,3 @@ def pretrain(command):
         return Done(returned, stdout.getvalue(), stderr.getvalue())
 
     return run
-
-
-def rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def trajectory(path: Path) -> list[dict]:
-    """The rows without what a clock or the memory counter put there: bit-identical whenever the arithmetic is."""
-    return [{key: value for key, value in row.items() if key not in ("optimizer_ms", "wall_s", "peak_bytes")} for row in rows(path)]

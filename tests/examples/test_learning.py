@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
+from pretrain_runs import ROOT
 
 
 @pytest.fixture

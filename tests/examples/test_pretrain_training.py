@@ -1,5 +1,6 @@
 """The loop's arithmetic, seen from inside."""
 
+import dataclasses
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import text
 import torch
 import training
 from checkpoints import Metrics, read_metrics, write_atomically
+from pretrain_runs import arithmetic
 from settings import Settings
 
 MICRO = Settings(steps=4, batch_size=4, seq_len=16, threads=1)
@@ -75,6 +77,26 @@ def test_bf16_weights_train(tmp_path):
     saved = torch.load(tmp_path / "adamw.pt", weights_only=True)
     assert {tensor.dtype for tensor in saved["model"].values()} == {torch.bfloat16}
     assert rows[-2]["val_loss"] < rows[0]["loss"] - 1
+
+
+@pytest.mark.parametrize(("method", "dtype"), [("adamw", "fp32"), ("galore", "bf16"), ("i3s", "fp32")])
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, method, dtype, stop_after):
+    """Refreshes fall on steps 1 and 3, so the parts meet after a refresh, before one and between."""
+    corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
+    settings = dataclasses.replace(MICRO, dtype=dtype, rank=4, update_proj_gap=2, eval_every=2, eval_sequences=4, warmup=0)
+
+    def run(name, **how):
+        (tmp_path / name).mkdir(exist_ok=True)
+        rows = training.train(settings, method, 1e-2, corpus, training.Files.of(tmp_path / name, method), checkpoint_every=100, **how)
+        return arithmetic(rows)
+
+    seen = []
+    with pytest.raises(training.Stopped):
+        run("parts", on_row=seen.append, should_stop=lambda: seen[-1]["step"] == stop_after)
+    assert run("parts", resume=True) == run("whole")
+    saved = {name: torch.load(tmp_path / name / f"{method}.pt", weights_only=True) for name in ("parts", "whole")}
+    assert all(torch.equal(saved["parts"]["model"][key], value) for key, value in saved["whole"]["model"].items())
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
