@@ -7,6 +7,7 @@ The launchers run for real on unfilled CPU tensors; only the driver is replaced,
 the launch itself, which stops after compilation. So what is examined is what a launch would run: the arguments' specialisation, the
 constexprs and the choice of configuration are the launchers' own. The disassembler is the one in Triton's wheel.
 """
+
 import argparse
 import concurrent.futures
 import dataclasses
@@ -152,9 +153,7 @@ def _launch(case: Case) -> None:
             beta1=0.9, beta2=0.999, eps=1e-8, step=1, found_inf=found_inf, out=batch,
         )  # fmt: skip
     else:
-        back_project.back_project_(
-            matrices, bases, batch, lr=1e-2, scale=0.25, weight_decay=0.1, right=case.right, found_inf=found_inf
-        )
+        back_project.back_project_(matrices, bases, batch, lr=1e-2, scale=0.25, weight_decay=0.1, right=case.right, found_inf=found_inf)
 
 
 def compile_case(case: Case) -> Report:

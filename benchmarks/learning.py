@@ -91,8 +91,16 @@ def grid(args: argparse.Namespace, digest: str) -> Iterator[Run]:
     seen = set()
     for seed, *values, method in itertools.product(args.seeds, *varied.values(), args.optimizer):
         settings = dataclasses.replace(
-            defaults(args.model), **dict(zip(varied, values, strict=True)), seed=seed, data=str(args.data.resolve()) if args.data else None,
-            data_digest=digest, eval_sequences=args.eval_sequences, dtype=args.dtype, device=args.device, threads=args.threads)
+            defaults(args.model),
+            **dict(zip(varied, values, strict=True)),
+            seed=seed,
+            data=str(args.data.resolve()) if args.data else None,
+            data_digest=digest,
+            eval_sequences=args.eval_sequences,
+            dtype=args.dtype,
+            device=args.device,
+            threads=args.threads,
+        )
         settings = dataclasses.replace(settings, warmup=settings.steps // 10, eval_every=max(1, settings.steps // 10)).check()
         for lr in args.lr or [default_lr(method, llama.SIZES[args.model].hidden)]:
             run = Run(method, lr, settings)
@@ -106,8 +114,9 @@ def perform(run: Run, corpus: text.Corpus, scratch: Path, stopping: list[int]) -
     scratch.mkdir(parents=True, exist_ok=True)
     files = training.Files.of(scratch, run.method)
     try:
-        rows = training.train(run.settings, run.method, run.lr, corpus, files, checkpoint_every=500, resume=True,
-                              should_stop=lambda: bool(stopping))
+        rows = training.train(
+            run.settings, run.method, run.lr, corpus, files, checkpoint_every=500, resume=True, should_stop=lambda: bool(stopping)
+        )
     except training.Diverged as error:
         return {"diverged": str(error)}
     steps = [row for row in rows if row["event"] == "step"]
@@ -137,10 +146,15 @@ def provenance() -> dict[str, Any]:
             return None
 
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": git("rev-parse", "--verify", "HEAD"), "uncommitted_changes": None if changed is None else bool(changed),
-            "python": platform.python_version(), "torch": torch.__version__, "lowrank_kernels": version("lowrank-kernels"),
-            "machine": f"{platform.machine()}, {os.cpu_count()} CPUs"}
+    return {
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "--verify", "HEAD"),
+        "uncommitted_changes": None if changed is None else bool(changed),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lowrank_kernels": version("lowrank-kernels"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
+    }
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -189,8 +203,14 @@ def report(records: list[dict[str, Any]], name: str) -> None:
         runs = groups[group]
         diverged = sum("diverged" in record for record in runs)
         setting = ["–" if dict(group)[column] is None else str(dict(group)[column]) for column in columns]
-        result.add_row(*setting, str(len(runs)) + (f" ({diverged} diverged)" if diverged else ""), spread(runs, "val_loss", 4),
-                       spread(runs, "overlap", 3), spread(runs, "overlap_second_half", 3), spread(runs, "wall_s", 0))
+        result.add_row(
+            *setting,
+            str(len(runs)) + (f" ({diverged} diverged)" if diverged else ""),
+            spread(runs, "val_loss", 4),
+            spread(runs, "overlap", 3),
+            spread(runs, "overlap_second_half", 3),
+            spread(runs, "wall_s", 0),
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(result)
 
 
@@ -224,11 +244,24 @@ def main() -> int:
             except training.Stopped as stop:
                 print(f"stopped at step {stop.step} of: {run}; the same command goes on from there")
                 return 130
-            append(path, {"optimizer": run.method, "lr": run.lr, **result, "settings": dataclasses.asdict(run.settings), **provenance(),
-                          "key": run.key()})
+            append(
+                path,
+                {
+                    "optimizer": run.method,
+                    "lr": run.lr,
+                    **result,
+                    "settings": dataclasses.asdict(run.settings),
+                    **provenance(),
+                    "key": run.key(),
+                },
+            )
             shutil.rmtree(scratch)
-            outcome = result.get("diverged") or f"held-out {result['val_loss']:.4f}" + (
-                f", overlap {result['overlap']:.3f}" if result["overlap"] is not None else "") + f", {result['wall_s']:.0f} s"
+            outcome = (
+                result.get("diverged")
+                or f"held-out {result['val_loss']:.4f}"
+                + (f", overlap {result['overlap']:.3f}" if result["overlap"] is not None else "")
+                + f", {result['wall_s']:.0f} s"
+            )
             print(f"[{index}/{len(todo)}] {run}: {outcome}", flush=True)
             if stopping:
                 return 130

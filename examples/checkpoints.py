@@ -27,8 +27,10 @@ class Metrics:
     def __init__(self, path: Path, position: int = 0):
         size = path.stat().st_size if path.exists() else 0
         if size < position:
-            raise RuntimeError(f"{path} holds {size} bytes but its checkpoint was written at {position}: "
-                               "it was changed since, and the run cannot be resumed")
+            raise RuntimeError(
+                f"{path} holds {size} bytes but its checkpoint was written at {position}: "
+                "it was changed since, and the run cannot be resumed"
+            )
         self._file = open(path, "ab")
         self._file.truncate(position)
 

@@ -14,9 +14,19 @@ if TYPE_CHECKING:
 
 INK, SOFT, FAINT = "#222222", "#5f5f5f", "#9a9a9a"
 STYLE = {
-    "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-    "axes.edgecolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "grid.color": "#ececec", "axes.axisbelow": True,
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.edgecolor": FAINT,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#ececec",
+    "axes.axisbelow": True,
 }
 POINTS = {"linewidth": 1.7, "marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "clip_on": False}
 
@@ -69,8 +79,16 @@ def _draw_loss(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
 def _draw_overlap(axes: Axes, overlaps: dict[str, list[tuple[int, float]]], random_overlap: float) -> None:
     ends = []
     axes.axhline(random_overlap, color=FAINT, linewidth=1, linestyle=(0, (4, 3)))
-    axes.annotate(f"unrelated subspaces share r/m = {random_overlap:.2f}", (0, random_overlap), xycoords=axes.get_yaxis_transform(),
-                  xytext=(4, -4), textcoords="offset points", va="top", color=SOFT, fontsize=9)
+    axes.annotate(
+        f"unrelated subspaces share r/m = {random_overlap:.2f}",
+        (0, random_overlap),
+        xycoords=axes.get_yaxis_transform(),
+        xytext=(4, -4),
+        textcoords="offset points",
+        va="top",
+        color=SOFT,
+        fontsize=9,
+    )
     for method, points in overlaps.items():
         axes.plot(*zip(*points, strict=True), color=METHODS[method].color, **POINTS)
         ends.append((points[-1][1], METHODS[method].title, METHODS[method].color))
@@ -103,5 +121,14 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
         heights[i] = max(heights[i], heights[i - 1] + gap)
     shift = sum(height - y for height, (y, _, _) in zip(heights, ends, strict=True)) / len(ends)
     for height, (_, label, color) in zip(heights, ends, strict=True):
-        axes.annotate(label, (1, height - shift), xycoords=axes.get_yaxis_transform(), xytext=(9, 0), textcoords="offset points",
-                      va="center", color=color, fontweight="bold", annotation_clip=False)
+        axes.annotate(
+            label,
+            (1, height - shift),
+            xycoords=axes.get_yaxis_transform(),
+            xytext=(9, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontweight="bold",
+            annotation_clip=False,
+        )

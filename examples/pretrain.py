@@ -43,9 +43,13 @@ DEMO_EXTRA = "pip install 'lowrank-kernels[demo]'"
 def parser() -> argparse.ArgumentParser:
     counts = ", ".join(f"{name} {_short(llama.parameter_count(size, text.VOCAB_SIZE, False))}" for name, size in llama.SIZES.items())
     result = argparse.ArgumentParser(
-        prog="pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS,
+        prog="pretrain.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         epilog="Sizes are the LLaMA widths and depths their names stand for; over a vocabulary of 256 bytes they have fewer\n"
-               f"parameters: {counts}.")
+        f"parameters: {counts}.",
+    )
     base = defaults("tiny")
 
     def option(group: argparse._ArgumentGroup, name: str, kind: type, help: str, **extra: Any) -> None:
@@ -63,10 +67,16 @@ def parser() -> argparse.ArgumentParser:
     option(what, "steps", int, "optimizer steps")
 
     how = result.add_argument_group("how to optimize")
-    how.add_argument("--optimizer", nargs="+", choices=list(METHODS), metavar="NAME",
-                     help=f"run one after the other: {', '.join(METHODS)} (all)")
-    how.add_argument("--lr", nargs="+", metavar="LR", help="peak learning rate: one number for all, or adamw=1e-3 galore=1e-2 "
-                     f"({' '.join(f'{name}={method.lr:g}' for name, method in METHODS.items())}, half of it from 60m on)")
+    how.add_argument(
+        "--optimizer", nargs="+", choices=list(METHODS), metavar="NAME", help=f"run one after the other: {', '.join(METHODS)} (all)"
+    )
+    how.add_argument(
+        "--lr",
+        nargs="+",
+        metavar="LR",
+        help="peak learning rate: one number for all, or adamw=1e-3 galore=1e-2 "
+        f"({' '.join(f'{name}={method.lr:g}' for name, method in METHODS.items())}, half of it from 60m on)",
+    )
     how.add_argument("--warmup", type=int, help="steps of linear warm-up before the cosine (a tenth of --steps)")
     option(how, "clip", float, "norm to which the gradient is clipped; 0 for never")
     option(how, "weight_decay", float, "decoupled, as in AdamW")
@@ -84,8 +94,12 @@ def parser() -> argparse.ArgumentParser:
     option(where, "eval_sequences", int, "sequences of held-out text in an evaluation")
     where.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (100)")
     where.add_argument("--out", type=Path, help="directory for everything written (a new one under runs/)")
-    where.add_argument("--resume", action="store_true", default=False,
-                       help="go on with the run in --out (the latest under runs/) from its checkpoint; settings are the run's own")
+    where.add_argument(
+        "--resume",
+        action="store_true",
+        default=False,
+        help="go on with the run in --out (the latest under runs/) from its checkpoint; settings are the run's own",
+    )
     return result
 
 
@@ -192,8 +206,10 @@ def _short(count: int) -> str:
 def describe(settings: Settings) -> str:
     size = llama.SIZES[settings.model]
     parameters = llama.parameter_count(size, text.VOCAB_SIZE, settings.tie_head)
-    return (f"{settings.model} ({_short(parameters)} parameters), rank {settings.rank} of {size.hidden}, "
-            f"refresh every {settings.update_proj_gap} steps")
+    return (
+        f"{settings.model} ({_short(parameters)} parameters), rank {settings.rank} of {size.hidden}, "
+        f"refresh every {settings.update_proj_gap} steps"
+    )
 
 
 def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: int, resume: bool) -> int:
@@ -218,14 +234,26 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: i
                 continue
             reporter.start(method, lr)
             try:
-                runs[method] = training.train(settings, method, lr, corpus, files, checkpoint_every=checkpoint_every, resume=resume,
-                                              on_row=reporter.row, should_stop=lambda: bool(received))
+                runs[method] = training.train(
+                    settings,
+                    method,
+                    lr,
+                    corpus,
+                    files,
+                    checkpoint_every=checkpoint_every,
+                    resume=resume,
+                    on_row=reporter.row,
+                    should_stop=lambda: bool(received),
+                )
             except Diverged as error:
                 console.print(f"[red]{error}; try a smaller --lr[/]", highlight=False)
                 status = 1
             except Stopped as stop:
-                console.print(f"Stopped; {METHODS[method].title} is saved at step {stop.step}. To go on:\n"
-                              f"  python {sys.argv[0]} --resume --out {directory}", highlight=False)
+                console.print(
+                    f"Stopped; {METHODS[method].title} is saved at step {stop.step}. To go on:\n"
+                    f"  python {sys.argv[0]} --resume --out {directory}",
+                    highlight=False,
+                )
                 return 128 + received[0]
 
     if not runs:
@@ -253,8 +281,13 @@ def _draw(path: Path, plan: Plan, corpus: text.Corpus, runs: dict[str, list[dict
     settings = plan.settings
     rates = ", ".join(f"{METHODS[method].title} {plan.lr[method]:g}" for method in runs)
     length = f"{settings.steps} steps of {settings.batch_size} × {settings.seq_len} bytes, seed {settings.seed}"
-    draw(path, runs, title=describe(settings), subtitle=f"{corpus.name}; {length}; peak lr {rates}",
-         random_overlap=min(1.0, settings.rank / llama.SIZES[settings.model].hidden))
+    draw(
+        path,
+        runs,
+        title=describe(settings),
+        subtitle=f"{corpus.name}; {length}; peak lr {rates}",
+        random_overlap=min(1.0, settings.rank / llama.SIZES[settings.model].hidden),
+    )
     return True
 
 

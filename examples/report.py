@@ -90,9 +90,16 @@ class Reporter:
     def __init__(self, console: Console, steps: int):
         self.console = console
         self._steps = steps
-        self._bars = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                              TextColumn("loss {task.fields[loss]}"), TextColumn("held-out {task.fields[val]}"),
-                              _Speed(), TimeRemainingColumn(), console=console)
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]}"),
+            TextColumn("held-out {task.fields[val]}"),
+            _Speed(),
+            TimeRemainingColumn(),
+            console=console,
+        )
         self._live = console.is_terminal
 
     def __enter__(self) -> Reporter:
@@ -113,8 +120,9 @@ class Reporter:
     def _first_row(self, done_before: int) -> None:
         self._started, self._done_before, self._first_row_s = True, done_before, time.perf_counter()
         if self._live:
-            self._task = self._bars.add_task(f"[{self._color}]{self._title:<7}[/] lr {self._lr:g}", total=self._steps,
-                                             completed=done_before, loss="–", val="–")
+            self._task = self._bars.add_task(
+                f"[{self._color}]{self._title:<7}[/] lr {self._lr:g}", total=self._steps, completed=done_before, loss="–", val="–"
+            )
         else:
             resumed = f", from its checkpoint at step {done_before}" if done_before else ""
             self.console.print(f"{self._title}: {self._steps} steps at lr {self._lr:g}{resumed}", highlight=False)
@@ -140,5 +148,7 @@ class Reporter:
             per_s = steps_since_first / (self._last_line_s - self._first_row_s)
             left_s = int((self._steps - step) / per_s)
             pace = f"  {per_s:.1f} steps/s  {left_s // 60}:{left_s % 60:02} left"
-        self.console.print(f"  {self._title:<7} step {step:>{len(str(self._steps))}}/{self._steps}"
-                           f"  loss {self._loss}  held-out {self._val}{pace}", highlight=False)
+        self.console.print(
+            f"  {self._title:<7} step {step:>{len(str(self._steps))}}/{self._steps}  loss {self._loss}  held-out {self._val}{pace}",
+            highlight=False,
+        )

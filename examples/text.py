@@ -98,8 +98,9 @@ def _split_tail(data: bytes, name: str) -> Corpus:
 
 def _corpus(train: bytes, val: bytes, name: str) -> Corpus:
     digest = hashlib.sha256(len(train).to_bytes(8, "big") + train + val).hexdigest()
-    train_tensor, val_tensor = (torch.frombuffer(bytearray(part), dtype=torch.uint8) if part else torch.empty(0, dtype=torch.uint8)
-                                for part in (train, val))
+    train_tensor, val_tensor = (
+        torch.frombuffer(bytearray(part), dtype=torch.uint8) if part else torch.empty(0, dtype=torch.uint8) for part in (train, val)
+    )
     return Corpus(train_tensor, val_tensor, name, digest)
 
 
@@ -107,8 +108,9 @@ def check_length(corpus: Corpus, seq_len: int) -> None:
     """Each part has to hold one sequence and the byte that follows it."""
     for part, data in (("training", corpus.train), ("held-out", corpus.val)):
         if len(data) < seq_len + 1:
-            raise TextError(f"{corpus.name}: the {part} part has {len(data)} bytes, less than one sequence "
-                            f"(--seq-len {seq_len}, and one byte more)")
+            raise TextError(
+                f"{corpus.name}: the {part} part has {len(data)} bytes, less than one sequence (--seq-len {seq_len}, and one byte more)"
+            )
 
 
 def batch(data: Tensor, *, seed: int, step: int, batch_size: int, seq_len: int) -> Tensor:

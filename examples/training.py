@@ -155,13 +155,28 @@ def train(
                 log({"event": "eval", "step": step + 1, "val_loss": evaluate(model, windows, settings.batch_size)})
             stop = should_stop() and not last
             if last or stop or (step + 1) % checkpoint_every == 0:
-                checkpoints.save(files.checkpoint, {
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                    "metrics_position": metrics.position(), "wall_s": time.perf_counter() - started_s, "peak_bytes": highest_bytes()})
+                checkpoints.save(
+                    files.checkpoint,
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "step": step + 1,
+                        "metrics_position": metrics.position(),
+                        "wall_s": time.perf_counter() - started_s,
+                        "peak_bytes": highest_bytes(),
+                    },
+                )
             if stop:
                 raise Stopped(step + 1)
-        log({"event": "end", "step": settings.steps, "state_bytes": state_bytes(optimizer), "peak_bytes": highest_bytes(),
-             "wall_s": time.perf_counter() - started_s})
+        log(
+            {
+                "event": "end",
+                "step": settings.steps,
+                "state_bytes": state_bytes(optimizer),
+                "peak_bytes": highest_bytes(),
+                "wall_s": time.perf_counter() - started_s,
+            }
+        )
     finally:
         metrics.close()
     return checkpoints.read_metrics(files.metrics)
@@ -194,8 +209,14 @@ def train_step(
     start_s = time.perf_counter()
     optimizer.step()
     _synchronize(settings.device)
-    row = {"event": "step", "step": step + 1, "loss": loss, "lr": lr_now, "grad_norm": grad_norm,
-           "optimizer_ms": (time.perf_counter() - start_s) * 1e3}
+    row = {
+        "event": "step",
+        "step": step + 1,
+        "loss": loss,
+        "lr": lr_now,
+        "grad_norm": grad_norm,
+        "optimizer_ms": (time.perf_counter() - start_s) * 1e3,
+    }
     if step % settings.update_proj_gap == 0:
         after = bases(optimizer)
         if after:

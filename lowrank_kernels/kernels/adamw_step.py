@@ -2,6 +2,7 @@
 
 Two passes over the big matrices: one reads G, the other reads and writes W; R and N go through memory between them.
 """
+
 import torch
 from torch import Tensor
 
@@ -52,9 +53,7 @@ def _choose_path():
     return _two_pass_
 
 
-def _two_pass_(
-    weights, grads, bases, exp_avgs, exp_avg_sqs, *, lr, beta1, beta2, eps, weight_decay, scale, step, right, found_inf
-) -> None:
+def _two_pass_(weights, grads, bases, exp_avgs, exp_avg_sqs, *, lr, beta1, beta2, eps, weight_decay, scale, step, right, found_inf) -> None:
     """Three launches on one pointer table."""
     weights_at, grads_at, bases_at, exp_avgs_at, exp_avg_sqs_at = table.pointer_table(weights, grads, bases, exp_avgs, exp_avg_sqs)
     projected = project.launch(bases_at, grads_at, bases, grads, right)

@@ -2,6 +2,7 @@
 
 W' is W of shape (m, n) on the left side and Wᵀ on the right, where the stored W is (n, m): the two sides differ in strides alone.
 """
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,7 +15,8 @@ from .dots import FLOATS, TRITON_DTYPES, dot_of, round_operand
 def _back_project_kernel(
     weights_at, bases_at, normalised, found_inf,
     m, n, rank, stride_wm, stride_wn, stride_pm, stride_pr, decay, step_size,
-    W_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    W_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:
@@ -42,7 +44,7 @@ def _back_project_kernel(
         in_k = offs_k < rank - k
         p = tl.load(p_at, mask=in_m[:, None] & in_k[None, :], other=0.0).to(DOT_DTYPE)
         norm = tl.load(n_at, mask=in_k[:, None] & in_n[None, :], other=0.0).to(P_DTYPE).to(DOT_DTYPE)
-        acc = tl.dot(round_operand(p, PRECISION), round_operand(norm, PRECISION), acc, input_precision=PRECISION)
+        acc = tl.dot(round_operand(p, ROUNDING), round_operand(norm, ROUNDING), acc, input_precision=PRECISION)
         p_at += block_k * stride_pr
         n_at += block_k * n
 
@@ -86,9 +88,7 @@ def check(weights: list[Tensor], bases: list[Tensor], right: bool, found_inf: Te
     table.check_found_inf(found_inf, weights[0].device)
     if bases[0].shape[0] != weights[0].shape[1 if right else 0]:
         side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
-        raise ValueError(
-            f"a basis (m, r) must fit a {side} weight {shape}, got {tuple(bases[0].shape)} and {tuple(weights[0].shape)}"
-        )
+        raise ValueError(f"a basis (m, r) must fit a {side} weight {shape}, got {tuple(bases[0].shape)} and {tuple(weights[0].shape)}")
 
 
 def launch(
@@ -107,15 +107,16 @@ def launch(
     """back_project_, given the pointer table and checked buckets."""
     weight, basis = weights[0].mT if right else weights[0], bases[0]
     (m, rank), n = basis.shape, weight.shape[1]
-    dot = dot_of(basis.dtype, basis.dtype)
+    arch = configs.architecture(basis.device)
+    dot = dot_of(basis.dtype, basis.dtype, arch)
     aligned = table.aligned(weights, bases)
-    config = configs.back_project_config(configs.architecture(basis.device), dot.kind, rank, aligned and table.wide(weight, basis))
+    config = configs.back_project_config(arch, dot.kind, rank, aligned and table.wide(weight, basis))
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)
     if tiles:
         with table.on_device(basis.device):
             _back_project_kernel[(tiles, len(weights))](
                 weights_at, bases_at, normalised, found_inf,
                 m, n, rank, *weight.stride(), *basis.stride(), 1.0 - lr * weight_decay, float(lr * scale),
-                TRITON_DTYPES[weight.dtype], TRITON_DTYPES[basis.dtype], dot.DOT_DTYPE, dot.PRECISION, aligned,
+                TRITON_DTYPES[weight.dtype], TRITON_DTYPES[basis.dtype], dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, aligned,
                 **vars(config),
             )  # fmt: skip

@@ -3,6 +3,7 @@
 Nothing here was timed yet. Each row compiles clean (no spill, shared memory within the limit, tensor cores where there are any,
 16-byte global accesses) for its architecture, which tests/kernels/test_aot.py holds it to.
 """
+
 from dataclasses import dataclass
 
 import torch

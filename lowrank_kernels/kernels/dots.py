@@ -1,4 +1,5 @@
 """How the dots multiply: operand dtype and input precision, decided on the host and stated at every `tl.dot`."""
+
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,18 @@ FLOATS = tuple(TRITON_DTYPES)
 
 
 @triton.jit
-def round_operand(x, PRECISION: tl.constexpr):
+def round_operand(x, ROUNDING: tl.constexpr):
     """Nearest tf32 for a tf32 dot, x otherwise.
 
     The tensor cores drop the low 13 bits of an fp32 operand, which biases every product towards zero; rounding first halves the
-    error and removes the bias. is_pure=False also keeps Triton from moving the transpose of a tf32 operand in front of its load,
-    which would turn the 16-byte copies into 4-byte ones.
+    error and removes the bias. An impure operation also keeps Triton from moving the transpose of an operand in front of its load,
+    which would turn the 16-byte copies into 4-byte ones on sm_80 and sm_90; on sm_100 it does not, and Triton up to 3.8 cannot
+    pipeline an impure one there.
     """
-    if PRECISION == "tf32":
+    if ROUNDING == "impure":
         x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
+    elif ROUNDING == "pure":
+        x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     return x
 
 
@@ -32,9 +36,10 @@ class Dot:
     kind: str
     DOT_DTYPE: tl.dtype
     PRECISION: str
+    ROUNDING: str = "none"
 
 
-def dot_of(a: torch.dtype, b: torch.dtype) -> Dot:
+def dot_of(a: torch.dtype, b: torch.dtype, arch: int | str | None) -> Dot:
     """16-bit operands where both are one 16-bit dtype; else fp32 operands, as torch.get_float32_matmul_precision() asks.
 
     The interpreter gets fp32 operands always: its tl.dot multiplies the bit patterns of bf16. Upcasting is exact, so the
@@ -42,6 +47,6 @@ def dot_of(a: torch.dtype, b: torch.dtype) -> Dot:
     """
     if a == b and a.itemsize == 2:
         return Dot("16bit", tl.float32 if INTERPRETED else TRITON_DTYPES[a], "ieee")
-    if torch.get_float32_matmul_precision() == "highest" or INTERPRETED or torch.version.hip is not None:
+    if torch.get_float32_matmul_precision() == "highest" or not isinstance(arch, int):
         return Dot("ieee", tl.float32, "ieee")
-    return Dot("tf32", tl.float32, "tf32")
+    return Dot("tf32", tl.float32, "tf32", "pure" if 100 <= arch < 120 else "impure")

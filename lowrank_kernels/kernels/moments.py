@@ -2,6 +2,7 @@
 
 Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch.optim.AdamW.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -62,9 +63,7 @@ def update_moments_(
     """
     check(exp_avgs, exp_avg_sqs, projected, step, found_inf, out)
     rows = table.pointer_table(exp_avgs, exp_avg_sqs)
-    return launch(
-        *rows, exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=step, found_inf=found_inf, out=out
-    )
+    return launch(*rows, exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=step, found_inf=found_inf, out=out)
 
 
 def check(

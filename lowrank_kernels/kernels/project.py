@@ -2,6 +2,7 @@
 
 G' is G of shape (m, n) on the left side and Gᵀ on the right, where the stored G is (n, m): the two sides differ in strides alone.
 """
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +16,8 @@ from .dots import FLOATS, TRITON_DTYPES, dot_of, round_operand
 def _project_kernel(
     bases_at, grads_at, projected,
     m, n, rank, stride_pm, stride_pr, stride_gm, stride_gn,
-    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ALIGNED: tl.constexpr,
+    P_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # Programs on the same strip of G are neighbours, so that its re-reads hit L2.
@@ -41,7 +43,7 @@ def _project_kernel(
         in_k = offs_k < m - k
         p = tl.load(p_at, mask=in_k[:, None] & in_r[None, :], other=0.0).to(DOT_DTYPE)
         g = tl.load(g_at, mask=in_k[:, None] & in_n[None, :], other=0.0).to(DOT_DTYPE)
-        acc = tl.dot(round_operand(g, PRECISION).T, round_operand(p, PRECISION), acc, input_precision=PRECISION)
+        acc = tl.dot(round_operand(g, ROUNDING).T, round_operand(p, ROUNDING), acc, input_precision=PRECISION)
         p_at += block_k * stride_pm
         g_at += block_k * stride_gm
 
@@ -67,18 +69,17 @@ def check(bases: list[Tensor], grads: list[Tensor], right: bool) -> None:
     table.check_same_device(bases=bases, grads=grads)
     if bases[0].shape[0] != grads[0].shape[1 if right else 0]:
         side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
-        raise ValueError(
-            f"a basis (m, r) must fit a {side} gradient {shape}, got {tuple(bases[0].shape)} and {tuple(grads[0].shape)}"
-        )
+        raise ValueError(f"a basis (m, r) must fit a {side} gradient {shape}, got {tuple(bases[0].shape)} and {tuple(grads[0].shape)}")
 
 
 def launch(bases_at: Tensor, grads_at: Tensor, bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """project, given the pointer table and checked buckets."""
     basis, grad = bases[0], grads[0].mT if right else grads[0]
     (m, rank), n = basis.shape, grad.shape[1]
-    dot = dot_of(basis.dtype, grad.dtype)
+    arch = configs.architecture(basis.device)
+    dot = dot_of(basis.dtype, grad.dtype, arch)
     aligned = table.aligned(bases, grads)
-    config = configs.project_config(configs.architecture(basis.device), dot.kind, rank, aligned and table.wide(basis, grad))
+    config = configs.project_config(arch, dot.kind, rank, aligned and table.wide(basis, grad))
     projected = torch.empty((len(bases), rank, n), dtype=torch.float32, device=basis.device)
     tiles = triton.cdiv(rank, config.BLOCK_R) * triton.cdiv(n, config.BLOCK_N)
     if tiles:
@@ -86,7 +87,7 @@ def launch(bases_at: Tensor, grads_at: Tensor, bases: list[Tensor], grads: list[
             _project_kernel[(tiles, len(bases))](
                 bases_at, grads_at, projected,
                 m, n, rank, *basis.stride(), *grad.stride(),
-                TRITON_DTYPES[basis.dtype], TRITON_DTYPES[grad.dtype], dot.DOT_DTYPE, dot.PRECISION, aligned,
+                TRITON_DTYPES[basis.dtype], TRITON_DTYPES[grad.dtype], dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, aligned,
                 **vars(config),
             )  # fmt: skip
     return projected

@@ -3,6 +3,7 @@
 A bucket is a list of B matrices of equal shape, dtype and strides. Its addresses live in an int64 tensor on the device; a program
 loads its own (`tl.load(bases_at + matrix).to(tl.pointer_type(dtype))`). The table of a whole step is copied once.
 """
+
 import contextlib
 
 import torch
@@ -67,9 +68,7 @@ def check_batch(name: str, batch: Tensor, bucket: list[Tensor], dtypes: tuple[to
     if tuple(batch.shape) != expected or not batch.is_contiguous():
         raise ValueError(f"{name} must be row-major of shape {expected}, got {tuple(batch.shape)} with strides {batch.stride()}")
     if batch.dtype not in dtypes or batch.device != bucket[0].device:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(str, dtypes))} on {bucket[0].device}, got {batch.dtype} on {batch.device}"
-        )
+        raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))} on {bucket[0].device}, got {batch.dtype} on {batch.device}")
 
 
 def check_same_length(**buckets: list[Tensor]) -> None:

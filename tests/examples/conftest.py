@@ -48,8 +48,14 @@ def pretrain_process(command):
     """Run it as a command, in a process of its own. An exit status other than `status` fails the test with what it printed."""
 
     def run(*arguments, status=0, cwd=None, env=None) -> Done:
-        done = subprocess.run([sys.executable, SCRIPT, *command(*arguments)], capture_output=True, text=True, cwd=cwd,
-                              env=None if env is None else os.environ | env, timeout=120)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *command(*arguments)],
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=None if env is None else os.environ | env,
+            timeout=120,
+        )
         assert done.returncode == status, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return Done(done.returncode, done.stdout, done.stderr)
 

@@ -5,8 +5,26 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "pretrain.py"
-MICRO = ["--steps", "6", "--batch-size", "2", "--seq-len", "32", "--rank", "4", "--update-proj-gap", "2", "--eval-every", "3",
-         "--eval-sequences", "4", "--threads", "1", "--device", "cpu"]
+MICRO = [
+    "--steps",
+    "6",
+    "--batch-size",
+    "2",
+    "--seq-len",
+    "32",
+    "--rank",
+    "4",
+    "--update-proj-gap",
+    "2",
+    "--eval-every",
+    "3",
+    "--eval-sequences",
+    "4",
+    "--threads",
+    "1",
+    "--device",
+    "cpu",
+]
 PROSE = "".join(f"{n} bottles of beer on the wall, take one down, pass it around, {n - 1} left.\n" for n in range(400, 0, -1))
 
 

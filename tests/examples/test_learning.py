@@ -24,8 +24,22 @@ def study(tmp_path, monkeypatch, prose):
         return module.main()
 
     call.module = module
-    call.arguments = ("--data", prose, "--steps", 4, "--batch-size", 2, "--seq-len", 16, "--eval-sequences", 4, "--threads", 1,
-                      "--update-proj-gap", 2)
+    call.arguments = (
+        "--data",
+        prose,
+        "--steps",
+        4,
+        "--batch-size",
+        2,
+        "--seq-len",
+        16,
+        "--eval-sequences",
+        4,
+        "--threads",
+        1,
+        "--update-proj-gap",
+        2,
+    )
     call.results = tmp_path / "results" / "micro.jsonl"
     call.scratch = tmp_path / "scratch"
     return call

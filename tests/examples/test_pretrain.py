@@ -164,8 +164,20 @@ def test_an_optimizer_can_be_added_to_a_finished_run(finished, pretrain, tmp_pat
     assert list(json.loads((tmp_path / "run" / "summary.json").read_text())["results"]) == ["adamw", "i3s"]
 
 
-@pytest.mark.parametrize("changed", [("--steps", "7"), ("--seed", "1"), ("--rank", "5"), ("--scale", "0.5"), ("--dtype", "bf16"),
-                                     ("--lr", "galore=0.5"), ("--seq-len", "16"), ("--weight-decay", "0.1"), ("--accumulate", "2")])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ("--steps", "7"),
+        ("--seed", "1"),
+        ("--rank", "5"),
+        ("--scale", "0.5"),
+        ("--dtype", "bf16"),
+        ("--lr", "galore=0.5"),
+        ("--seq-len", "16"),
+        ("--weight-decay", "0.1"),
+        ("--accumulate", "2"),
+    ],
+)
 def test_a_changed_argument_is_refused_on_resume(finished, changed):
     """In this process: the refusal comes before any work."""
     import pretrain as script
@@ -184,26 +196,29 @@ def test_changed_text_is_refused_on_resume(pretrain, prose, tmp_path):
     assert "text.txt (its last 5% held out) has changed" in failed.stderr
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--rank", "0"], "--rank must be a positive integer, got 0"),
-    (["--update-proj-gap", "0"], "--update-proj-gap must be a positive integer, got 0"),
-    (["--steps", "-3"], "--steps must be a positive integer, got -3"),
-    (["--scale", "0"], "--scale must be positive"),
-    (["--clip", "-1"], "--clip must not be negative"),
-    (["--batch-size", "6", "--accumulate", "4"], "--accumulate 4 does not divide --batch-size 6"),
-    (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
-    (["--lr", "fast"], "'fast' is not a number"),
-    (["--lr", "adamw=1e-3", "galor=1e-2"], "'galor' is not among the optimizers"),
-    (["--lr", "i3s=1e-2", "--optimizer", "adamw"], "'i3s' is not among the optimizers of this run (adamw)"),
-    (["--lr", "1e-3", "1e-2"], "one number for all optimizers"),
-    (["--lr", "nan"], "must be positive and finite"),
-    (["--lr", "0"], "must be positive and finite"),
-    (["--data", "/does/not/exist"], "no such file or directory"),
-    (["--seq-len", "5000"], "less than one sequence"),
-    (["--device", "tpu9"], "--device tpu9"),
-    (["--checkpoint-every", "0"], "--checkpoint-every must be a positive integer"),
-    (["--resume", "--out", "/does/not/exist"], "holds no run"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "0"], "--rank must be a positive integer, got 0"),
+        (["--update-proj-gap", "0"], "--update-proj-gap must be a positive integer, got 0"),
+        (["--steps", "-3"], "--steps must be a positive integer, got -3"),
+        (["--scale", "0"], "--scale must be positive"),
+        (["--clip", "-1"], "--clip must not be negative"),
+        (["--batch-size", "6", "--accumulate", "4"], "--accumulate 4 does not divide --batch-size 6"),
+        (["--optimizer", "sgd"], "invalid choice: 'sgd'"),
+        (["--lr", "fast"], "'fast' is not a number"),
+        (["--lr", "adamw=1e-3", "galor=1e-2"], "'galor' is not among the optimizers"),
+        (["--lr", "i3s=1e-2", "--optimizer", "adamw"], "'i3s' is not among the optimizers of this run (adamw)"),
+        (["--lr", "1e-3", "1e-2"], "one number for all optimizers"),
+        (["--lr", "nan"], "must be positive and finite"),
+        (["--lr", "0"], "must be positive and finite"),
+        (["--data", "/does/not/exist"], "no such file or directory"),
+        (["--seq-len", "5000"], "less than one sequence"),
+        (["--device", "tpu9"], "--device tpu9"),
+        (["--checkpoint-every", "0"], "--checkpoint-every must be a positive integer"),
+        (["--resume", "--out", "/does/not/exist"], "holds no run"),
+    ],
+)
 def test_wrong_arguments_are_named(arguments, message, prose, tmp_path, monkeypatch, capsys):
     import pretrain as script
 

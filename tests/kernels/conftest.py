@@ -1,12 +1,8 @@
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # benchmarks is not part of the installed package
 
 
 @pytest.fixture(autouse=True)

@@ -38,9 +38,7 @@ def test_update_moments(shape, count):
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    beta1=st.floats(0, 0.999), beta2=st.floats(0, 0.9999), eps=st.sampled_from([1e-12, 1e-8, 1e-3]), step=st.integers(1, 10**6)
-)
+@given(beta1=st.floats(0, 0.999), beta2=st.floats(0, 0.9999), eps=st.sampled_from([1e-12, 1e-8, 1e-3]), step=st.integers(1, 10**6))
 def test_any_coefficients(beta1, beta2, eps, step):
     exp_avgs, exp_avg_sqs = states(1, 7, 11)
     check(exp_avgs, exp_avg_sqs, torch.randn(1, 7, 11, device=DEVICE), beta1=beta1, beta2=beta2, eps=eps, step=step)
