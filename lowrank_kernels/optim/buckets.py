@@ -17,7 +17,7 @@ HYPERPARAMETERS = (*ADAMW_KEYS, "rank", *LOW_RANK_DEFAULTS)
 
 @dataclass
 class Member:
-    """One parameter with a gradient: its place, its state (a copy, empty before the first step) and its matrices."""
+    """One parameter with a gradient: its place, its state (empty before the first step) and its matrices."""
 
     param: Tensor
     index: int
@@ -93,7 +93,7 @@ def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor
             seen.add(param)
             shape = matrix_shape(param)
             right, rank = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
-            state = dict(states.get(param, {}))
+            state = states.get(param, {})
             _check_state(state, shape, right, rank, group, group_index, param_index)
             weights, grads = _matrices(param.detach()), _matrices(param.grad)
             copied = param.dim() > 3 and weights[0].data_ptr() != param.data_ptr()

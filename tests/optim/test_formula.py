@@ -105,6 +105,29 @@ def test_refresh_schedule_counts_before_the_increment():
     assert changed == [0, 3, 6]
 
 
+@pytest.mark.parametrize("selection", ["random", "importance"])
+def test_every_draw_is_keyed_by_seed_parameter_and_refresh(selection):
+    """With one and the same gradient everywhere, bases differ between parameters, refreshes and seeds, and repeat with them."""
+    grad = torch.randn(20, 60)
+
+    def bases(seed):
+        parameters = [nn.Parameter(torch.zeros(20, 60)) for _ in range(2)]
+        group = {"params": parameters, "rank": 4, "update_proj_gap": 1, "selection": selection, "seed": seed}
+        optimizer, found = lrk.LowRankAdamW([group]), []
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = grad.clone()
+            optimizer.step()
+            found += [optimizer.state[parameter]["basis"] for parameter in parameters]
+        return found
+
+    first, again, other = bases(0), bases(0), bases(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    everything = first + other
+    pairs = [(a, b) for index, a in enumerate(everything) for b in everything[:index]]
+    assert all(lrk.subspace_overlap(a, b) < 0.99 for a, b in pairs)
+
+
 @pytest.mark.parametrize("shape", [(3, 20, 30), (3, 30, 20)])
 def test_experts_are_a_batch_of_matrices(shape):
     torch.manual_seed(0)
