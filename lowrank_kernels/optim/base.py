@@ -172,6 +172,10 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_unsettled", [])
         self.__dict__.setdefault("_clamp_warned", set())
+        for group in self.param_groups:  # a checkpoint may be older than a key
+            if groups.is_low_rank(group):
+                for key, value in groups.LOW_RANK_DEFAULTS.items():
+                    group.setdefault(key, value)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:

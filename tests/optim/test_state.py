@@ -149,6 +149,16 @@ def test_load_hooks_see_and_replace_the_dict():
     assert len(other._optimizer_load_state_dict_pre_hooks) == len(other._optimizer_load_state_dict_post_hooks) == 1
 
 
+def test_checkpoint_older_than_a_key_gets_its_default():
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][1]["power_iters"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[1]["power_iters"] == 1
+    train(model, optimizer, 3, start=2)
+
+
 def test_checkpoint_of_torch_adamw_is_refused():
     model, optimizer = build()
     adamw = torch.optim.AdamW([{"params": group["params"]} for group in optimizer.param_groups])
