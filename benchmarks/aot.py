@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may use
-SMALL_TILE_TARGETS = (90, 120)  # what the rows for unknown architectures and narrow accesses are compiled for
+SMALL_TILE_TARGETS = (80, 90, 100, 120)  # what the rows for unknown architectures and narrow accesses are compiled for
 WIDE_EXTENT, NARROW_EXTENT = 4096, 1001  # m and n
 TABLES = {"project": configs.PROJECT, "back_project": configs.BACK_PROJECT}
 

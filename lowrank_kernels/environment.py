@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -13,6 +14,7 @@ import torch
 
 from .kernels import cpu
 from .ops import dispatch
+from .precision import tf32_allowed
 from .version import __version__
 
 
@@ -29,7 +31,7 @@ def environment() -> dict[str, str]:
         "CPU": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bf16 products {_cpu_bf16()}",
         "GPU": _gpus(),
         "step runs on": _step(),
-        "fp32 matmul precision": torch.get_float32_matmul_precision(),
+        "fp32 products": "tf32 allowed on a GPU" if tf32_allowed() else "in fp32",
     }
 
 
@@ -49,7 +51,10 @@ def _torch_build() -> str:
 def _triton() -> str:
     if importlib.util.find_spec("triton") is None:
         return f"not installed{'' if sys.platform == 'linux' else ' (it has no wheels for this platform)'}"
-    return importlib.metadata.version("triton")
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # from another distribution: pytorch-triton, triton-windows, ...
+        return importlib.import_module("triton").__version__
 
 
 def _cpu_bf16() -> str:

@@ -60,7 +60,7 @@ def signed64(seed: int) -> int:
 
 def seed_tensor(seeds: Sequence[int], device: torch.device | str) -> Tensor:
     """(batch,) int64 holding the 64 bits of each seed. The copy to a GPU is asynchronous, from pinned memory."""
-    host = torch.tensor([signed64(seed) for seed in seeds], dtype=torch.int64)
+    host = torch.tensor([signed64(seed) for seed in seeds], dtype=torch.int64, device="cpu")
     if torch.device(device).type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

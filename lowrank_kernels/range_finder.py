@@ -17,6 +17,13 @@ import torch
 from torch import Tensor
 
 from . import philox
+from .precision import full_precision
+
+
+def full_precision_product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right without tf32, which would leave a basis orthonormal to 1e-3 only."""
+    with full_precision():
+        return left @ right
 
 
 def orthonormalise(matrix: Tensor, seed: int = 0) -> Tensor:
@@ -29,7 +36,7 @@ def orthonormalise(matrix: Tensor, seed: int = 0) -> Tensor:
     noise = philox.normal(philox.seed_tensor([seed], matrix.device), (columns, m), philox.COMPLETION, matrix.dtype)[0].mT / m**0.5
     # Dependent columns become distinct, by less than the rounding of Y hides anyway.
     matrix = _unit_columns(matrix, noise) + (8 * torch.finfo(matrix.dtype).eps) * noise
-    for shifted in (True, True, False, False):
+    for shifted in (True, True, True, False, False):
         matrix = _cholesky_pass(matrix, shifted)
     return matrix.contiguous()
 
@@ -51,12 +58,13 @@ def _cholesky_pass(matrix: Tensor, shifted: bool = True) -> Tensor:
     matrix = _unit_columns(matrix)
     columns = matrix.shape[-1]
     identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
-    gram = matrix.mT @ matrix
+    gram = full_precision_product(matrix.mT, matrix)
     if shifted:
         gram = gram + (2 * torch.finfo(matrix.dtype).eps * columns) * identity
     factor, failed = torch.linalg.cholesky_ex(gram)
     factor = torch.where((failed != 0)[..., None, None], identity, factor)
-    return torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
+    with full_precision():
+        return torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
 
 
 def frobenius_norm(grad: Tensor) -> Tensor:
@@ -102,7 +110,22 @@ def _sketched_spectrum(grad: Tensor, columns: int, power_iters: int, seed: int, 
         image = multiply(grad, _cholesky_pass(multiply(grad.mT, _cholesky_pass(image))))
     basis = orthonormalise(image, seed)
     rotation, sigma = _left_singular(multiply(grad.mT, basis).mT)
-    return basis @ rotation, sigma
+    return full_precision_product(basis, rotation), sigma
+
+
+def complement(directions: Tensor, candidates: Tensor, seed: int) -> Tensor:
+    """Orthonormal columns of (I − UUᵀ)·Y for orthonormal U: (…, m, h) and (…, m, t) with h + t ≤ m → (…, m, t).
+
+    Twice is enough; the second time also clears what completion put into U. A seed of its own each time: U may itself be completed,
+    and the same draws again would lie in it.
+    """
+
+    def clear(matrix: Tensor) -> Tensor:
+        return matrix - full_precision_product(directions, full_precision_product(directions.mT, matrix))
+
+    for again in range(2):
+        candidates = orthonormalise(clear(candidates), philox.derive_seed(seed, again))
+    return clear(candidates)
 
 
 def _whole_spectrum(grad: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -121,8 +144,10 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     peak = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     peak = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1)
     scaled = torch.nan_to_num(matrix / peak, nan=0.0, posinf=0.0, neginf=0.0)
-    vectors = torch.linalg.eigh((scaled @ scaled.mT).double()).eigenvectors.to(matrix.dtype)  # fp64: fp32's are orthonormal to 1e-5 only
-    sigma, order = torch.linalg.vector_norm(vectors.mT @ scaled, dim=-1).sort(dim=-1, descending=True)
+    vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT).double()).eigenvectors.to(
+        matrix.dtype
+    )  # fp64: fp32's are orthonormal to 1e-5 only
+    sigma, order = torch.linalg.vector_norm(full_precision_product(vectors.mT, scaled), dim=-1).sort(dim=-1, descending=True)
     vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
     return vectors, sigma * peak[..., 0]
 
@@ -133,7 +158,9 @@ def sample_importance(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:
     The top r of log σ + Gumbel noise, which is the law of torch.multinomial(σ, r, replacement=False). Zero weights are drawn
     only after all others, uniformly. One seed a row.
     """
-    keys = torch.log(sigma.clamp_min(torch.finfo(sigma.dtype).tiny)).to(torch.float32)
+    weights = sigma.double()
+    weights = weights / weights.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    keys = weights.clamp_min(torch.finfo(torch.float64).tiny).log()
     keys = keys + philox.gumbel(philox.seed_tensor(seeds, sigma.device), sigma.shape[-1], philox.GUMBEL)
     chosen = keys.topk(rank, dim=-1).indices.sort(dim=-1).values
     order = sigma.gather(-1, chosen).sort(dim=-1, descending=True, stable=True).indices

@@ -50,6 +50,16 @@ def test_missing_triton_is_said_once_where_a_gpu_would_have_used_it(monkeypatch)
         dispatch.triton_missing.cache_clear()
 
 
+def test_triton_from_another_distribution(monkeypatch):
+    pytest.importorskip("triton")
+
+    def not_found(name):
+        raise environment.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment.importlib.metadata, "version", not_found)
+    assert "Triton" in environment.report()
+
+
 def test_version_is_in_one_place():
     import importlib.metadata
 

@@ -182,6 +182,22 @@ def test_shapes_that_do_not_fit_are_named():
         ops.project(bases, [grads[0].mT], False)
 
 
+def test_kernels_tell_autograd_that_they_wrote():
+    """As in-place operators do, so that a backward pass through stale weights raises; here what CUDA runs, in the interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("needs the interpreter, on CPU tensors")
+    from lowrank_kernels.ops import step
+
+    weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(12, 20, 3, False)
+    versions = [tensor._version for tensor in (weights[0], exp_avgs[0], exp_avg_sqs[0])]
+    step._adamw_step_cuda(weights, grads, bases, exp_avgs, exp_avg_sqs, **HYPER, step=1, right=False)
+    assert [tensor._version for tensor in (weights[0], exp_avgs[0], exp_avg_sqs[0])] == [version + 1 for version in versions]
+    normalised = step._update_moments_cuda(exp_avgs, exp_avg_sqs, torch.randn(1, 3, 20), beta1=0.9, beta2=0.99, eps=1e-8, step=2)
+    step._back_project_cuda(weights, bases, normalised, lr=0.1, scale=0.25, weight_decay=0.0, right=False)
+    assert [tensor._version for tensor in (weights[0], exp_avgs[0], exp_avg_sqs[0])] == [version + 2 for version in versions]
+
+
 PROBE = """
 import torch
 from lowrank_kernels import ops

@@ -51,6 +51,58 @@ def test_orthonormalise_gives_a_full_orthonormal_set(m, columns):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("m", [128, 300, 513])
+def test_orthonormalise_square_or_nearly(m):
+    """Where no room is left, completion is badly conditioned: rank 16 of m, a decay to 1e-8 and beyond, all but one column random."""
+    for columns in (m, m - 1):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            low_rank = torch.randn(m, 16) @ torch.randn(16, columns)
+            for name, matrix in {
+                "rank 16": low_rank,
+                "decay": with_spectrum(m, columns, torch.logspace(0, -8, columns)).cpu(),
+                "more decay": with_spectrum(m, columns, torch.logspace(0, -15, columns)).cpu(),
+                "duplicates": torch.randn(m, 1).expand(m, columns) + 0.0,
+            }.items():
+                assert defect(ops.orthonormalise(matrix.to(DEVICE), seed=seed)) <= ORTHONORMAL, (name, columns, seed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m, n, rank", [(512, 1400, 503), (300, 300, 291), (257, 900, 248)])
+def test_range_finder_with_hardly_a_direction_to_spare(m, n, rank):
+    for seed in range(3):
+        torch.manual_seed(seed)
+        basis, _ = ops.range_finder(with_spectrum(m, n, torch.logspace(0, -15, m)), rank, seed=seed)
+        assert defect(basis) <= ORTHONORMAL
+
+
+@pytest.fixture(params=["legacy", "per backend"])
+def reduced_precision(request):
+    """fp32 products allowed in less, by torch's old setting and by its new one, put back in the end."""
+    matmuls = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [matmul.fp32_precision for matmul in matmuls]
+    if request.param == "legacy":
+        torch.set_float32_matmul_precision("medium")
+        yield
+        torch.set_float32_matmul_precision("highest")
+    else:
+        matmuls[0].fp32_precision, matmuls[1].fp32_precision = "tf32", "bf16"
+        yield
+    for matmul, value in zip(matmuls, before, strict=True):
+        matmul.fp32_precision = value
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting only")
+def test_a_basis_is_orthonormal_where_products_may_be_less_precise(reduced_precision):
+    allowed = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    for shape in ((300, 500), (200, 200)):
+        assert defect(ops.range_finder(torch.randn(shape, device=DEVICE), 60)[0]) <= ORTHONORMAL
+    assert defect(ops.orthonormalise(torch.randn(300, 200, device=DEVICE))) <= ORTHONORMAL
+    assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == allowed
+
+
+@pytest.mark.gpu
 def test_orthonormalise_keeps_the_span_and_its_nesting():
     torch.manual_seed(0)
     matrix = with_spectrum(300, 50, torch.logspace(0, -4, 50))
@@ -263,6 +315,17 @@ def test_zero_weights_come_last():
     assert (chosen[:, :3] == torch.tensor([7, 5, 2])).all()
     assert len(set(chosen[:, 3].tolist())) > 1
     assert ops.sample_importance(torch.zeros(10), 10, seed=0).sort().values.tolist() == list(range(10))
+
+
+@pytest.mark.parametrize(
+    "sigma, dtype",
+    [([1e-6, 5e-5], torch.float16), ([1e10, 1.1e10], torch.bfloat16), ([1e-37, 0.0], torch.float32), ([1e-300, 3e-300], torch.float64)],
+)
+def test_sampling_law_at_the_ends_of_a_dtype(sigma, dtype):
+    draws, weights = 40_000, torch.tensor(sigma, dtype=dtype)
+    expected = (weights.double() / weights.double().sum())[0].item()
+    found = (ops.sample_importance(weights.expand(draws, -1), 1, seed=0) == 0).double().mean().item()
+    assert abs(found - expected) <= 5.5 * math.sqrt(expected * (1 - expected) / draws)
 
 
 def test_sampling_seeds():

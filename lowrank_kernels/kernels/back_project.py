@@ -69,8 +69,8 @@ def back_project_(
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place, for every matrix of a bucket, in one launch.
 
     weights: B as stored, (m, n), or (n, m) on the right side, with any strides. bases: B of (m, r). normalised: (B, r, n) of fp32 or
-    16 bits, rounded to the bases' dtype for the dot, which accumulates in fp32 (fp32 bases: input precision as
-    torch.get_float32_matmul_precision() asks). Where found_inf is non-zero the weights keep their bits. Raises ValueError for a list
+    16 bits, rounded to the bases' dtype for the dot, which accumulates in fp32 (fp32 bases: in tf32
+    where torch allows it). Where found_inf is non-zero the weights keep their bits. Raises ValueError for a list
     that is not a bucket and for shapes that do not fit.
     """
     check(weights, bases, right, found_inf)

@@ -106,7 +106,10 @@ MOMENTS = MomentsConfig(BLOCK=1024, num_warps=4)
 
 def architecture(device: torch.device) -> int | str | None:
     """Triton's name of the device's architecture: 90 for sm_90, "gfx942"; None under the interpreter."""
-    return triton.runtime.driver.active.get_current_target().arch if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    with torch.cuda.device(device):
+        return triton.runtime.driver.active.get_current_target().arch
 
 
 def _first_that_covers(rows, rank: int):

@@ -37,18 +37,19 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     return left @ right
 
 
-def _product_dtype(matrix: Tensor) -> torch.dtype:
-    if matrix.dtype == torch.float64 or (NATIVE_BF16 and matrix.dtype == torch.bfloat16):
-        return matrix.dtype
-    return torch.float32
+def _product_dtype(*matrices: Tensor) -> torch.dtype:
+    dtypes = {matrix.dtype for matrix in matrices}
+    if torch.float64 in dtypes:
+        return torch.float64
+    return torch.bfloat16 if NATIVE_BF16 and dtypes == {torch.bfloat16} else torch.float32
 
 
 def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """R = PᵀG' for each matrix: (m, r) bases, gradients as stored → (batch, r, n) fp32 (fp64 for fp64)."""
-    dtype = _product_dtype(grads[0])
+    dtype = _product_dtype(bases[0], grads[0])
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     n = grads[0].shape[0 if right else 1]
-    projected = torch.empty(len(grads), bases[0].shape[-1], n, dtype=state_dtype)
+    projected = torch.empty(len(grads), bases[0].shape[-1], n, dtype=state_dtype, device="cpu")
     for out, basis, grad in zip(projected.unbind(), bases, grads, strict=True):
         basis, grad = basis.to(dtype), grad.to(dtype)
         out.copy_(_product(basis.mT, grad.mT if right else grad))
@@ -73,7 +74,7 @@ def _update_moments_negated_(
         exp_avgs,
         exp_avg_sqs,
         [],
-        list(torch.full((len(exp_avgs),), step - 1.0).unbind()),
+        list(torch.full((len(exp_avgs),), step - 1.0, dtype=torch.float32, device="cpu").unbind()),
         fused=True,
         amsgrad=False,
         beta1=beta1,
@@ -89,9 +90,9 @@ def _update_moments_negated_(
 def back_project_(
     weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool
 ) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·P·N in place, one rounding."""
+    """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32."""
     decay, rate = 1 - lr * weight_decay, -lr * scale
-    dtype = _product_dtype(weights[0])
+    dtype = torch.promote_types(_product_dtype(weights[0], bases[0]), weights[0].dtype)
     for weight, basis, update in zip(weights, bases, normalised.to(dtype).unbind(), strict=True):
         # The product in the weight's own orientation, so that both lie in memory alike.
         left, right_factor = (update.mT, basis.to(dtype).mT) if right else (basis.to(dtype), update)

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..precision import tf32_allowed
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FLOATS = tuple(TRITON_DTYPES)
 
@@ -40,13 +42,13 @@ class Dot:
 
 
 def dot_of(a: torch.dtype, b: torch.dtype, arch: int | str | None) -> Dot:
-    """16-bit operands where both are one 16-bit dtype; else fp32 operands, as torch.get_float32_matmul_precision() asks.
+    """16-bit operands where both are one 16-bit dtype; else fp32 operands, in tf32 where torch allows it.
 
     The interpreter gets fp32 operands always: its tl.dot multiplies the bit patterns of bf16. Upcasting is exact, so the
     products are those of the 16-bit dot. There is no tf32 in the interpreter nor on AMD, which get ieee.
     """
     if a == b and a.itemsize == 2:
         return Dot("16bit", tl.float32 if INTERPRETED else TRITON_DTYPES[a], "ieee")
-    if torch.get_float32_matmul_precision() == "highest" or not isinstance(arch, int):
+    if not tf32_allowed() or not isinstance(arch, int):
         return Dot("ieee", tl.float32, "ieee")
     return Dot("tf32", tl.float32, "tf32", "pure" if 100 <= arch < 120 else "impure")

@@ -55,7 +55,7 @@ def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """R = PᵀG' for every matrix of a bucket, in one launch: B bases (m, r), B gradients as stored → (B, r, n) fp32.
 
     Gradients are (m, n), or (n, m) on the right side, with any strides. A gradient and a basis of one 16-bit dtype are multiplied
-    as such, anything else in fp32 as torch.get_float32_matmul_precision() asks; the sum over m is fp32. Raises ValueError for a
+    as such, anything else in fp32 (tf32 where torch allows it); the sum over m is fp32. Raises ValueError for a
     list that is not a bucket and for shapes that do not fit.
     """
     check(bases, grads, right)

@@ -30,6 +30,13 @@ def register(name: str, device_type: str, implementation: Callable) -> None:
         torch.library.register_kernel(f"{NAMESPACE}::{name}", device_type, implementation)
 
 
+def written(*tensors: torch.Tensor) -> None:
+    """Tells autograd that a kernel wrote these, so that a backward pass through their old values raises, as after any in-place op."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
+
+
 @functools.cache
 def triton_missing() -> str | None:
     """Why the Triton kernels cannot run here, or None if they can. Warns the first time where a GPU would have used them."""

@@ -53,7 +53,9 @@ def _update_moments_cuda(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], proj
         return _update_moments_default(exp_avgs, exp_avg_sqs, projected, **scalars)
     from ..kernels import moments
 
-    return moments.update_moments_(exp_avgs, exp_avg_sqs, projected.clone(), **scalars)
+    normalised = moments.update_moments_(exp_avgs, exp_avg_sqs, projected.clone(), **scalars)
+    dispatch.written(*exp_avgs, *exp_avg_sqs)
+    return normalised
 
 
 def _back_project_default(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, **scalars) -> None:
@@ -77,7 +79,8 @@ def _back_project_cuda(weights: list[Tensor], bases: list[Tensor], normalised: T
         return _back_project_default(weights, bases, normalised, **scalars)
     from ..kernels import back_project
 
-    return back_project.back_project_(weights, bases, normalised, **scalars)
+    back_project.back_project_(weights, bases, normalised, **scalars)
+    dispatch.written(*weights)
 
 
 def _adamw_step_fake(
@@ -102,7 +105,8 @@ def _adamw_step_cuda(
         return reference.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **scalars)
     from ..kernels import adamw_step
 
-    return adamw_step.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **scalars)
+    adamw_step.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **scalars)
+    dispatch.written(*weights, *exp_avgs, *exp_avg_sqs)
 
 
 project = dispatch.define("project", "(Tensor[] bases, Tensor[] grads, bool right) -> Tensor", _project_fake, _project_default)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ class LowRankOptimizer(Optimizer):
     torch.optim.AdamW's. `step` counts the updates that were made. A basis is chosen before an update when step % update_proj_gap
     is 0. A step that raises leaves the bucket in which it happened, and those after it, as they were.
 
-    With a GradScaler the step is skipped on the device, without a host sync; the host learns of it at the next step, and so `step`
-    may read one too many until then (state_dict() waits for it).
+    With a GradScaler the step is skipped on the device. On a GPU the host learns of it at the start of the next step, for which it
+    waits if that flag is still under way, and so `step` may read one too many until then (state_dict() waits as well). Gradients
+    that the scaler has not unscaled are unscaled in fp32 copies, a bucket at a time.
     """
 
     selection: str | None = None
@@ -85,6 +87,7 @@ class LowRankOptimizer(Optimizer):
         self._settle()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for index, group in enumerate(self.param_groups):
+            groups.check_values(group, index, self.selection)
             for param_index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     buckets.check_grad(group, index, param_index)
@@ -95,22 +98,19 @@ class LowRankOptimizer(Optimizer):
                 dense_adamw_step_(group, self.state, grad_scale, found_inf)
         for bucket in work:
             self._step_low_rank(bucket, grad_scale, found_inf)
-        if work and found_inf is not None:
-            self._note_unsettled(work, found_inf)
+            if found_inf is not None:
+                self._note_unsettled(bucket, found_inf)
         return loss
 
     def _step_low_rank(self, bucket: Bucket, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        device = bucket.members[0].param.device
         if found_inf is not None:
-            found_inf = found_inf.to(device, non_blocking=True)
-        grads = bucket.grads
-        if grad_scale is not None:  # like torch's fused AdamW, leave the gradients unscaled
-            torch._foreach_div_(grads, grad_scale.to(device, torch.float32, non_blocking=True))
-        for member in bucket.members:
-            if not member.state:
-                member.state = {"step": 0, **self.new_state(member, bucket)}
-        bases = self._refresh(bucket, found_inf) if bucket.step % bucket.hyper["update_proj_gap"] == 0 else None
-        self.step_bucket(bucket, bucket.states("basis") if bases is None else bases, found_inf)
+            found_inf = _to_device_of(bucket, found_inf)
+        with _unscaled(bucket, grad_scale):
+            for member in bucket.members:
+                if not member.state:
+                    member.state = {"step": 0, **self.new_state(member, bucket)}
+            bases = self._refresh(bucket, found_inf) if bucket.step % bucket.hyper["update_proj_gap"] == 0 else None
+            self.step_bucket(bucket, bucket.states("basis") if bases is None else bases, found_inf)
         remaining = iter(bases or ())
         for member in bucket.members:
             if bases is not None:
@@ -140,10 +140,11 @@ class LowRankOptimizer(Optimizer):
 
     # Steps that a GradScaler skipped.
 
-    def _note_unsettled(self, work: list[Bucket], found_inf: Tensor) -> None:
-        params = [member.param for bucket in work for member in bucket.members]
+    def _note_unsettled(self, bucket: Bucket, found_inf: Tensor) -> None:
+        params = [member.param for member in bucket.members]
         if found_inf.is_cuda:
-            flag = torch.empty(found_inf.shape, dtype=found_inf.dtype, pin_memory=True).copy_(found_inf, non_blocking=True)
+            flag = torch.empty(found_inf.shape, dtype=found_inf.dtype, device="cpu", pin_memory=True)
+            flag.copy_(found_inf, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(found_inf.device))
             self._unsettled.append((event, flag, params))
@@ -160,7 +161,8 @@ class LowRankOptimizer(Optimizer):
 
     def _take_back(self, params: list[Tensor]) -> None:
         for param in params:
-            self.state[param]["step"] -= 1
+            if "step" in self.state.get(param, {}):  # unless the user has cleared it
+                self.state[param]["step"] -= 1
 
     # State.
 
@@ -172,10 +174,6 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_unsettled", [])
         self.__dict__.setdefault("_clamp_warned", set())
-        for group in self.param_groups:  # a checkpoint may be older than a key
-            if groups.is_low_rank(group):
-                for key, value in groups.LOW_RANK_DEFAULTS.items():
-                    group.setdefault(key, value)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
@@ -192,9 +190,13 @@ class LowRankOptimizer(Optimizer):
         self._settle()
         final: dict[str, Any] = {}
 
-        def check(_: Optimizer, incoming: dict[str, Any]) -> None:  # runs after the user's own hooks, which may replace the dict
-            final.update(incoming)
-            self._check_loaded(incoming)
+        def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:  # after the user's own hooks, which may replace the dict
+            # A checkpoint may be older than a key.
+            defaults = groups.LOW_RANK_DEFAULTS
+            completed = [defaults | group if groups.is_low_rank(group) else group for group in incoming["param_groups"]]
+            final.update(incoming, param_groups=completed)
+            self._check_loaded(final)
+            return final
 
         def restore(_: Optimizer) -> None:  # runs before the user's own hooks
             self._restore_states(final)
@@ -217,11 +219,12 @@ class LowRankOptimizer(Optimizer):
                     f"group {index} is {kinds[groups.is_low_rank(group)]} here but {kinds[groups.is_low_rank(saved)]} in the checkpoint; "
                     "build the groups as they were when it was saved (a checkpoint of another optimizer does not fit)"
                 )
+            groups.check_values(dict(saved), index, self.selection)
             if not groups.is_low_rank(group) or len(group["params"]) != len(saved["params"]):
                 continue
             for param_index, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
                 state = incoming["state"].get(saved_id)
-                if state is not None:
+                if state:
                     self._check_loaded_state(state, param, saved, groups.describe(group, index, param_index))
 
     def _check_loaded_state(self, state: dict[str, Any], param: Tensor, saved: dict[str, Any], where: str) -> None:
@@ -248,3 +251,36 @@ class LowRankOptimizer(Optimizer):
                         self.state[param][key] = value.detach().clone().to(param.device)
                     else:
                         self.state[param][key] = self.state[param][key].clone()
+
+
+def _to_device_of(bucket: Bucket, flag: Tensor) -> Tensor:
+    """Asynchronously to a GPU; a copy to the CPU must have arrived before it is read."""
+    device = bucket.members[0].param.device
+    return flag.to(device, torch.float32, non_blocking=device.type == "cuda")
+
+
+@contextlib.contextmanager
+def _unscaled(bucket: Bucket, grad_scale: Tensor | None) -> Iterator[None]:
+    """The bucket's gradients divided by the scale inside, and left so after a step that was made, as torch's fused AdamW does.
+
+    16-bit gradients are divided in fp32 copies: their own quotients would underflow. A failed step leaves all as they were.
+    """
+    if grad_scale is None:
+        yield
+        return
+    grad_scale = _to_device_of(bucket, grad_scale)
+    if bucket.grads[0].dtype.itemsize < 4:
+        for member in bucket.members:
+            member.grads = [grad.float() / grad_scale for grad in member.grads]
+        yield
+    else:
+        grads = bucket.grads
+        torch._foreach_div_(grads, grad_scale)
+        try:
+            yield
+        except BaseException:
+            torch._foreach_mul_(grads, grad_scale)
+            raise
+    for member in bucket.members:
+        if member.grads[0].data_ptr() != member.param.grad.data_ptr():
+            member.param.grad.copy_(buckets.join(member.grads, member.param).reshape(member.param.shape))

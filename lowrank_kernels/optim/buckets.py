@@ -84,7 +84,7 @@ def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor
     buckets: dict[Any, Bucket] = {}
     for group_index, group, first in groups:
         hyper = {key: group[key] for key in HYPERPARAMETERS}
-        hyper["lr"], hyper["betas"] = float(hyper["lr"]), tuple(hyper["betas"])
+        hyper["lr"] = float(hyper["lr"])
         hyper_key = tuple(hyper.values())
         seen = set()
         for param_index, param in enumerate(group["params"]):
@@ -98,7 +98,8 @@ def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor
             weights, grads = _matrices(param.detach()), _matrices(param.grad)
             copied = param.dim() > 3 and weights[0].data_ptr() != param.data_ptr()
             step = state.get("step", 0)
-            layout = (weights[0].stride(), grads[0].stride(), weights[0].dtype, grads[0].dtype, param.device)
+            # A first step that was skipped leaves a state with a basis at step 0; it has no bucket in common with none.
+            layout = (bool(state), weights[0].stride(), grads[0].stride(), weights[0].dtype, grads[0].dtype, param.device)
             key = (shape, layout, right, rank, step, hyper_key)
             if (bucket := buckets.get(key)) is None:
                 bucket = buckets[key] = Bucket(hyper, right, rank, step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
 # What torch and its schedulers write into a group, and names that training scripts commonly give one.
-FOREIGN_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "name", "lr_scale")
+FOREIGN_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "lr_scale")
 
 
 def describe(group: dict[str, Any], group_index: int, param_index: int | None = None) -> str:
@@ -62,27 +62,37 @@ def is_right(shape: tuple[int, int], proj_type: str) -> bool:
 def complete(group: dict[str, Any], group_index: int, selection: str | None) -> None:
     """Fills a low-rank group's missing keys with their defaults and raises ValueError or TypeError for what cannot work.
 
-    `selection`, if given, is the one that the optimizer's class stands for. A group without `rank` gets only AdamW's checks.
+    `selection`, if given, is the one that the optimizer's class stands for. A group without `rank` gets only AdamW's checks. Numbers
+    become Python's own, so that a checkpoint holds nothing else.
     """
-    _check_adamw(group, group_index)
     if not is_low_rank(group):
         stray = [key for key in LOW_RANK_DEFAULTS if key in group]
         if stray:
             raise ValueError(
                 f"{stray[0]} is set but rank is not ({describe(group, group_index)}); add rank to project this group, or remove {stray}"
             )
+        check_values(group, group_index, selection)
         return
     _check_keys(group, group_index)
-    if selection is not None and group.setdefault("selection", selection) != selection:
-        raise ValueError(
-            f"selection is {group['selection']!r} but this optimizer's is {selection!r} ({describe(group, group_index)}); "
-            "use LowRankAdamW to choose it by group"
-        )
+    if selection is not None:
+        group.setdefault("selection", selection)
     for key, value in LOW_RANK_DEFAULTS.items():
         group.setdefault(key, value)
-    _check_low_rank(group, group_index)
+    check_values(group, group_index, selection)
     for param_index in range(len(group["params"])):
         _check_param(group, group_index, param_index)
+
+
+def check_values(group: dict[str, Any], group_index: int, selection: str | None) -> None:
+    """Every value of a complete group, also of one that was loaded or changed since; see `complete`."""
+    _check_adamw(group, group_index)
+    if is_low_rank(group):
+        _check_low_rank(group, group_index)
+        if selection not in (None, group["selection"]):
+            raise ValueError(
+                f"selection is {group['selection']!r} but this optimizer's is {selection!r} ({describe(group, group_index)}); "
+                "use LowRankAdamW to choose it by group"
+            )
 
 
 def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[int, int]]) -> None:
@@ -114,11 +124,14 @@ def _check_adamw(group: dict[str, Any], group_index: int) -> None:
             )
     elif not _is_number(lr):
         raise TypeError(f"lr must be a float, got {lr!r} ({where})")
+    else:
+        group["lr"] = float(lr)
     if not 0 <= float(lr) < math.inf:
         raise ValueError(f"lr must be finite and ≥ 0, got {float(lr)} ({where})")
     for key in ("eps", "weight_decay"):
         if not _is_number(group[key]):
             raise TypeError(f"{key} must be a float, got {group[key]!r} ({where})")
+        group[key] = float(group[key])
         if not 0 <= group[key] < math.inf:
             raise ValueError(f"{key} must be finite and ≥ 0, got {group[key]} ({where})")
     betas = group["betas"]
@@ -126,6 +139,7 @@ def _check_adamw(group: dict[str, Any], group_index: int) -> None:
         raise TypeError(f"betas must be two floats, got {betas!r} ({where})")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must lie in [0, 1), got {tuple(betas)} ({where})")
+    group["betas"] = tuple(float(beta) for beta in betas)
 
 
 def _check_keys(group: dict[str, Any], group_index: int) -> None:
@@ -142,14 +156,17 @@ def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
     for key, least in (("rank", 1), ("update_proj_gap", 1), ("oversample", 0), ("power_iters", 0)):
         value = group[key]
         kind = "a positive int" if least else "an int ≥ 0"
-        if not _is_number(value, int):
+        if not _is_number(value, Integral):
             raise TypeError(f"{key} must be {kind}, got {value!r} ({where})")
+        group[key] = int(value)
         if value < least:
             raise ValueError(f"{key} must be {kind}, got {value} ({where})")
-    if not _is_number(group["seed"], int):
+    if not _is_number(group["seed"], Integral):
         raise TypeError(f"seed must be an int, got {group['seed']!r} ({where})")
+    group["seed"] = int(group["seed"])
     if not _is_number(group["scale"]):
         raise TypeError(f"scale must be a float, got {group['scale']!r} ({where})")
+    group["scale"] = float(group["scale"])
     if not math.isfinite(group["scale"]):
         raise ValueError(f"scale must be finite, got {group['scale']} ({where})")
     for key, choices in (("proj_type", PROJ_TYPES), ("selection", tuple(SELECTIONS)), ("svd", SVDS)):

@@ -53,7 +53,7 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
     if not projected:
         kinds = sorted({type(module).__name__ for module in matched.values()})
         raise ValueError(
-            f"target_modules={target_modules!r} matches only modules without a linear weight ({', '.join(kinds)}); "
+            f"target_modules={target_modules!r} matches only modules without a linear weight of their own ({', '.join(kinds)}); "
             "name linear layers, or build the groups by hand"
         )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -75,8 +75,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _projectable(module: nn.Module, experts: bool) -> Iterator[nn.Parameter]:
     if _is_linear(module):
-        yield module.weight
-    elif experts:
+        if isinstance(module.weight, nn.Parameter):  # a parametrized weight is computed from others, which stay dense
+            yield module.weight
+    elif experts and not type(module).__module__.startswith("torch.nn."):  # torch's own have no experts; Conv1d has 3-D weights
         yield from (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
 
 

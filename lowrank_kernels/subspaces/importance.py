@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, philox
-from ..range_finder import frobenius_norm, multiply
+from ..range_finder import complement, frobenius_norm, multiply
 from .spectrum import Spectrum
 
 
@@ -44,8 +44,4 @@ def _tail_directions(grad: Tensor, directions: Tensor, count: int, seed: int) ->
     """`count` random orthonormal directions of range(G) orthogonal to the known ones: (batch, m, count)."""
     omega = philox.normal(philox.seed_tensor([seed], grad.device), (count, grad.shape[-1]), philox.TAIL, directions.dtype)[0].mT
     tail = multiply(grad, omega)
-    # Twice is enough; the second time also clears what completion put into the known directions. A seed of its own each time:
-    # the known directions may themselves be completed, and the same draws again would lie in them.
-    for again in range(2):
-        tail = ops.orthonormalise(tail - directions @ (directions.mT @ tail), seed=philox.derive_seed(seed, again))
-    return tail - directions @ (directions.mT @ tail)
+    return complement(directions, tail, seed)

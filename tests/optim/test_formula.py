@@ -9,6 +9,7 @@ from torch import nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels import reference
+from lowrank_kernels.optim import base
 from lowrank_kernels.subspaces import SELECTIONS
 
 
@@ -103,6 +104,81 @@ def test_refresh_schedule_counts_before_the_increment():
             changed.append(step)
         last = basis.clone()
     assert changed == [0, 3, 6]
+
+
+def test_what_a_refresh_is_asked_for(monkeypatch):
+    calls = []
+    choose = base.subspaces.choose_bases
+
+    def spy(grads, previous, **arguments):
+        calls.append((len(grads), previous is not None, arguments))
+        return choose(grads, previous, **arguments)
+
+    monkeypatch.setattr(base.subspaces, "choose_bases", spy)
+    dense, wide, experts, late = (nn.Parameter(torch.zeros(shape)) for shape in ((4,), (8, 12), (2, 8, 12), (8, 12)))
+    options = {"rank": 3, "update_proj_gap": 2, "oversample": 1, "power_iters": 3, "seed": 7, "selection": "random", "svd": "exact"}
+    optimizer = lrk.LowRankAdamW([{"params": [dense]}, {"params": [wide, experts, late], **options}])
+    for _ in range(3):
+        for parameter in (wide, experts, late):
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.found_inf = torch.tensor(0.0)
+        optimizer.step()
+    assert [(count, again) for count, again, _ in calls] == [(4, False), (4, True)]
+    for number, (_, _, arguments) in enumerate(calls):
+        assert arguments["places"] == [(1, 0), (2, 0), (2, 1), (3, 0)]
+        assert arguments["refresh_number"] == number and arguments["found_inf"] is not None
+        assert {key: arguments[key] for key in ("rank", "oversample", "power_iters", "seed", "selection", "svd")} == {
+            key: options[key] for key in ("rank", "oversample", "power_iters", "seed", "selection", "svd")
+        }
+
+
+@pytest.mark.parametrize(
+    "key, values", [("lr", (0.0, 0.1)), ("scale", (0.0, 1.0)), ("proj_type", ("left", "right")), ("betas", ((0.0, 0.0), (0.9, 0.9)))]
+)
+def test_groups_that_differ_do_not_share_a_bucket(key, values):
+    torch.manual_seed(0)
+    together = [nn.Parameter(torch.ones(10, 10)) for _ in values]
+    alone = [nn.Parameter(torch.ones(10, 10)) for _ in values]
+    options = {"rank": 3, "selection": "dominant", "update_proj_gap": 2}
+    both = lrk.LowRankAdamW([{"params": [p], key: value, **options} for p, value in zip(together, values, strict=True)])
+    each = [lrk.LowRankAdamW([{"params": [p], key: value, **options}]) for p, value in zip(alone, values, strict=True)]
+    for _ in range(3):
+        grad = torch.randn(10, 10)
+        for parameter in together + alone:
+            parameter.grad = grad.clone()
+        both.step()
+        for optimizer in each:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True)) and not torch.equal(*together)
+
+
+def test_fp64_parameters_with_fp32_gradients():
+    parameter = nn.Parameter(torch.ones(8, 12, dtype=torch.float64))
+    parameter.grad_dtype = None
+    parameter.grad = torch.randn(8, 12)
+    lrk.LowRankAdamW([{"params": [parameter], "rank": 2}]).step()
+    assert not torch.equal(parameter, torch.ones_like(parameter))
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_defaults_of_device_and_dtype_do_not_leak_in(selection):
+    parameter, plain = (nn.Parameter(torch.ones(8, 30)) for _ in range(2))
+    grads = [torch.randn(8, 30) for _ in range(3)]
+    options = {"rank": 2, "oversample": 0, "selection": selection, "update_proj_gap": 2}
+    for target in (parameter, plain):
+        optimizer = lrk.LowRankAdamW([{"params": [target], **options}], betas=(0.9, 0.9999), lr=0.1)
+        for grad in grads:
+            target.grad = grad.clone()
+            if target is plain:
+                optimizer.step()
+                continue
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                with torch.device("meta"):
+                    optimizer.step()
+            finally:
+                torch.set_default_dtype(torch.float32)
+    assert torch.equal(parameter, plain)
 
 
 @pytest.mark.parametrize("selection", ["random", "importance"])

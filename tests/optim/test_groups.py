@@ -102,7 +102,7 @@ def test_defaults_are_the_documented_ones():
 
 
 def test_foreign_keys_of_common_scripts_pass():
-    lrk.LowRankAdamW([group(name="attention", initial_lr=0.1, lr_scale=1.0), {"params": [parameter(3)], "anything": 1}])
+    lrk.LowRankAdamW([group(name="attention", initial_lr=0.1, lr_scale=1.0, swa_lr=0.1), {"params": [parameter(3)], "anything": 1}])
 
 
 def test_rank_is_clamped_with_one_warning_a_shape():
@@ -178,7 +178,7 @@ def test_options_go_to_the_low_rank_group_only():
     [
         (dict(target_modules=["qproj"]), r"target_modules=\['qproj'\] matches no module of Model; .* names like 'layers.0.q_proj'"),
         (dict(target_modules="mlp"), "matches no module"),
-        (dict(target_modules=["norm", "embed"]), r"matches only modules without a linear weight \(Embedding, LayerNorm\)"),
+        (dict(target_modules=["norm", "embed"]), r"matches only modules without a linear weight of their own \(Embedding, LayerNorm\)"),
         (dict(target_modules="(unclosed"), "neither 'all-linear' nor a regular expression"),
         (dict(target_modules=[]), "must be 'all-linear', a regular expression or a list"),
         (dict(target_modules=[""]), "must be 'all-linear', a regular expression or a list"),
@@ -209,6 +209,24 @@ def test_bare_linear_and_experts():
     model = nn.ModuleDict({"experts": Experts(), "router": nn.Linear(8, 3)})
     assert names(model, lrk.param_groups(model, rank=2, target_modules=["experts"])) == ["experts.gate_up"]
     assert names(model, lrk.param_groups(model, rank=2)) == ["router.weight"]
+
+
+def test_convolutions_are_no_experts():
+    model = nn.Sequential(nn.Conv1d(16, 16, 4))
+    with pytest.raises(ValueError, match="matches only modules without a linear weight"):
+        lrk.param_groups(model, rank=2, target_modules=["0"])
+
+
+def test_parametrized_weights_are_refused_in_words():
+    model = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
+    with pytest.raises(ValueError, match="without a linear weight of their own"):
+        lrk.param_groups(model, rank=2, target_modules=["0"])
+
+
+def test_numbers_become_pythons_own():
+    numpy = pytest.importorskip("numpy")
+    (found,) = lrk.LowRankAdamW([group(rank=numpy.int64(3), scale=numpy.float64(0.5), lr=numpy.float64(0.1))]).param_groups
+    assert [type(found[key]) for key in ("rank", "scale", "lr")] == [int, float, float]
 
 
 def test_sharded_parameters_are_refused_in_words():

@@ -152,11 +152,38 @@ def test_load_hooks_see_and_replace_the_dict():
 def test_checkpoint_older_than_a_key_gets_its_default():
     model, optimizer = build()
     train(model, optimizer, 2)
-    saved = copy.deepcopy(optimizer.state_dict())
-    del saved["param_groups"][1]["power_iters"]
-    optimizer.load_state_dict(saved)
-    assert optimizer.param_groups[1]["power_iters"] == 1
+    for key, default in (("power_iters", 1), ("seed", 0), ("proj_type", "std")):
+        saved = copy.deepcopy(optimizer.state_dict())
+        del saved["param_groups"][1][key]
+        optimizer.load_state_dict(saved)
+        assert optimizer.param_groups[1][key] == default
     train(model, optimizer, 3, start=2)
+
+
+def test_checkpoint_with_an_empty_state():
+    """Reading optimizer.state[p] of a parameter that never had a gradient leaves an empty entry behind."""
+    model, optimizer = build()
+    optimizer.state[model.up.weight]
+    _, other = build()
+    other.load_state_dict(through_a_file(optimizer.state_dict()))
+    train(model, other, 2)
+
+
+def test_a_named_class_refuses_the_other_ones_checkpoint():
+    saved = build(optimizer=lrk.I3SAdamW)[1].state_dict()
+    with pytest.raises(ValueError, match="selection is 'importance' but this optimizer's is 'dominant'"):
+        build(optimizer=lrk.GaLoreAdamW)[1].load_state_dict(saved)
+
+
+@pytest.mark.parametrize("key, value, error", [("svd", "exactt", ValueError), ("update_proj_gap", 0, ValueError), ("lr", -1.0, ValueError)])
+def test_values_changed_to_wrong_ones_are_refused_before_anything_moves(key, value, error):
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer.param_groups[1][key] = value
+    with pytest.raises(error, match=f"{key} must be"):
+        train(model, optimizer, 1)
+    assert same_bits(before, model.state_dict())
 
 
 def test_checkpoint_of_torch_adamw_is_refused():

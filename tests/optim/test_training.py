@@ -212,6 +212,71 @@ def test_grad_scaler_skips_a_step_as_if_it_had_not_been(bad_steps, unscale_first
     assert optimizer.state[model.up.weight]["step"] == good
 
 
+def test_parameters_that_join_after_a_skipped_first_step():
+    """One has a basis at step 0, the other nothing yet: they share no bucket, and the basis in use is kept where it must be."""
+    first, second = (nn.Parameter(torch.ones(8, 12)) for _ in range(2))
+    optimizer = lrk.LowRankAdamW([{"params": [second, first], "rank": 2}])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    (scaler.scale(first.sum()) * float("inf")).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert optimizer.state[first]["step"] == 0 and second not in optimizer.state
+    first.grad, second.grad = torch.randn(8, 12), torch.randn(8, 12)
+    optimizer.step()
+    assert optimizer.state[first]["step"] == optimizer.state[second]["step"] == 1
+
+
+def test_16_bit_gradients_are_unscaled_in_fp32_as_torch_does():
+    ours, theirs = (nn.Parameter(torch.zeros(8, 12, dtype=torch.float16)) for _ in range(2))
+    low_rank = lrk.LowRankAdamW([{"params": [ours], "rank": 8, "scale": 1.0}], lr=0.1, eps=1e-12)
+    adamw = torch.optim.AdamW([theirs], lr=0.1, eps=1e-12, weight_decay=0.0, fused=True)
+    for parameter, optimizer in ((ours, low_rank), (theirs, adamw)):
+        parameter.grad = torch.full((8, 12), 2.0**-12, dtype=torch.float16)
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0**16), torch.tensor(0.0)
+        optimizer.step()
+    assert theirs.abs().min() > 0.09 and ours.norm() > 0.09, "2⁻²⁸ underflows in fp16"
+    assert torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 12), (3, 8, 12), (8, 3, 2, 2)])
+def test_a_failed_step_under_a_scaler_can_be_repeated(monkeypatch, dtype, shape):
+    good, bad = nn.Parameter(torch.randn(shape).to(dtype)), nn.Parameter(torch.randn(9, 13).to(dtype))
+    optimizer = lrk.LowRankAdamW([{"params": [good, bad], "rank": 2}])
+    good.grad, bad.grad = torch.randn_like(good), torch.randn_like(bad)
+    if len(shape) == 4:
+        good.grad = good.grad.to(memory_format=torch.channels_last)
+    before = good.grad.clone(), bad.grad.clone()
+    step_bucket = lrk.LowRankAdamW.step_bucket
+
+    def failing(self, bucket, bases, found_inf):
+        if bucket.members[0].param is bad:
+            raise RuntimeError("no")
+        step_bucket(self, bucket, bases, found_inf)
+
+    monkeypatch.setattr(lrk.LowRankAdamW, "step_bucket", failing)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.step()
+    assert torch.equal(bad.grad, before[1]) and torch.equal(good.grad, before[0] / 4)
+    assert optimizer.state[good]["step"] == 0, "a bucket whose step was skipped does not count it, whatever happens to the next one"
+
+
+def test_complex_dense_parameters_under_a_scaler():
+    parameter = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    plain = nn.Parameter(parameter.detach().clone())
+    optimizer, adamw = lrk.LowRankAdamW([parameter], lr=0.1), lrk.LowRankAdamW([plain], lr=0.1)
+    for found_inf in (0.0, 1.0, 0.0):
+        grad = torch.randn(3, dtype=torch.complex64)
+        parameter.grad = grad * 8
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(found_inf)
+        optimizer.step()
+        if not found_inf:
+            plain.grad = grad.clone()
+            adamw.step()
+        assert torch.allclose(parameter, plain)
+
+
 def test_grad_scaler_leaves_unscaled_gradients_as_torch_does():
     model, optimizer = build()
     theirs = torch.optim.AdamW([nn.Parameter(p.detach().clone()) for p in model.parameters()], fused=True)
@@ -272,7 +337,8 @@ def test_groups_on_several_devices():
     here, there = nn.Parameter(torch.ones(20, 30)), nn.Parameter(torch.ones(20, 30, device="cuda"))
     dense_here, dense_there = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5, device="cuda"))
     optimizer = lrk.LowRankAdamW(
-        [{"params": [here, there], "rank": 4, "update_proj_gap": 2, "selection": "dominant"}, {"params": [dense_here, dense_there]}]
+        [{"params": [here, there], "rank": 4, "update_proj_gap": 2, "selection": "dominant"}, {"params": [dense_here, dense_there]}],
+        lr=0.1,
     )
     for _ in range(5):
         for a, b in ((here, there), (dense_here, dense_there)):
