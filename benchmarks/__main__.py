@@ -57,12 +57,17 @@ def run_step(case: shapes.StepCase, on_gpu: bool, seconds: float) -> list[dict]:
     error = contenders.check_step(model, case.rank, case.dtype, device)
     if not error <= UPDATE_ERROR[case.dtype]:
         raise SystemExit(f"{case.label}: the update is off by {error:.2g} from fp64; not timed")
+    params = contenders.make_params(model, case.dtype, device)
     runs = {}
     for name, build in contenders.STEP_CONTENDERS.items():
         try:
-            runs[name] = build(contenders.make_params(model, case.dtype, device), case.rank)
+            step = build(params, case.rank)
+            step()  # states are allocated in the first step
+            runs[name] = step
         except (ImportError, torch.OutOfMemoryError) as missing:
             print(f"{case.label}: {name} skipped: {type(missing).__name__}: {str(missing).splitlines()[0]}")
+    if next(iter(runs), None) != "lowrank_kernels":
+        return []
     rows = _rows(case, timing.interleave(runs, on_gpu, seconds))
     rows[0] |= {"update_error": error, "gb_per_s": case.bytes_moved() / rows[0]["p50_ms"] / 1e6}
     rows[0]["tflop_per_s"] = case.flops() / rows[0]["p50_ms"] / 1e9
@@ -91,6 +96,12 @@ def _rows(case: shapes.StepCase | shapes.RefreshCase, timings: dict[str, timing.
         }
         for name, t in timings.items()
     ]
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -143,19 +154,20 @@ def main() -> None:
     print(json.dumps(provenance, indent=1))
     if not on_gpu:
         print("No GPU: the Triton kernels are not timed here; these are the CPU paths.")
+    folder = None if str(arguments.out) == "-" else arguments.out / provenance["device"]
     rows = []
     for case in selected:
         run = run_step if isinstance(case, shapes.StepCase) else run_refresh
-        rows += run(case, on_gpu, arguments.seconds / len(selected))
+        found = run(case, on_gpu, arguments.seconds / len(selected))
+        if folder is not None:  # after each case: what is measured stays, whatever the next one does
+            append(folder / f"{now:%Y-%m-%d}-{provenance['commit']}.jsonl", [provenance | row for row in found])
+        rows += found
         gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
     print_table(rows)
-    if str(arguments.out) != "-":
-        folder = arguments.out / provenance["device"]
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{now:%Y-%m-%d}-{provenance['commit']}.jsonl"
-        with path.open("a") as file:
-            file.writelines(json.dumps(provenance | row) + "\n" for row in rows)
-        print(f"appended {len(rows)} rows to {path}")
+    if folder is not None:
+        print(f"appended {len(rows)} rows to a file in {folder}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What is compared: this package and the strongest things a user could pick instead, each skipped with a reason where it is missing.
 
-A step contender is `build(params, rank, basis_of) -> step()`. Gradients are set; the first step has been made, and none refreshes.
+A step contender is `build(params, rank) -> step()`. Gradients are set, and no step after the first one refreshes. All contenders of a
+case share the parameters: a large model would not fit several times, and what a weight holds does not change the time of a step.
 """
 
 from __future__ import annotations

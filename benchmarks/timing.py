@@ -34,7 +34,7 @@ def time_once_ms(run: Callable[[], object], on_gpu: bool) -> float:
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], on_gpu: bool, seconds: float, least_rounds: int = 5) -> dict[str, Timing]:
-    """Times every contender once a round until `seconds` have passed, after one round of warm-up, at least `least_rounds` times.
+    """Times every contender once a round until `seconds` have passed, at least `least_rounds` times, after two rounds of warm-up.
 
     A contender that took over a third of the budget in the warm-up is timed in one round only.
     """

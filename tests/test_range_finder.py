@@ -5,8 +5,9 @@ from itertools import permutations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowrank_kernels import ops, philox, range_finder
+from lowrank_kernels import ops, philox, precision, range_finder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5  # DESIGN: a basis is orthonormal to 1e-5 before it is cast; here in the spectral norm
@@ -100,6 +101,39 @@ def test_a_basis_is_orthonormal_where_products_may_be_less_precise(reduced_preci
         assert defect(ops.range_finder(torch.randn(shape, device=DEVICE), 60)[0]) <= ORTHONORMAL
     assert defect(ops.orthonormalise(torch.randn(300, 200, device=DEVICE))) <= ORTHONORMAL
     assert (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == allowed
+
+
+class RecordPrecision(TorchDispatchMode):
+    """What fp32 products are allowed when each one is made: a CPU may be exact all the same, so the result would not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.allowed = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.linalg_solve_triangular):
+            self.allowed.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch has one setting only")
+def test_what_makes_a_basis_orthonormal_runs_in_full_precision(reduced_precision):
+    matrix, basis = torch.randn(2, 60, 40), torch.linalg.qr(torch.randn(2, 60, 10))[0]
+    for run in (
+        lambda: range_finder.orthonormalise(matrix),
+        lambda: range_finder.complement(basis, matrix[..., :20], 0),
+        lambda: range_finder.range_finder(matrix.mT, 40),
+    ):
+        with RecordPrecision() as record:
+            run()
+        assert record.allowed == {("ieee", "ieee")}
+
+
+def test_tf32_is_allowed_where_torch_allows_it(reduced_precision):
+    assert precision.tf32_allowed()
+    with precision.full_precision():
+        assert not precision.tf32_allowed()
+    assert precision.tf32_allowed()
 
 
 @pytest.mark.gpu

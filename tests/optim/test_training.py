@@ -212,10 +212,12 @@ def test_grad_scaler_skips_a_step_as_if_it_had_not_been(bad_steps, unscale_first
     assert optimizer.state[model.up.weight]["step"] == good
 
 
-def test_parameters_that_join_after_a_skipped_first_step():
+@pytest.mark.parametrize("first_in_order", [False, True])
+def test_parameters_that_join_after_a_skipped_first_step(first_in_order):
     """One has a basis at step 0, the other nothing yet: they share no bucket, and the basis in use is kept where it must be."""
     first, second = (nn.Parameter(torch.ones(8, 12)) for _ in range(2))
-    optimizer = lrk.LowRankAdamW([{"params": [second, first], "rank": 2}])
+    params = [first, second] if first_in_order else [second, first]
+    optimizer = lrk.LowRankAdamW([{"params": params, "rank": 2}])
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     (scaler.scale(first.sum()) * float("inf")).backward()
     scaler.step(optimizer)
