@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 ONEDNN_FROM_FLOPS = 2**23
 """Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer call."""
 
-CHUNK_ELEMENTS = 2**17
+CHUNK_ELEMENTS = 2**18
 """Projected gradients are handled this many elements at a time (512 KiB in fp32), so that they are still in cache when read again."""
 
 
@@ -49,11 +49,22 @@ def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     dtype = _product_dtype(bases[0], grads[0])
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     n = grads[0].shape[0 if right else 1]
-    projected = torch.empty(len(grads), bases[0].shape[-1], n, dtype=state_dtype, device="cpu")
+    rank = bases[0].shape[-1]
+    if dtype == torch.bfloat16:
+        return _project_native(bases, grads, right, rank, n)
+    projected = torch.empty(len(grads), rank, n, dtype=state_dtype, device="cpu")
     for out, basis, grad in zip(projected.unbind(), bases, grads, strict=True):
         basis, grad = basis.to(dtype), grad.to(dtype)
         out.copy_(_product(basis.mT, grad.mT if right else grad))
     return projected
+
+
+def _project_native(bases: list[Tensor], grads: list[Tensor], right: bool, rank: int, n: int) -> Tensor:
+    """In bf16 with fp32 accumulation, straight into one tensor that is then widened."""
+    products = torch.empty(len(grads), rank, n, dtype=torch.bfloat16, device="cpu")
+    for out, basis, grad in zip(products.unbind(), bases, grads, strict=True):
+        torch.mm(basis.mT, grad.mT if right else grad, out=out)
+    return products.float()
 
 
 def update_moments_(

@@ -114,7 +114,8 @@ class LowRankOptimizer(Optimizer):
         remaining = iter(bases or ())
         for member in bucket.members:
             if bases is not None:
-                member.state["basis"] = buckets.join([next(remaining) for _ in member.weights], member.param)
+                basis = buckets.join([next(remaining) for _ in member.weights], member.param)
+                member.state["basis"] = subspaces.own_memory(basis)
             member.state["step"] += 1
             if member.write_back is not None:
                 member.param.copy_(member.write_back.view(member.param.shape))
@@ -247,7 +248,9 @@ class LowRankOptimizer(Optimizer):
                 for key, value in final["state"].get(saved_id, {}).items():
                     if not isinstance(value, Tensor):
                         continue
-                    if groups.is_low_rank(group) or key == "step":  # torch's fused AdamW wants its step beside the parameter
+                    if groups.is_low_rank(group) and key == "basis":
+                        self.state[param][key] = subspaces.own_memory(value.detach().to(param.device))
+                    elif groups.is_low_rank(group) or key == "step":  # torch's fused AdamW wants its step beside the parameter
                         self.state[param][key] = value.detach().clone().to(param.device)
                     else:
                         self.state[param][key] = self.state[param][key].clone()

@@ -64,10 +64,6 @@ def join(matrices: list[Tensor], param: Tensor) -> Tensor:
     return torch.stack(matrices) if param.dim() == 3 else matrices[0]
 
 
-def _matrices(tensor: Tensor) -> list[Tensor]:
-    return split(tensor) if tensor.dim() <= 3 else [tensor.flatten(1)]
-
-
 def check_grad(group: dict[str, Any], group_index: int, param_index: int) -> None:
     """Raises TypeError or ValueError for a gradient that no update can use, before anything is changed."""
     grad = group["params"][param_index].grad
@@ -82,38 +78,47 @@ def check_grad(group: dict[str, Any], group_index: int, param_index: int) -> Non
 def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
     """Buckets of the low-rank groups given as (group index, group, index of its first parameter), in order of first appearance."""
     buckets: dict[Any, Bucket] = {}
+    numbers: dict[Any, int] = {}  # of equal hyperparameters, so that a bucket's key is short
     for group_index, group, first in groups:
         hyper = {key: group[key] for key in HYPERPARAMETERS}
         hyper["lr"] = float(hyper["lr"])
-        hyper_key = tuple(hyper.values())
+        hyper_number = numbers.setdefault(tuple(hyper.values()), len(numbers))
+        sides: dict[torch.Size, tuple[bool, int]] = {}
         seen = set()
         for param_index, param in enumerate(group["params"]):
-            if param.grad is None or param in seen:
+            if (grad := param.grad) is None or param in seen:
                 continue
             seen.add(param)
-            shape = matrix_shape(param)
-            right, rank = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
-            state = states.get(param, {})
-            _check_state(state, shape, right, rank, group, group_index, param_index)
-            weights, grads = _matrices(param.detach()), _matrices(param.grad)
-            copied = param.dim() > 3 and weights[0].data_ptr() != param.data_ptr()
-            step = state.get("step", 0)
+            if (side := sides.get(param.shape)) is None:
+                shape = matrix_shape(param)
+                side = sides[param.shape] = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
+            right, rank = side
+            weight, copied = param.detach(), False
+            if param.dim() == 2:
+                weights, grads = [weight], [grad]
+            elif param.dim() == 3:
+                weights, grads = split(weight), split(grad)
+            else:
+                weights, grads = [weight.flatten(1)], [grad.flatten(1)]
+                copied = weights[0].data_ptr() != weight.data_ptr()
+            state = states.get(param) or {}
+            if state:
+                _check_state(state, weights[0], right, rank, group, group_index, param_index)
             # A first step that was skipped leaves a state with a basis at step 0; it has no bucket in common with none.
-            layout = (bool(state), weights[0].stride(), grads[0].stride(), weights[0].dtype, grads[0].dtype, param.device)
-            key = (shape, layout, right, rank, step, hyper_key)
+            progress = (state["step"], True) if state else (0, False)
+            first_weight, first_grad = weights[0], grads[0]
+            layout = (first_weight.stride(), first_grad.stride(), weight.dtype, grad.dtype, weight.device)
+            key = (hyper_number, first_weight.shape, layout, progress)
             if (bucket := buckets.get(key)) is None:
-                bucket = buckets[key] = Bucket(hyper, right, rank, step)
-            bucket.members.append(Member(param, first + param_index, state, weights, grads, weights[0] if copied else None))
+                bucket = buckets[key] = Bucket(hyper, right, rank, progress[0])
+            bucket.members.append(Member(param, first + param_index, state, weights, grads, first_weight if copied else None))
     return list(buckets.values())
 
 
 def _check_state(
-    state: dict[str, Any], shape: tuple[int, int], right: bool, rank: int, group: dict[str, Any], group_index: int, param_index: int
+    state: dict[str, Any], weight: Tensor, right: bool, rank: int, group: dict[str, Any], group_index: int, param_index: int
 ) -> None:
-    if not state:
-        return
-    m = shape[1] if right else shape[0]
-    expected = (m, rank)
+    expected = (weight.shape[1 if right else 0], rank)
     if state["basis"].shape[-2:] != expected:
         where = describe(group, group_index, param_index)
         raise ValueError(

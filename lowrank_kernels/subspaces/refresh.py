@@ -41,7 +41,7 @@ def choose_bases(
     dtype: torch.dtype,
     found_inf: Tensor | None = None,
 ) -> list[Tensor]:
-    """One basis (m, r) of `dtype` for each gradient, each with its own memory.
+    """One basis (m, r) of `dtype` for each gradient; they may share memory, see `own_memory`.
 
     Args:
         grads: matrices as stored, of equal shape; the right side works on their transposes.
@@ -65,5 +65,15 @@ def choose_bases(
             if found_inf is not None:
                 usable = usable & (found_inf.to(usable.device) == 0)
             fresh = torch.where(usable[:, None, None], fresh, torch.stack(tuple(previous[start:stop])))
-        bases.extend(basis.clone(memory_format=torch.contiguous_format) for basis in fresh.unbind())
+        bases.extend(fresh.unbind())
     return bases
+
+
+def own_memory(basis: Tensor) -> Tensor:
+    """A copy (…, m, r) that keeps nothing else alive, in the order that the device's products want.
+
+    By rows on a GPU, where the kernels read r neighbours at a time; by columns on a CPU, where Pᵀ then needs no copy.
+    """
+    if basis.device.type == "cpu":
+        return basis.mT.clone(memory_format=torch.contiguous_format).mT
+    return basis.clone(memory_format=torch.contiguous_format)
