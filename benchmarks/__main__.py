@@ -22,8 +22,10 @@ import lowrank_kernels as lrk
 from . import contenders, shapes, timing
 
 RESULTS = Path(__file__).parent / "results"
-UPDATE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""Largest relative error of the update ΔW: of fp32 sums, and of bf16 weights whose update is no larger than themselves."""
+UPDATE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
+"""Largest relative error of the update ΔW. N is close to the sign of R, so where |R| is under its rounding error δ (1e-7 of its size in
+fp32, 4e-3 in bf16) N is off by its own size, which is a share δ of all elements: sqrt(1e-7) = 3e-4 of the norm in fp32, less than the
+rounding of the weights in bf16."""
 
 
 def device_name(on_gpu: bool) -> str:

@@ -47,24 +47,15 @@ def _product_dtype(*matrices: Tensor) -> torch.dtype:
 def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """R = PᵀG' for each matrix: (m, r) bases, gradients as stored → (batch, r, n) fp32 (fp64 for fp64)."""
     dtype = _product_dtype(bases[0], grads[0])
-    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     n = grads[0].shape[0 if right else 1]
-    rank = bases[0].shape[-1]
-    if dtype == torch.bfloat16:
-        return _project_native(bases, grads, right, rank, n)
-    projected = torch.empty(len(grads), rank, n, dtype=state_dtype, device="cpu")
+    projected = torch.empty(len(grads), bases[0].shape[-1], n, dtype=dtype, device="cpu")
     for out, basis, grad in zip(projected.unbind(), bases, grads, strict=True):
-        basis, grad = basis.to(dtype), grad.to(dtype)
-        out.copy_(_product(basis.mT, grad.mT if right else grad))
-    return projected
-
-
-def _project_native(bases: list[Tensor], grads: list[Tensor], right: bool, rank: int, n: int) -> Tensor:
-    """In bf16 with fp32 accumulation, straight into one tensor that is then widened."""
-    products = torch.empty(len(grads), rank, n, dtype=torch.bfloat16, device="cpu")
-    for out, basis, grad in zip(products.unbind(), bases, grads, strict=True):
-        torch.mm(basis.mT, grad.mT if right else grad, out=out)
-    return products.float()
+        left, right_factor = basis.mT.to(dtype), (grad.mT if right else grad).to(dtype)
+        if dtype == torch.bfloat16:
+            torch.mm(left, right_factor, out=out)
+        else:
+            out.copy_(_product(left, right_factor))
+    return projected.to(torch.promote_types(dtype, torch.float32))
 
 
 def update_moments_(
