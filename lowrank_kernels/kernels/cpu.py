@@ -16,7 +16,7 @@ ONEDNN_FROM_FLOPS = 2**23
 """Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer call."""
 
 CHUNK_ELEMENTS = 2**18
-"""Projected gradients are handled this many elements at a time (512 KiB in fp32), so that they are still in cache when read again."""
+"""Projected gradients are handled this many elements at a time (1 MiB in fp32), so that they are still in cache when read again."""
 
 
 def _has_native_bf16() -> bool:
