@@ -29,10 +29,12 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.extra-bench
 	$(RUN) -m benchmarks $(ARGS)
 
-# Needs torch, triton, pytest and hypothesis in that Python. There is nothing to build before csrc/ has sources.
+# Needs torch, triton, pytest and hypothesis in that Python; with pytest-xdist the kernels compile side by side. There is nothing to
+# build before csrc/ has sources.
+gpu: SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 8')
 gpu:
 	$(if $(wildcard csrc/*),$(PYTHON) setup.py --quiet build_ext --inplace)
-	$(PYTHON) -m pytest -m gpu -x $(GPU_TESTS) $(ARGS)
+	$(PYTHON) -m pytest -m gpu -x $(SIDE_BY_SIDE) $(GPU_TESTS) $(ARGS)
 	$(PYTHON) -m benchmarks --seconds 180
 
 clean:

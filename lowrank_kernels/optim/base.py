@@ -25,7 +25,7 @@ class LowRankOptimizer(Optimizer):
 
     With a GradScaler the step is skipped on the device. On a GPU the host learns of it at the start of the next step, for which it
     waits if that flag is still under way, and so `step` may read one too many until then (state_dict() waits as well). Gradients
-    that the scaler has not unscaled are unscaled in fp32 copies, a bucket at a time.
+    that the scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32 copies, a bucket at a time.
     """
 
     selection: str | None = None
