@@ -144,14 +144,18 @@ def test_ctrl_c_saves_the_step_under_way(uninterrupted, command, pretrain, tmp_p
 def test_the_second_signal_acts_as_usual():
     from stopping import stop_on_signal
 
-    before = signal.getsignal(signal.SIGTERM)
-    with stop_on_signal() as received:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
-    assert signal.getsignal(signal.SIGTERM) == before
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        before = signal.getsignal(signal.SIGTERM)
+        with stop_on_signal() as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(1)
+        assert signal.getsignal(signal.SIGTERM) == before
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_an_optimizer_can_be_added_to_a_finished_run(finished, pretrain, tmp_path):
