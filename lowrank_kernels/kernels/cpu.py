@@ -44,32 +44,60 @@ def _product_dtype(*matrices: Tensor) -> torch.dtype:
     return torch.bfloat16 if NATIVE_BF16 and dtypes == {torch.bfloat16} else torch.float32
 
 
+class _Workspace:
+    """Temporaries (count, r, n) of a chunk, reused by the next one: fresh memory costs a page fault every 4 KiB.
+
+    products: in the dtype that products run in. projected: R in fp32 (fp64 for fp64), the same tensor where the dtypes are equal.
+    negated: −N.
+    """
+
+    def __init__(self, count: int, basis: Tensor, grad: Tensor, right: bool) -> None:
+        dtype = _product_dtype(basis, grad)
+        shape = (count, basis.shape[-1], grad.shape[0 if right else 1])
+        self.products = torch.empty(shape, dtype=dtype, device="cpu")
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        self.projected = self.products if dtype == state_dtype else torch.empty(shape, dtype=state_dtype, device="cpu")
+        self.negated = torch.empty(shape, dtype=state_dtype, device="cpu")
+
+
 def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """R = PᵀG' for each matrix: (m, r) bases, gradients as stored → (batch, r, n) fp32 (fp64 for fp64)."""
-    dtype = _product_dtype(bases[0], grads[0])
-    n = grads[0].shape[0 if right else 1]
-    projected = torch.empty(len(grads), bases[0].shape[-1], n, dtype=dtype, device="cpu")
-    for out, basis, grad in zip(projected.unbind(), bases, grads, strict=True):
+    return _project(bases, grads, right, _Workspace(len(grads), bases[0], grads[0], right))
+
+
+def _project(bases: list[Tensor], grads: list[Tensor], right: bool, workspace: _Workspace) -> Tensor:
+    products, projected = workspace.products[: len(grads)], workspace.projected[: len(grads)]
+    dtype = products.dtype
+    for out, basis, grad in zip(products.unbind(), bases, grads, strict=True):
         left, right_factor = basis.mT.to(dtype), (grad.mT if right else grad).to(dtype)
         if dtype == torch.bfloat16:
             torch.mm(left, right_factor, out=out)
         else:
             out.copy_(_product(left, right_factor))
-    return projected.to(torch.promote_types(dtype, torch.float32))
+    return projected if projected.dtype == dtype else projected.copy_(products)
 
 
 def update_moments_(
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int
 ) -> Tensor:
     """Moments in place; returns N (batch, r, n)."""
-    return _update_moments_negated_(exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=step).neg_()
+    negated = torch.empty_like(projected)
+    return _update_moments_(exp_avgs, exp_avg_sqs, projected, negated, beta1=beta1, beta2=beta2, eps=eps, step=step).neg_()
 
 
-def _update_moments_negated_(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int
+def _update_moments_(
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    projected: Tensor,
+    negated: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
 ) -> Tensor:
-    """Moments in place; returns −N: AdamW with lr 1 moves weights of zero to exactly that."""
-    negated = torch.zeros_like(projected)
+    """Moments in place; −N into `negated`: AdamW with lr 1 moves weights of zero to exactly that."""
+    negated.zero_()
     adamw(
         list(negated.unbind()),
         list(projected.unbind()),
@@ -128,9 +156,13 @@ def adamw_step_(
     """One AdamW step in the subspace for each matrix of a bucket; see reference.adamw_step_."""
     if found_inf is not None and found_inf.item():  # on a CPU reading it costs nothing
         return
-    chunk = max(1, CHUNK_ELEMENTS // exp_avgs[0].numel())
+    chunk = min(len(weights), max(1, CHUNK_ELEMENTS // exp_avgs[0].numel()))
+    workspace = _Workspace(chunk, bases[0], grads[0], right)
     for start in range(0, len(weights), chunk):
         part = slice(start, start + chunk)
-        projected = project(bases[part], grads[part], right)
-        negated = _update_moments_negated_(exp_avgs[part], exp_avg_sqs[part], projected, beta1=beta1, beta2=beta2, eps=eps, step=step)
+        projected = _project(bases[part], grads[part], right, workspace)
+        negated = workspace.negated[: len(projected)]
+        _update_moments_(exp_avgs[part], exp_avg_sqs[part], projected, negated, beta1=beta1, beta2=beta2, eps=eps, step=step)
+        if workspace.products is not workspace.projected:
+            negated = workspace.products[: len(projected)].copy_(negated)  # in the dtype of the product to come
         back_project_(weights[part], bases[part], negated, lr=lr, scale=-scale, weight_decay=weight_decay, right=right)
