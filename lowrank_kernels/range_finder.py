@@ -3,7 +3,7 @@
     Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W
 
 Batched over equal shapes, fixed shapes throughout, no branch on data. Products run at the gradient's precision with fp32
-accumulation (in fp32 for fp16, and for everything on a CPU); all that is l × l runs in fp32, or fp64 for fp64 input.
+accumulation (in fp32 for fp16, and for everything on a CPU); all that is l × l runs in fp32 or better, never in tf32.
 
 Sources: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1; Fukaya et al., "Shifted Cholesky QR",
 SIAM J. Sci. Comput. 42 (2020); Efraimidis, Spirakis, Inf. Process. Lett. 97 (2006) for sampling by keys.
@@ -139,14 +139,13 @@ def _whole_spectrum(grad: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(…, k, n) with k ≤ n → all k left singular vectors (…, k, k) and values (…, k), descending, by eigh(A·Aᵀ).
 
-    The eigenvalues lose everything under sqrt(u)·σ₁, so sigma is measured again as the length of the rows of UᵀA.
+    The eigenproblem runs in fp64: fp32's vectors are orthonormal to 1e-5 only. The eigenvalues of a Gram matrix formed in fp32 lose
+    everything under sqrt(u)·σ₁, so sigma is measured again as the length of the rows of UᵀA.
     """
     peak = matrix.abs().amax(dim=(-2, -1), keepdim=True)
     peak = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1)
     scaled = torch.nan_to_num(matrix / peak, nan=0.0, posinf=0.0, neginf=0.0)
-    vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT).double()).eigenvectors.to(
-        matrix.dtype
-    )  # fp64: fp32's are orthonormal to 1e-5 only
+    vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT).double()).eigenvectors.to(matrix.dtype)
     sigma, order = torch.linalg.vector_norm(full_precision_product(vectors.mT, scaled), dim=-1).sort(dim=-1, descending=True)
     vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
     return vectors, sigma * peak[..., 0]

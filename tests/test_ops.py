@@ -99,6 +99,19 @@ def test_cpu_step_without_native_bf16(monkeypatch):
         assert_step_is_right(bucket(96, 120, 16, right, torch.bfloat16), step=2, right=right)
 
 
+def test_cpu_step_of_fp32_weights_with_bf16_bases_and_gradients_keeps_n_in_fp32():
+    weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(96, 120, 16, True, torch.bfloat16)
+    weights = [weight.float() for weight in weights]
+    # One with moments so large that R's own rounding to bf16 does not show beside them.
+    tensors = [weights, [grad * 2.0**-20 for grad in grads], bases, exp_avgs, exp_avg_sqs]
+    exact = in_fp64([[t.clone() for t in group] for group in tensors])
+    before = weights[0].double().clone()
+    reference.adamw_step_(*exact, **HYPER, step=3, right=True)
+    ops.adamw_step_(*tensors, **HYPER, step=3, right=True)
+    # Products and sums in fp32: r + some of its roundings, far under bf16's 2⁻⁹.
+    assert (weights[0].double() - exact[0][0]).norm() <= 1e-5 * (exact[0][0] - before).norm()
+
+
 def test_cpu_step_in_chunks_equals_one_by_one(monkeypatch):
     together, alone = bucket(40, 60, 8, True, batch=5), bucket(40, 60, 8, True, batch=5)
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 2 * 8 * 60)

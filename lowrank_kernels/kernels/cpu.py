@@ -2,8 +2,8 @@
 
 Same formulas as reference.py. What makes it faster than the formulas typed in: large fp32 products go to oneDNN, small ones to
 the BLAS; bf16 is multiplied as it is where the CPU has instructions for it (accumulated in fp32 and rounded once) and in fp32
-elsewhere, as is fp16; moments go through torch's fused AdamW kernel, one pass over memory for the whole bucket; decay and update
-of a weight are part of its product. Figures, and what lost: benchmarks/NOTES.md.
+elsewhere, as is fp16; moments go through torch's fused AdamW kernel, one pass over memory; a 16-bit weight's decay and update are
+part of its native product. Figures, and what lost: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -163,6 +163,6 @@ def adamw_step_(
         projected = _project(bases[part], grads[part], right, workspace)
         negated = workspace.negated[: len(projected)]
         _update_moments_(exp_avgs[part], exp_avg_sqs[part], projected, negated, beta1=beta1, beta2=beta2, eps=eps, step=step)
-        if workspace.products is not workspace.projected:
+        if workspace.products.dtype == weights[0].dtype != negated.dtype:
             negated = workspace.products[: len(projected)].copy_(negated)  # in the dtype of the product to come
         back_project_(weights[part], bases[part], negated, lr=lr, scale=-scale, weight_decay=weight_decay, right=right)

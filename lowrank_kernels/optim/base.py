@@ -109,21 +109,21 @@ class LowRankOptimizer(Optimizer):
             for member in bucket.members:
                 if not member.state:
                     member.state = {"step": 0, **self.new_state(member, bucket)}
-            bases = self._refresh(bucket, found_inf) if bucket.step % bucket.hyper["update_proj_gap"] == 0 else None
-            self.step_bucket(bucket, bucket.states("basis") if bases is None else bases, found_inf)
-        remaining = iter(bases or ())
-        for member in bucket.members:
-            if bases is not None:
-                basis = buckets.join([next(remaining) for _ in member.weights], member.param)
-                member.state["basis"] = subspaces.own_memory(basis)
+            due = bucket.step % bucket.hyper["update_proj_gap"] == 0
+            # Before anything moves: what may still run out of memory.
+            fresh = self._refresh(bucket, found_inf) if due else [member.state["basis"] for member in bucket.members]
+            self.step_bucket(bucket, [matrix for basis in fresh for matrix in buckets.split(basis)], found_inf)
+        for member, basis in zip(bucket.members, fresh, strict=True):
+            member.state["basis"] = basis
             member.state["step"] += 1
             if member.write_back is not None:
                 member.param.copy_(member.write_back.view(member.param.shape))
             self.state[member.param] = member.state
 
     def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> list[Tensor]:
+        """A new basis for each member, (m, r) or (experts, m, r)."""
         hyper = bucket.hyper
-        return subspaces.choose_bases(
+        chosen = subspaces.choose_bases(
             bucket.grads,
             bucket.states("basis") if "basis" in bucket.members[0].state else None,
             rank=bucket.rank,
@@ -138,6 +138,8 @@ class LowRankOptimizer(Optimizer):
             dtype=bucket.members[0].param.dtype,
             found_inf=found_inf,
         )
+        remaining = iter(chosen)
+        return [subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param)) for member in bucket.members]
 
     # Steps that a GradScaler skipped.
 

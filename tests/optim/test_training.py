@@ -11,6 +11,7 @@ from torch import nn
 import lowrank_kernels as lrk
 from lowrank_kernels import ops
 from lowrank_kernels.optim import adamw as adamw_module
+from lowrank_kernels.optim import base
 
 
 @pytest.mark.parametrize(
@@ -393,6 +394,17 @@ def test_failed_step_leaves_the_failing_bucket_and_those_after_it(monkeypatch):
         assert same_bits(optimizer.state_dict()["state"][number], before[1]["state"][number])
     monkeypatch.setattr(adamw_module.ops, "adamw_step_", ops.step.adamw_step_)
     optimizer.step()
+
+
+@pytest.mark.parametrize("what", ["choose_bases", "own_memory"])
+def test_a_refresh_that_runs_out_of_memory_moves_nothing(monkeypatch, what):
+    model, optimizer = build()
+    train(model, optimizer, 4)  # the next step refreshes
+    before = copy.deepcopy((model.up.weight, optimizer.state[model.up.weight]))
+    monkeypatch.setattr(base.subspaces, what, lambda *a, **k: (_ for _ in ()).throw(MemoryError("no")))
+    with pytest.raises(MemoryError):
+        train(model, optimizer, 1, start=4)
+    assert torch.equal(before[0], model.up.weight) and same_bits(before[1], optimizer.state[model.up.weight])
 
 
 def test_failed_first_step_leaves_no_state(monkeypatch):
