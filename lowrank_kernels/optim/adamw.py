@@ -33,6 +33,9 @@ class LowRankAdamW(LowRankOptimizer):
     Keys of a low-rank group:
         rank: r ≥ 1, required; clamped to the shorter side of each matrix with one warning a shape.
         update_proj_gap: steps between refreshes of the basis (200).
+        stagger: False, all matrices of the group refresh together (GaLore's rule, default), or True, they take turns: of k
+            parameters, parameter i refreshes where step mod gap is ⌊i·gap / k⌋, at most ⌈k / gap⌉ of them at a step. The first
+            step gives every one its first basis, so its first period is the shorter one.
         scale: α on the back-projected update (0.25).
         proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".
         selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).

@@ -20,8 +20,9 @@ class LowRankOptimizer(Optimizer):
     """Groups with `rank` are projected and updated by the subclass, bucket by bucket; the others are ordinary AdamW.
 
     A projected parameter's state is {"step": int, "basis": (m, r) in its dtype, …the subclass's tensors}, a dense one's is
-    torch.optim.AdamW's. `step` counts the updates that were made. A basis is chosen before an update when step % update_proj_gap
-    is 0. A step that raises leaves the bucket in which it happened, and those after it, as they were.
+    torch.optim.AdamW's. `step` counts the updates that were made. A basis is chosen before the first update and wherever
+    step % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share of the period. A step that raises
+    leaves the bucket in which it happened, and those after it, as they were.
 
     With a GradScaler the step is skipped on the device. On a GPU the host learns of it at the start of the next step, for which it
     waits if that flag is still under way, and so `step` may read one too many until then (state_dict() waits as well). Gradients
@@ -109,19 +110,20 @@ class LowRankOptimizer(Optimizer):
             for member in bucket.members:
                 if not member.state:
                     member.state = {"step": 0, **self.new_state(member, bucket)}
-            due = bucket.step % bucket.hyper["update_proj_gap"] == 0
+            due = bucket.due()
             # Before anything moves: what may still run out of memory.
-            fresh = self._refresh(bucket, found_inf) if due else [member.state["basis"] for member in bucket.members]
-            self.step_bucket(bucket, [matrix for basis in fresh for matrix in buckets.split(basis)], found_inf)
-        for member, basis in zip(bucket.members, fresh, strict=True):
+            fresh = self._refresh(due, found_inf) if due.members else {}
+            bases = [fresh[member.index] if member.index in fresh else member.state["basis"] for member in bucket.members]
+            self.step_bucket(bucket, [matrix for basis in bases for matrix in buckets.split(basis)], found_inf)
+        for member, basis in zip(bucket.members, bases, strict=True):
             member.state["basis"] = basis
             member.state["step"] += 1
             if member.write_back is not None:
                 member.param.copy_(member.write_back.view(member.param.shape))
             self.state[member.param] = member.state
 
-    def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> list[Tensor]:
-        """A new basis for each member, (m, r) or (experts, m, r)."""
+    def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> dict[int, Tensor]:
+        """A new basis, (m, r) or (experts, m, r), for each member, by its index in the optimizer."""
         hyper = bucket.hyper
         chosen = subspaces.choose_bases(
             bucket.grads,
@@ -133,13 +135,16 @@ class LowRankOptimizer(Optimizer):
             oversample=hyper["oversample"],
             power_iters=hyper["power_iters"],
             seed=hyper["seed"],
-            refresh_number=bucket.step // hyper["update_proj_gap"],
+            refresh_number=bucket.refresh_number,
             places=bucket.places,
             dtype=bucket.members[0].param.dtype,
             found_inf=found_inf,
         )
         remaining = iter(chosen)
-        return [subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param)) for member in bucket.members]
+        return {
+            member.index: subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param))
+            for member in bucket.members
+        }
 
     # Steps that a GradScaler skipped.
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, describe, is_right, matrix_shape
+from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, describe, is_right, matrix_shape, refresh_offset
 
 HYPERPARAMETERS = (*ADAMW_KEYS, "rank", *LOW_RANK_DEFAULTS)
 
 
 @dataclass
 class Member:
-    """One parameter with a gradient: its place, its state (empty before the first step) and its matrices."""
+    """One parameter with a gradient: its place, when it refreshes, its state (empty before the first step) and its matrices."""
 
     param: Tensor
     index: int
+    refresh_offset: int
     state: dict[str, Any]
     weights: list[Tensor]
     grads: list[Tensor]
@@ -49,6 +50,16 @@ class Bucket:
     def places(self) -> list[tuple[int, int]]:
         """(parameter index, number of the matrix in the parameter) of each matrix: what its random draws are keyed by."""
         return [(member.index, number) for member in self.members for number in range(len(member.weights))]
+
+    @property
+    def refresh_number(self) -> int:
+        """⌈step / gap⌉, which all draws hang on: 0 at the first step, and one more at each refresh of a parameter, whatever its offset."""
+        return -(-self.step // self.hyper["update_proj_gap"])
+
+    def due(self) -> Bucket:
+        """The members that need a new basis before this update: all at their first one, afterwards those whose turn it is."""
+        turn = self.step % self.hyper["update_proj_gap"]
+        return replace(self, members=[member for member in self.members if self.step == 0 or member.refresh_offset == turn])
 
     def states(self, key: str) -> list[Tensor]:
         return [matrix for member in self.members for matrix in split(member.state[key])]
@@ -111,7 +122,8 @@ def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor
             key = (hyper_number, first_weight.shape, layout, progress)
             if (bucket := buckets.get(key)) is None:
                 bucket = buckets[key] = Bucket(hyper, right, rank, progress[0])
-            bucket.members.append(Member(param, first + param_index, state, weights, grads, first_weight if copied else None))
+            offset = refresh_offset(group, param_index)
+            bucket.members.append(Member(param, first + param_index, offset, state, weights, grads, first_weight if copied else None))
     return list(buckets.values())
 
 

@@ -15,6 +15,7 @@ from ..subspaces import SELECTIONS, SVDS
 
 LOW_RANK_DEFAULTS: dict[str, Any] = {
     "update_proj_gap": 200,
+    "stagger": False,
     "scale": 0.25,
     "proj_type": "std",
     "selection": "importance",
@@ -57,6 +58,14 @@ def is_right(shape: tuple[int, int], proj_type: str) -> bool:
     if proj_type == "reverse_std":
         return rows < columns
     return proj_type == "right"
+
+
+def refresh_offset(group: dict[str, Any], param_index: int) -> int:
+    """⌊i·gap / k⌋ for parameter i of the k of a staggered group, 0 in any other: it refreshes where step mod gap is this number.
+
+    Every number below gap is taken by ⌊k / gap⌋ or ⌈k / gap⌉ parameters. k counts all of the group, with a gradient or without.
+    """
+    return param_index * group["update_proj_gap"] // len(group["params"]) if group["stagger"] else 0
 
 
 def complete(group: dict[str, Any], group_index: int, selection: str | None) -> None:
@@ -161,6 +170,8 @@ def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
         group[key] = int(value)
         if value < least:
             raise ValueError(f"{key} must be {kind}, got {value} ({where})")
+    if not isinstance(group["stagger"], bool):
+        raise TypeError(f"stagger must be True or False, got {group['stagger']!r} ({where})")
     if not _is_number(group["seed"], Integral):
         raise TypeError(f"seed must be an int, got {group['seed']!r} ({where})")
     group["seed"] = int(group["seed"])

@@ -24,8 +24,8 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             returns, and any layer whose weight is an embedding's); or a list of strings, a module being taken where its name
             contains one of them (`["q_proj", "mlp"]`); or a regular expression that must match a module's whole name. Of the
             modules found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]` of named modules.
-        options: any other key of a low-rank group (`update_proj_gap`, `scale`, `proj_type`, `selection`, `svd`, `oversample`,
-            `power_iters`, `seed`; `lr`, `betas`, `eps`, `weight_decay`), set in the low-rank group only.
+        options: any other key of a low-rank group (`update_proj_gap`, `stagger`, `scale`, `proj_type`, `selection`, `svd`,
+            `oversample`, `power_iters`, `seed`; `lr`, `betas`, `eps`, `weight_decay`), set in the low-rank group only.
 
     Returns:
         [{"params": everything else}, {"params": projected weights, "rank": rank, **options}].

@@ -28,6 +28,9 @@ def group(**keys):
         (dict(update_proj_gap=0), ValueError, "update_proj_gap must be a positive int, got 0"),
         (dict(update_proj_gap=-1), ValueError, "update_proj_gap must be a positive int, got -1"),
         (dict(update_proj_gap=2.5), TypeError, "update_proj_gap must be a positive int, got 2.5"),
+        (dict(stagger=1), TypeError, "stagger must be True or False, got 1"),
+        (dict(stagger="yes"), TypeError, "stagger must be True or False, got 'yes'"),
+        (dict(stagger=None), TypeError, "stagger must be True or False, got None"),
         (dict(selection="importanse"), ValueError, "selection must be one of 'importance', 'dominant', 'random', got 'importanse'"),
         (dict(selection="importanse"), ValueError, "did you mean 'importance'"),
         (dict(svd="full"), ValueError, "svd must be one of 'randomized', 'exact', got 'full'"),
@@ -95,7 +98,15 @@ def test_the_selection_of_a_named_class_is_fixed():
 def test_defaults_are_the_documented_ones():
     (found,) = lrk.LowRankAdamW([group()]).param_groups
     documented = dict(
-        update_proj_gap=200, scale=0.25, proj_type="std", selection="importance", svd="randomized", oversample=8, power_iters=1, seed=0
+        update_proj_gap=200,
+        stagger=False,
+        scale=0.25,
+        proj_type="std",
+        selection="importance",
+        svd="randomized",
+        oversample=8,
+        power_iters=1,
+        seed=0,
     )
     assert {key: found[key] for key in documented} == documented
     assert (found["lr"], found["betas"], found["eps"], found["weight_decay"]) == (1e-3, (0.9, 0.999), 1e-8, 0.0)
