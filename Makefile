@@ -1,5 +1,7 @@
-# make demo | test | lint | bench: make .venv if it is missing, install what they need, and run.
+# make demo | test | lint | bench: make .venv if it is missing, install what they need, build the extension, and run.
+# make sanitize: the extension's tests under AddressSanitizer and UBSan.
 # make gpu: runs with the Python given as PYTHON, as it is: no virtual environment, nothing installed.
+# LOWRANK_KERNELS_BUILD=0 | 1: without the extension, or with it or not at all; setup.py has the details.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -11,10 +13,13 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # One thread a worker: two pools of threads on two cores mostly wait for each other.
 WORKERS ?= 2
+# nvcc crashes beside a preloaded sanitizer, so tests/csrc/test_nvcc.py is not among these.
+SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
+CSRC := $(shell find csrc 2>/dev/null)
 # Those that run on a GPU; the others would only be collected, and need more packages for it.
 GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/kernels tests/subspaces tests/optim
 
-.PHONY: demo test lint bench gpu clean FORCE
+.PHONY: demo test lint bench sanitize gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
@@ -29,16 +34,24 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.extra-bench
 	$(RUN) -m benchmarks $(ARGS)
 
-# Needs torch, triton, pytest and hypothesis in that Python; with pytest-xdist the kernels compile side by side. There is nothing to
-# build before csrc/ has sources.
+# Python is not built with the sanitizer, so its runtime has to be loaded first, and libstdc++ with it: it looks up what throws exceptions
+# when it starts. Python never frees a part of what it allocates, so leaks are not reported. Nothing is captured: a report ends the process.
+sanitize: PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-file-name=libstdc++.so)
+sanitize: $(VENV)/.extra-test
+	LOWRANK_KERNELS_BUILD=1 CXX=g++ $(RUN) setup.py --quiet build_ext --sanitize --build-lib build/sanitize
+	LOWRANK_KERNELS_LIBRARY=build/sanitize/lowrank_kernels/_C.so LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(RUN) -m pytest --capture=no $(SANITIZE_TESTS) $(ARGS)
+
+# Needs torch, triton, ninja, nvcc, pytest and hypothesis in that Python; with pytest-xdist the kernels compile side by side.
 gpu: SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 8')
 gpu:
-	$(if $(wildcard csrc/*),$(PYTHON) setup.py --quiet build_ext --inplace)
+	LOWRANK_KERNELS_BUILD=$${LOWRANK_KERNELS_BUILD-cuda} $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu -x $(SIDE_BY_SIDE) $(GPU_TESTS) $(ARGS)
 	$(PYTHON) -m benchmarks --seconds 180
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+	rm -f lowrank_kernels/_C.* lowrank_kernels/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -48,10 +61,15 @@ $(VENV)/bin/python:
 $(VENV)/.torch: FORCE | $(VENV)/bin/python
 	@test "$$(cat $@ 2>/dev/null)" = '$(TORCH)' || { $(PIP) '$(TORCH)' 'setuptools>=77' wheel ninja && echo '$(TORCH)' > $@; }
 
+# Holds LOWRANK_KERNELS_BUILD, so that another value builds anew, or removes what was built.
+$(VENV)/.mode: FORCE | $(VENV)/bin/python
+	@test -f $@ -a "$$(cat $@ 2>/dev/null)" = '$(LOWRANK_KERNELS_BUILD)' || echo '$(LOWRANK_KERNELS_BUILD)' > $@
+
 FORCE:
 
-$(VENV)/.extra-%: pyproject.toml setup.py $(VENV)/.torch
+$(VENV)/.extra-%: pyproject.toml setup.py $(CSRC) $(VENV)/.torch $(VENV)/.mode
 	$(PIP) --no-build-isolation --editable ".[$*]"
+	@$(RUN) -m lowrank_kernels | grep ^extension
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python

@@ -1,5 +1,294 @@
-"""All metadata stands in pyproject.toml. This file is where the extension of csrc/ is declared; there is nothing to compile yet."""
+"""Builds lowrank_kernels/_C, the compiled operators of csrc/. All metadata stands in pyproject.toml.
 
-from setuptools import setup
+LOWRANK_KERNELS_BUILD
+    unset   build what can be built here; where nothing can be, install without it and say why
+    0       build nothing, and remove from the source folder what an earlier build left there
+    1       what cannot be built is an error; only a torch with CUDA beside no nvcc at all still gets the C++ part alone
+    cuda    as 1, and the CUDA part must be built too
+CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean for every PyTorch extension.
 
-setup()
+The library knows nothing of Python: lowrank_kernels/extension.py loads it with torch.ops.load_library, so one file serves every version of
+Python. What was built, and why not, stands beside it in _build.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import SetupError
+
+ROOT = Path(__file__).resolve().parent
+PACKAGE = "lowrank_kernels"
+LIBRARY = "_C" + (".pyd" if os.name == "nt" else ".so")
+FACTS = "_build.json"
+MODES = ("", "0", "1", "cuda")
+ARCHS = (80, 90, 100)  # A100, H100, B200; newer GPUs compile the PTX of the last one when they first run it
+REINSTALL = "Then reinstall, in the source folder: pip install --no-build-isolation -e ."
+
+
+class NotBuilt(Exception):
+    """Why the extension, or its CUDA part, cannot be built here, and what to do: half a sentence for the user."""
+
+
+class NoToolkit(NotBuilt):
+    """torch has CUDA, but there is no nvcc: most machines that only run models are so."""
+
+
+@dataclass
+class Facts:
+    """_build.json. `reason`: why there is no library; `cuda_reason`: why it has no CUDA part although torch has CUDA."""
+
+    torch: str | None = None
+    cuda: str | None = None
+    archs: list[str] = field(default_factory=list)
+    compiler: str | None = None
+    reason: str | None = None
+    cuda_reason: str | None = None
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / FACTS).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass
+class Cuda:
+    home: str
+    version: str
+    archs: list[str]  # as _build.json names them
+    flags: list[str]  # for nvcc; none where TORCH_CUDA_ARCH_LIST makes torch write them
+
+
+def build_mode(environ: Mapping[str, str]) -> str:
+    mode = environ.get("LOWRANK_KERNELS_BUILD", "")
+    if mode not in MODES:
+        raise SetupError(f"LOWRANK_KERNELS_BUILD must be unset, 0, 1 or cuda, got {mode!r}")
+    return mode
+
+
+def sources(cuda: bool) -> list[str]:
+    """Relative to ROOT, as setuptools wants them. The .cu files hold kernels without torch; binding.cpp knows both worlds."""
+    found = sorted(ROOT.glob("csrc/*.cpp"))
+    if cuda:
+        found += [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/binding.cpp"]
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def headers() -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*") if path.suffix in (".h", ".cuh"))
+
+
+def import_torch():
+    try:
+        import torch
+    except ImportError as error:
+        raise NotBuilt(f"pip's build isolation hides torch, or torch is not installed ({error}); install it first") from error
+    return torch
+
+
+def find_compiler(environ: Mapping[str, str]) -> str:
+    """CXX, or the first usual name that is on PATH. On Windows setuptools finds MSVC by itself."""
+    if os.name == "nt":
+        return "cl"
+    for candidate in [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]:
+        if shutil.which(shlex.split(candidate)[0], path=environ.get("PATH")):
+            return candidate
+    raise NotBuilt(f"no C++ compiler was found ({environ.get('CXX') or 'c++, g++ or clang++'}); install one or set CXX")
+
+
+def output_of(*command: str) -> str:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def compiler_version(compiler: str) -> str:
+    return (output_of(*shlex.split(compiler), "--version").splitlines() or [compiler])[0] if os.name != "nt" else "MSVC"
+
+
+def find_nvcc(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """(nvcc, CUDA_HOME), or None. A script that only calls nvcc may stand on PATH: nvcc itself says then where its toolkit is."""
+    home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else environ.get("PATH"))
+    if not nvcc and not home:
+        nvcc = shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if not nvcc:
+        return None
+    home = home or str(Path(nvcc).parent.parent)
+    if not Path(home, "include/cuda_runtime.h").exists():
+        top = re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-x", "cu", "-c", os.devnull), re.MULTILINE)
+        home = os.path.normpath(top.group(1).strip()) if top else home
+    return nvcc, home
+
+
+def arch_flags(environ: Mapping[str, str], known: str) -> tuple[list[str], list[str]]:
+    """(names for the report, flags for nvcc). `known`: the output of nvcc --list-gpu-arch."""
+    if listed := environ.get("TORCH_CUDA_ARCH_LIST"):
+        names = [re.sub(r"^(\d+)\.(\d+\w?)", r"sm_\1\2", arch) for arch in re.split("[; ]+", listed) if arch]
+        return names, []
+    archs = [arch for arch in ARCHS if not known or re.search(rf"\bcompute_{arch}\b", known)]
+    if not archs:
+        raise NotBuilt(f"nvcc compiles for none of {', '.join(f'sm_{arch}' for arch in ARCHS)}; set TORCH_CUDA_ARCH_LIST")
+    newest = archs[-1]
+    names = [f"sm_{arch}" for arch in archs[:-1]] + [f"sm_{newest}+PTX"]
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    return names, [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def find_cuda(torch_cuda: str | None, environ: Mapping[str, str]) -> Cuda | None:
+    """The toolkit for a torch of CUDA version `torch_cuda`; None where torch has no CUDA."""
+    if not torch_cuda:
+        return None
+    found = find_nvcc(environ)
+    if found is None:
+        raise NoToolkit("no nvcc was found; install a CUDA toolkit or set CUDA_HOME")
+    nvcc, home = found
+    release = re.search(r"release (\d+\.\d+)", output_of(nvcc, "--version"))
+    if not release:
+        raise NotBuilt(f"{nvcc} does not tell its version")
+    version = release.group(1)
+    if version.split(".")[0] != torch_cuda.split(".")[0]:
+        raise NotBuilt(f"{nvcc} is of CUDA {version} and torch of CUDA {torch_cuda}; set CUDA_HOME to a toolkit of torch's major version")
+    return Cuda(home, version, *arch_flags(environ, output_of(nvcc, "--list-gpu-arch")))
+
+
+def compile_flags(sanitize: bool) -> tuple[list[str], list[str]]:
+    """(for the C++ compiler, for the linker). The C++ standard is left to BuildExtension: each torch knows what its headers need."""
+    if os.name == "nt":
+        return ["/O2", "/openmp"], []
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # at::parallel_for is a template: its loop is compiled here
+    if sanitize:
+        # vptr asks for the type information of torch's classes, which torch does not export.
+        checks = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
+        return ["-O1", "-g", "-fno-omit-frame-pointer", "-fvisibility=hidden", *checks, *openmp], [*checks, *openmp]
+    return ["-O3", "-g0", "-fvisibility=hidden", *openmp], openmp
+
+
+class BuildOrExplain(build_ext):
+    """build_ext that leaves either a library or the reason why there is none."""
+
+    user_options = [*build_ext.user_options, ("sanitize", None, "the C++ part with AddressSanitizer and UBSan (see make sanitize)")]
+    boolean_options = [*build_ext.boolean_options, "sanitize"]
+
+    def initialize_options(self):
+        super().initialize_options()
+        self.sanitize = False
+
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY)
+
+    def folders(self) -> list[Path]:
+        """Where the library and its facts go: the wheel's tree and, for an editable install or --inplace, the source folder."""
+        return [Path(self.build_lib, PACKAGE)] + ([ROOT / PACKAGE] if self.inplace else [])
+
+    def run(self):
+        mode = build_mode(os.environ)
+        try:
+            facts = self.build(mode)
+        except NotBuilt as why:
+            if mode in ("1", "cuda"):
+                raise SetupError(f"{PACKAGE}: {why} (an error because of LOWRANK_KERNELS_BUILD={mode}). {REINSTALL}") from why
+            facts = Facts(reason=str(why))
+            self.extensions = []
+            for folder in self.folders():
+                (folder / LIBRARY).unlink(missing_ok=True)
+        for folder in self.folders():
+            facts.write(folder)
+        if mode != "0" and (why := facts.reason or facts.cuda_reason):
+            part, where = ("extension", "") if facts.reason else ("CUDA part of the extension", " on a GPU")
+            slower = f"the subspace refresh will run in PyTorch{where}, which is slower"
+            print(f"\nWARNING: {PACKAGE}: the {part} is not built: {why}. As it is, {slower}. {REINSTALL}\n", file=sys.stderr, flush=True)
+
+    def build(self, mode: str) -> Facts:
+        if mode == "0":
+            raise NotBuilt("skipped by LOWRANK_KERNELS_BUILD=0")
+        if not sources(cuda=False):
+            raise NotBuilt("csrc/ holds no sources")
+        compiler = find_compiler(os.environ)
+        torch = import_torch()
+        facts = Facts(torch=torch.__version__, compiler=compiler_version(compiler))
+        os.environ["CXX"] = compiler
+        if shutil.which("ninja") is None:  # pip does not put the scripts of the Python it runs in on PATH
+            os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
+        cuda = None
+        try:
+            cuda = None if self.sanitize else find_cuda(torch.version.cuda, os.environ)
+            if cuda is not None:
+                self.compile(cuda)
+        except NotBuilt as why:
+            if mode == "cuda" or (mode == "1" and not isinstance(why, NoToolkit)):
+                raise
+            cuda, facts.cuda_reason = None, str(why)
+        if cuda is not None:
+            facts.cuda, facts.archs = cuda.version, cuda.archs
+        elif mode == "cuda":
+            raise NotBuilt("this torch has no CUDA")
+        else:
+            self.compile(None)
+        return facts
+
+    def compile(self, cuda: Cuda | None) -> None:
+        """torch's BuildExtension does the work, into a folder that outlives pip's call: the next build compiles what changed."""
+        if cuda is not None:
+            os.environ["CUDA_HOME"] = cuda.home
+        import torch
+        from torch.utils import cpp_extension
+
+        cxx, link = compile_flags(self.sanitize)
+        arguments = {
+            "sources": sources(cuda is not None),
+            "include_dirs": [str(ROOT / "csrc")],
+            "depends": headers(),
+            "extra_compile_args": {"cxx": cxx},
+            "extra_link_args": link,
+            "py_limited_api": True,  # and so not linked to libtorch_python
+        }
+        if cuda is not None:
+            hidden = [] if os.name == "nt" else ["-Xcompiler", "-fvisibility=hidden"]
+            arguments["extra_compile_args"]["nvcc"] = ["-O3", *hidden, *cuda.flags]
+            arguments["define_macros"] = [("LOWRANK_KERNELS_CUDA", None)]
+        try:
+            declare = cpp_extension.CppExtension if cuda is None else cpp_extension.CUDAExtension
+            extension = declare(f"{PACKAGE}._C", **arguments)
+            extension._full_name, extension._links_to_dynamic, extension._needs_stub = extension.name, False, False
+            command = cpp_extension.BuildExtension(self.distribution, no_python_abi_suffix=True)
+            command.build_lib, command.inplace = self.build_lib, self.inplace
+            command.build_temp = str(ROOT / "build" / ("objects-sanitize" if self.sanitize else f"objects-{torch.__version__}"))
+            command.ensure_finalized()
+            command.extensions = [extension]
+            command.run()
+        except Exception as error:
+            last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            raise NotBuilt(f"compiling failed ({last}); the build's output, with pip under -v, has the compiler's messages") from error
+
+    def get_outputs(self):
+        return [*super().get_outputs(), str(Path(self.build_lib, PACKAGE, FACTS))]
+
+    def get_output_mapping(self):
+        facts = {str(Path(self.build_lib, PACKAGE, FACTS)): str(Path(PACKAGE, FACTS))} if self.inplace else {}
+        return {**super().get_output_mapping(), **facts}
+
+
+class PlatformWheel(bdist_wheel):
+    """Tagged py3-none-PLATFORM: bound to a platform and a torch, not to a version of Python."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(f"{PACKAGE}._C", sources(cuda=False), depends=headers())],
+        cmdclass={"build_ext": BuildOrExplain, "bdist_wheel": PlatformWheel},
+    )

@@ -1,56 +1,27 @@
 """python -m benchmarks: times the step and the refresh against what a user could pick instead, on the GPU if there is one.
 
-Prints a table and appends every figure to benchmarks/results/<device>/<date>-<commit>.jsonl. Each step is checked against fp64
-before it is timed.
+Prints a table and appends every figure to benchmarks/results/<device>/<date>-<commit>.jsonl. Each step and each basis is checked
+against fp64 before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import gc
 import json
-import platform
-import re
-import subprocess
 from pathlib import Path
 
 import torch
 
-import lowrank_kernels as lrk
-
 from . import contenders, shapes, timing
+from .provenance import RESULTS, append, print_table, provenance, results_file
 
-RESULTS = Path(__file__).parent / "results"
 UPDATE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 """Largest relative error of the update ΔW. N is close to the sign of R, so where |R| is under its rounding error δ (1e-7 of its size in
 fp32, 4e-3 in bf16) N is off by its own size, which is a share δ of all elements: sqrt(1e-7) = 3e-4 of the norm in fp32, less than the
 rounding of the weights in bf16."""
-
-
-def device_name(on_gpu: bool) -> str:
-    name = torch.cuda.get_device_name() if on_gpu else f"cpu {_cpu_model()} {torch.get_num_threads()} threads"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
-        return f"{model['model name']} family {model['cpu family']} model {model['model']}"
-    except (OSError, KeyError):
-        return platform.processor() or platform.machine()
-
-
-def commit() -> str:
-    """Short hash of HEAD, with "-dirty" where tracked files differ from it, or "unknown" outside a repository."""
-    root = Path(__file__).parent
-    try:
-        run = dict(cwd=root, capture_output=True, text=True, check=True)
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
-        return head + ("-dirty" if subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip() else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+FIGURES = ("gb_per_s", "tflop_per_s", "percent_of_matmul", "update_error", "captured_energy", "defect", "peak_mb", "sketch_mb")
+"""Shown beside the times, where a row has them. peak_mb: allocated in one refresh; sketch_mb: (m + n)·l numbers in fp32."""
 
 
 def run_step(case: shapes.StepCase, on_gpu: bool, seconds: float) -> list[dict]:
@@ -76,12 +47,26 @@ def run_step(case: shapes.StepCase, on_gpu: bool, seconds: float) -> list[dict]:
     return rows
 
 
-def run_refresh(case: shapes.RefreshCase, on_gpu: bool, seconds: float) -> list[dict]:
-    grad = torch.randn(case.rows, case.columns, device="cuda" if on_gpu else "cpu")
-    runs = contenders.refresh_contenders(grad, case.rank)
+def run_refresh(case: shapes.RefreshCase, on_gpu: bool, seconds: float, ceilings: dict[str, float]) -> list[dict]:
+    single = isinstance(case.model, tuple)
+    grads = contenders.make_gradients(case, "cuda" if on_gpu else "cpu")
+    best = contenders.best_energies(grads, case.rank)
+    runs = contenders.refresh_contenders(grads, case.rank, exact=single)
+    found = {}
+    for name, run in runs.items():
+        if on_gpu:
+            run()  # the first call makes workspaces that stay
+        bases, peak = contenders.peak_bytes(run, on_gpu)
+        defect, energy = contenders.check_bases(bases, grads, best)
+        if name in contenders.CHECKED and not (defect <= contenders.ORTHONORMAL and energy >= contenders.ENERGY):
+            raise SystemExit(f"{case.label}: the basis of {name} has ‖PᵀP − I‖ = {defect:.2g} and energy {energy:.4g}; not timed")
+        found[name] = {"captured_energy": energy, "defect": defect, "peak_mb": peak / 1e6}
+        del bases
     rows = _rows(case, timing.interleave(runs, on_gpu, seconds, least_rounds=3))
-    best = torch.linalg.svdvals(grad)[: case.rank].square().sum()
-    rows[0]["captured_energy"] = ((lrk.ops.range_finder(grad, case.rank)[0].mT @ grad).square().sum() / best).item()
+    rows = [row | found[row["contender"]] for row in rows]
+    rows[0] |= {"sketch_mb": case.sketch_bytes() / 1e6, "tflop_per_s": case.flops() / rows[0]["p50_ms"] / 1e9}
+    if rate := ceilings.get(f"matmul_tflop_per_s_{str(case.dtype).removeprefix('torch.')}"):
+        rows[0]["percent_of_matmul"] = 100 * rows[0]["tflop_per_s"] / rate
     return rows
 
 
@@ -100,76 +85,55 @@ def _rows(case: shapes.StepCase | shapes.RefreshCase, timings: dict[str, timing.
     ]
 
 
-def append(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def print_table(rows: list[dict]) -> None:
-    """With rich where it is installed; a GPU machine may have nothing but torch."""
+def print_rows(rows: list[dict]) -> None:
     header = ("case", "contender", "ms p20", "p50", "p80", "× ours", "")
-    cells = [
+    lines = [
         (
             row["case"],
             row["contender"],
             *(f"{row[key]:.2f}" for key in ("p20_ms", "p50_ms", "p80_ms", "ratio_to_ours")),
-            ", ".join(f"{key} {row[key]:.3g}" for key in ("gb_per_s", "tflop_per_s", "update_error", "captured_energy") if key in row),
+            ", ".join(f"{key} {row[key]:.4g}" for key in FIGURES if key in row),
         )
         for row in rows
     ]
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        print("\n".join("\t".join(line) for line in (header, *cells)))
-        return
-    table = Table(*header)
-    for index, line in enumerate(cells):
-        last = index + 1 == len(cells) or cells[index + 1][0] != line[0]
-        table.add_row(*line, end_section=last)
-    Console(width=170).print(table)
+    print_table(header, lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=120, help="time to measure, over all cases (default 120)")
     parser.add_argument("--quick", action="store_true", help="the smallest cases only")
+    parser.add_argument("--suite", choices=["step", "refresh"], help="one of the two suites (both)")
     parser.add_argument("--threads", type=int, help="CPU threads (default torch's)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results, or '-' to write none")
     arguments = parser.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     on_gpu = torch.cuda.is_available()
-    selected = shapes.cases(on_gpu, arguments.quick)
-    now = datetime.datetime.now(datetime.timezone.utc)
-    provenance = {
-        "device": device_name(on_gpu),
-        "time": now.isoformat(timespec="seconds"),
-        "commit": commit(),
-        "lowrank_kernels": lrk.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        **timing.ceilings(on_gpu),
-    }
-    print(json.dumps(provenance, indent=1))
+    suites = {"step": shapes.StepCase, "refresh": shapes.RefreshCase}
+    selected = [case for case in shapes.cases(on_gpu, arguments.quick) if isinstance(case, suites.get(arguments.suite, object))]
+    ceilings = timing.ceilings(on_gpu)
+    origin = provenance(on_gpu) | ceilings
+    print(json.dumps(origin, indent=1))
     if not on_gpu:
         print("No GPU: the Triton kernels are not timed here; these are the CPU paths.")
-    folder = None if str(arguments.out) == "-" else arguments.out / provenance["device"]
+    path = None if str(arguments.out) == "-" else results_file(arguments.out / origin["device"], origin)
     rows = []
     for case in selected:
-        run = run_step if isinstance(case, shapes.StepCase) else run_refresh
-        found = run(case, on_gpu, arguments.seconds / len(selected))
-        if folder is not None:  # after each case: what is measured stays, whatever the next one does
-            append(folder / f"{now:%Y-%m-%d}-{provenance['commit']}.jsonl", [provenance | row for row in found])
+        seconds = arguments.seconds / len(selected)
+        if isinstance(case, shapes.StepCase):
+            found = run_step(case, on_gpu, seconds)
+        else:
+            found = run_refresh(case, on_gpu, seconds, ceilings)
+        if path is not None:  # after each case: what is measured stays, whatever the next one does
+            append(path, [origin | row for row in found])
         rows += found
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
-    print_table(rows)
-    if folder is not None:
-        print(f"appended {len(rows)} rows to a file in {folder}")
+    print_rows(rows)
+    if path is not None:
+        print(f"appended {len(rows)} rows to {path}")
 
 
 if __name__ == "__main__":

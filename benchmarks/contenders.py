@@ -1,19 +1,24 @@
 """What is compared: this package and the strongest things a user could pick instead, each skipped with a reason where it is missing.
 
 A step contender is `build(params, rank) -> step()`. Gradients are set, and no step after the first one refreshes. All contenders of a
-case share the parameters: a large model would not fit several times, and what a weight holds does not change the time of a step.
+case share the parameters: a large model would not fit several times, and what a weight holds does not change the time of a step. A
+refresh contender finds one basis for each gradient.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import lowrank_kernels as lrk
-from lowrank_kernels import reference
+from lowrank_kernels import range_finder, reference
+
+from . import shapes
 
 NEVER = 10**9
 """A gap between refreshes that no benchmark reaches."""
@@ -81,19 +86,86 @@ STEP_CONTENDERS: dict[str, Callable[[list[nn.Parameter], int], Step]] = {
 }
 
 
-def refresh_contenders(grad: Tensor, rank: int) -> dict[str, Step]:
-    return {
-        "lowrank_kernels": lambda: lrk.ops.range_finder(grad, rank),
-        "torch.svd_lowrank": lambda: torch.svd_lowrank(grad, q=rank, niter=1),
-        "torch.linalg.svd": lambda: torch.linalg.svd(grad, full_matrices=False),
+def refresh_contenders(grads: list[Tensor], rank: int, exact: bool) -> dict[str, Callable[[], list[Tensor]]]:
+    """Each returns a basis (…, m, r) for each of the gradients (…, m, n). A full SVD only where `exact`: a model takes it an hour."""
+    arguments = (rank, shapes.OVERSAMPLE, shapes.POWER_ITERS)
+    contenders = {
+        "lowrank_kernels": lambda grad: lrk.ops.range_finder(grad, rank, oversample=shapes.OVERSAMPLE, power_iters=shapes.POWER_ITERS),
+        "PyTorch version": lambda grad: range_finder.range_finder(grad, *arguments),
+        "torch.svd_lowrank": lambda grad: torch.svd_lowrank(grad.float(), q=rank, niter=shapes.POWER_ITERS),  # it takes no bf16
+        "torch.linalg.svd": lambda grad: torch.linalg.svd(grad.float(), full_matrices=False),
     }
+    if not exact:
+        del contenders["torch.linalg.svd"]
+    return {name: lambda find=find: [find(grad)[0][..., :rank] for grad in grads] for name, find in contenders.items()}
 
 
-def make_params(shapes: list[tuple[int, int]], dtype: torch.dtype, device: str) -> list[nn.Parameter]:
+CHECKED = ("lowrank_kernels", "PyTorch version")
+"""Refresh contenders that must reach the bars below; of the others it is recorded what they reach."""
+ORTHONORMAL, ENERGY = 1e-5, 0.95
+
+
+def make_gradients(case: shapes.RefreshCase, device: str) -> list[Tensor]:
+    """(count, m, n) for each chunk, m ≤ n; of a model as it stores them, so transposed where rows are more. σᵢ falls like 1/i."""
+    generator = torch.Generator(device).manual_seed(0)
+    grads = []
+    for count, rows, columns in case.chunks():
+        terms = min(rows, columns, 4 * case.rank)
+        left = torch.randn(count, rows, terms, generator=generator, device=device) / torch.arange(1, terms + 1, device=device)
+        grad = left @ torch.randn(count, terms, columns, generator=generator, device=device)
+        grad += 0.01 * torch.randn(count, rows, columns, generator=generator, device=device)
+        grad = grad.to(case.dtype)
+        grad = grad[0] if isinstance(case.model, tuple) else grad
+        grads.append(grad.mT if rows > columns else grad)
+    return grads
+
+
+def first(batch: Tensor) -> Tensor:
+    """The first matrix of a batch (count, m, n), or the only one (m, n), in fp64."""
+    return (batch[0] if batch.dim() > 2 else batch).double()
+
+
+@torch.no_grad()
+def best_energies(grads: list[Tensor], rank: int) -> list[Tensor]:
+    """Σ_{i≤r} σᵢ² of the first matrix of each batch."""
+    return [torch.linalg.eigvalsh(first(grad) @ first(grad).mT)[-rank:].sum() for grad in grads]
+
+
+@torch.no_grad()
+def check_bases(bases: list[Tensor], grads: list[Tensor], best: list[Tensor]) -> tuple[float, float]:
+    """In fp64: the largest ‖PᵀP − I‖₂ of all bases, and the smallest ‖PᵀG‖²_F / `best` of the first one of each batch."""
+    defects, energies = [], []
+    for basis, grad, most in zip(bases, grads, best, strict=True):
+        identity = torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)
+        defects.append(torch.linalg.matrix_norm(basis.double().mT @ basis.double() - identity, ord=2).max().item())
+        energies.append(((first(basis).mT @ first(grad)).square().sum() / most).item())
+    return max(defects), min(energies)
+
+
+def peak_bytes(run: Callable[[], list[Tensor]], on_gpu: bool) -> tuple[list[Tensor], int]:
+    """What `run` returns, and the most bytes that were allocated while it ran, its results included.
+
+    On a CPU by torch's profiler, which sees every allocation and release of torch's allocator on this thread, inside C++ operators too.
+    It does not see what a BLAS, LAPACK or oneDNN packs in buffers of its own, nor tensors made inside worker threads.
+    """
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return run(), torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it prints when it starts and stops
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = run()
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    allocated = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    return result, max(allocated, default=0)
+
+
+def make_params(weights: list[tuple[int, int]], dtype: torch.dtype, device: str) -> list[nn.Parameter]:
     """Weights and gradients of a model, the same for every contender."""
     generator = torch.Generator(device).manual_seed(0)
     params = []
-    for shape in shapes:
+    for shape in weights:
         param = nn.Parameter((torch.randn(shape, generator=generator, device=device) * 0.02).to(dtype))
         param.grad = (torch.randn(shape, generator=generator, device=device) * 0.01).to(dtype)
         params.append(param)
@@ -101,10 +173,10 @@ def make_params(shapes: list[tuple[int, int]], dtype: torch.dtype, device: str) 
 
 
 @torch.no_grad()
-def check_step(shapes: list[tuple[int, int]], rank: int, dtype: torch.dtype, device: str) -> float:
+def check_step(weights: list[tuple[int, int]], rank: int, dtype: torch.dtype, device: str) -> float:
     """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of one step of ours, the worst over shapes, against fp64 on the basis that it chose."""
     worst = 0.0
-    for shape in sorted(set(shapes)):
+    for shape in sorted(set(weights)):
         params = make_params([shape] * 2, dtype, device)
         optimizer = low_rank_optimizer(params, rank)
         before = [param.detach().double().clone() for param in params]

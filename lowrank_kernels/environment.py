@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from . import extension
 from .kernels import cpu
 from .ops import dispatch
 from .precision import tf32_allowed
@@ -25,7 +26,7 @@ def environment() -> dict[str, str]:
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "torch": f"{torch.__version__}, built for {_torch_build()}",
         "Triton": _triton(),
-        "extension": "not built: this version has no compiled part; the subspace refresh runs in PyTorch",
+        "extension": extension.status(),
         "C++ compiler": shutil.which(os.environ.get("CXX", "c++")) or "none found",
         "nvcc": shutil.which("nvcc") or "none found",
         "CPU": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bf16 products {_cpu_bf16()}",

@@ -2,15 +2,18 @@
 
     Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W
 
-Batched over equal shapes, fixed shapes throughout, no branch on data. Products run at the gradient's precision with fp32
-accumulation (in fp32 for fp16, and for everything on a CPU); all that is l × l runs in fp32 or better, never in tf32.
+The algorithms of csrc/, for devices and installations without the extension. Batched over equal shapes; on a GPU no branch on data.
+Products run at the gradient's precision with fp32 accumulation (in fp32 for fp16, and for everything on a CPU); all that is l × l
+runs in fp32 or better, never in tf32.
 
 Sources: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1; Fukaya et al., "Shifted Cholesky QR",
-SIAM J. Sci. Comput. 42 (2020); Efraimidis, Spirakis, Inf. Process. Lett. 97 (2006) for sampling by keys.
+SIAM J. Sci. Comput. 42 (2020); Feng, Yu, Xie, Tang, arXiv 2404.09276, for the shift of a power iteration; Efraimidis, Spirakis,
+Inf. Process. Lett. 97 (2006) for sampling by keys.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +21,15 @@ from torch import Tensor
 
 from . import philox
 from .precision import full_precision
+
+SQUARE_FROM = 5
+"""The range finder works on G·Gᵀ where 5·l reaches the short side: forming it then costs less than four products with G."""
+GRAM_STEPS = 3
+"""Products with G·Gᵀ for each power iteration."""
+STEEP = 2.0**-13
+"""λ_r / λ₁ under which eigenvalues of a Gram matrix formed in fp32 no longer give σ to 1 %: a few rounding errors of λ₁ over 2 %."""
+LEAST_PIVOT = 2.0**-7
+"""Of the Cholesky factor of unit columns: under it two unshifted passes may not reach full accuracy."""
 
 
 def full_precision_product(left: Tensor, right: Tensor) -> Tensor:
@@ -83,34 +95,157 @@ def multiply(grad: Tensor, factor: Tensor) -> Tensor:
     return (grad @ factor.to(grad.dtype)).to(factor.dtype)
 
 
-def range_finder(grad: Tensor, rank: int, oversample: int = 8, power_iters: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+def range_finder(
+    grad: Tensor, rank: int, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors and values of G, approximately: (…, m, n) → basis (…, m, r), sigma (…, r) descending.
 
-    Sketches l = r + oversample columns; where that reaches min(m, n) the whole spectrum comes from eigh on the short side.
-    One Ω, a function of `seed` alone, serves the whole batch. Output is fp32 (fp64 for fp64 input). The basis is orthonormal
-    to 1e-5 for every input; sigma is NaN for a matrix that is not finite, whose basis is then random.
+    With l = r + oversample, by shape alone: l ≥ min(m, n), the whole spectrum from the Gram matrix of the short side;
+    5·l ≥ min(m, n), subspace iteration on that matrix; else the products above. One Ω, a function of `seed` alone, serves the whole
+    batch; `start`, (…, m, s) with s ≤ l, takes the place of as many of its columns. Output is fp32 (fp64 for fp64 input). The basis
+    is orthonormal to 1e-5 for every input; sigma is NaN for a matrix that is not finite, whose basis is then random.
     """
+    if grad.device.type == "cpu" and grad.dim() > 2:  # one by one: each takes what its own spectrum needs
+        batch = grad.shape[:-2]
+        starts = [None] * batch.numel() if start is None else start.flatten(0, -3)
+        found = [range_finder(g, rank, oversample, power_iters, seed, s) for g, s in zip(grad.flatten(0, -3), starts, strict=True)]
+        basis, sigma = (torch.stack(parts).unflatten(0, batch) for parts in zip(*found, strict=True))
+        return basis, sigma
     m, n = grad.shape[-2:]
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    finite = torch.isfinite(frobenius_norm(grad))
+    peak = torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1), dtype=torch.float64)
+    finite = torch.isfinite(peak)
+    grad, unit = _in_range(multipliable(grad), peak)
+    start = None if start is None else start.to(dtype)
     columns = rank + oversample
     if columns >= min(m, n):
         basis, sigma = _whole_spectrum(grad.to(dtype), seed)
+    elif SQUARE_FROM * columns >= min(m, n):
+        basis, sigma = _iterate_on_gram(grad, peak, rank, columns, power_iters, seed, dtype, start)
     else:
-        basis, sigma = _sketched_spectrum(grad, columns, power_iters, seed, dtype)
-    sigma = torch.where(finite[..., None], sigma, torch.nan)
+        basis, sigma = _iterate_on_products(grad, columns, power_iters, seed, dtype, start)
+    sigma = torch.where(finite[..., None], sigma * unit, torch.nan)
     return basis[..., :rank].contiguous(), sigma[..., :rank].contiguous()
 
 
-def _sketched_spectrum(grad: Tensor, columns: int, power_iters: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    grad = multipliable(grad)
-    sketch = philox.normal(philox.seed_tensor([seed], grad.device), (columns, grad.shape[-1]), philox.SKETCH, dtype)[0].mT
-    image = multiply(grad, sketch)
+def _in_range(grad: Tensor, peak: Tensor) -> tuple[Tensor, float]:
+    """On a CPU, G divided by a power of two where fourth powers of its elements could leave the dtype's range; and that power.
+
+    On a GPU it stays: asking would stall it, and the products only need G times orthonormal columns to be in range.
+    """
+    if grad.device.type != "cpu" or not math.isfinite(value := peak.item()) or value == 0:
+        return grad, 1.0
+    exponent = math.frexp(value)[1]
+    if abs(exponent) <= (20 if grad.dtype == torch.float32 else 150):
+        return grad, 1.0
+    half = exponent // 2  # in two steps: 2^−exponent may overflow
+    return grad * 2.0**-half * 2.0 ** (half - exponent), 2.0**exponent
+
+
+def _sketch(grad: Tensor, columns: int, length: int, seed: int, dtype: torch.dtype) -> Tensor:
+    return philox.normal(philox.seed_tensor([seed], grad.device), (columns, length), philox.SKETCH, dtype)[0].mT
+
+
+def _started(sketch: Tensor, start: Tensor | None) -> Tensor:
+    """The sketch with `start` in the place of its first columns, as orthonormal ones."""
+    if start is None:
+        return sketch
+    rest = sketch[..., start.shape[-1] :]
+    return torch.cat([_cholesky_pass(start), rest.expand(*start.shape[:-1], rest.shape[-1])], dim=-1)
+
+
+def _iterate_on_products(
+    grad: Tensor, columns: int, power_iters: int, seed: int, dtype: torch.dtype, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    sketch = _sketch(grad, columns, grad.shape[-1], seed, dtype)
+    image = multiply(grad, _started(sketch, None if start is None else multiply(grad.mT, start)))
     for _ in range(power_iters):
         image = multiply(grad, _cholesky_pass(multiply(grad.mT, _cholesky_pass(image))))
     basis = orthonormalise(image, seed)
-    rotation, sigma = _left_singular(multiply(grad.mT, basis).mT)
+    return _rayleigh_ritz(basis, multiply(grad.mT, basis).mT)
+
+
+def _rayleigh_ritz(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
+    """From orthonormal Q whose span holds the wanted directions, and QᵀG: its singular vectors, turned back, and values."""
+    rotation, sigma = _left_singular(projected)
     return full_precision_product(basis, rotation), sigma
+
+
+def _iterate_on_gram(
+    grad: Tensor, peak: Tensor, rank: int, columns: int, power_iters: int, seed: int, dtype: torch.dtype, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A = G·Gᵀ on the short side;  Y = A·Ω;  3·q times: Y = (A − s·I)·orth(Y), s about half the largest eigenvalue left out.
+
+    The shift halves what is left out and hardly changes what is wanted. A is formed in fp32 and knows no σ under about 1e-3·σ₁: where the
+    spectrum is that steep one more half-step with G itself, and Rayleigh and Ritz in fp64, restore it. A CPU looks; a GPU, which
+    cannot without stalling, always does so.
+    """
+    tall = grad.shape[-2] > grad.shape[-1]
+    if tall:
+        start = None if start is None else multiply(grad.mT, start)
+        grad = grad.mT
+    matrix = grad.to(dtype)
+    on_cpu = matrix.device.type == "cpu"
+    if not on_cpu:
+        half = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1).rsqrt().to(dtype)[..., None, None]
+        matrix = torch.nan_to_num(matrix * half * half, nan=0.0, posinf=0.0, neginf=0.0)
+    squares = full_precision_product(matrix, matrix.mT)
+    short = squares.shape[-1]
+    trace, energy = squares.diagonal(dim1=-2, dim2=-1).sum(-1), squares.square().sum(dim=(-2, -1))
+    basis = _started(_sketch(grad, columns, short, seed, dtype), start)
+    image, shift, steep = full_precision_product(squares, basis), None, not on_cpu
+    for step in range(1 + GRAM_STEPS * power_iters):
+        if step:
+            left_out = trace - (basis * image).sum(dim=(-2, -1)), energy - image.square().sum(dim=(-2, -1))
+            shift = _half_left_out(*left_out, trace, energy)[..., None, None]
+            image = image - shift * basis
+        following = None if steep else _well_conditioned_pass(image)
+        steep = following is None
+        basis = _cholesky_pass(image) if following is None else following
+        image = full_precision_product(squares, basis)
+    if not steep:
+        values, vectors = torch.linalg.eigh(full_precision_product(basis.mT, image))
+        if values[-rank] > STEEP * values[-1]:
+            vectors = _polish(full_precision_product(basis, vectors.flip(-1)[..., :rank]))
+            return _from_short_side(grad, vectors, values.flip(-1)[..., :rank].sqrt(), tall, seed)
+    image = multiply(grad, _cholesky_pass(multiply(grad.mT, basis)))
+    basis = orthonormalise(image, seed)
+    vectors, sigma = _rayleigh_ritz(basis, multiply(grad.mT, basis).mT)
+    return _from_short_side(grad, vectors, sigma, tall, seed)
+
+
+def _half_left_out(total: Tensor, squares: Tensor, trace: Tensor, energy: Tensor) -> Tensor:
+    """Half of Σλ² / Σλ over the eigenvalues that a basis leaves out: less than half the largest of them, and so a safe shift.
+
+    Zero where the sums are rounding errors of those they are the difference of.
+    """
+    noise = 64 * torch.finfo(trace.dtype).eps
+    real = (total > noise * trace) & (squares > noise * energy)
+    return torch.where(real, 0.5 * squares / torch.where(real, total, 1), 0)
+
+
+def _from_short_side(grad: Tensor, vectors: Tensor, sigma: Tensor, tall: bool, seed: int) -> tuple[Tensor, Tensor]:
+    """Left singular vectors of the wide G, or of its transpose, the matrix that was asked about, where that is `tall`."""
+    return (orthonormalise(multiply(grad.mT, vectors), seed) if tall else vectors), sigma
+
+
+def _well_conditioned_pass(matrix: Tensor) -> Tensor | None:
+    """The unshifted pass over one matrix on a CPU, or None where its columns are too near to dependent (condition above about 10³)."""
+    gram = full_precision_product(matrix.mT, matrix)
+    lengths = gram.diagonal().sqrt()
+    if not (lengths.min() > 1e-12 and lengths.max() < 1e12):  # also NaN
+        return None
+    factor, failed = torch.linalg.cholesky_ex(gram / lengths / lengths[:, None])
+    if failed or not factor.diagonal().min() > LEAST_PIVOT:
+        return None
+    with full_precision():
+        return torch.linalg.solve_triangular(factor.mT, matrix / lengths, upper=True, left=False)
+
+
+def _polish(basis: Tensor) -> Tensor:
+    """U·(3/2·I − 1/2·UᵀU), which squares the defect of nearly orthonormal columns."""
+    gram = full_precision_product(basis.mT, basis)
+    return full_precision_product(basis, 1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram)
 
 
 def complement(directions: Tensor, candidates: Tensor, seed: int) -> Tensor:
@@ -139,16 +274,14 @@ def _whole_spectrum(grad: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(…, k, n) with k ≤ n → all k left singular vectors (…, k, k) and values (…, k), descending, by eigh(A·Aᵀ).
 
-    The eigenproblem runs in fp64: fp32's vectors are orthonormal to 1e-5 only. The eigenvalues of a Gram matrix formed in fp32 lose
-    everything under sqrt(u)·σ₁, so sigma is measured again as the length of the rows of UᵀA.
+    In fp64: formed in fp32 the Gram matrix would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal to 1e-5 only.
     """
-    peak = matrix.abs().amax(dim=(-2, -1), keepdim=True)
+    peak = matrix.abs().amax(dim=(-2, -1), keepdim=True).double()
     peak = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1)
-    scaled = torch.nan_to_num(matrix / peak, nan=0.0, posinf=0.0, neginf=0.0)
-    vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT).double()).eigenvectors.to(matrix.dtype)
-    sigma, order = torch.linalg.vector_norm(full_precision_product(vectors.mT, scaled), dim=-1).sort(dim=-1, descending=True)
-    vectors = vectors.gather(-1, order[..., None, :].expand_as(vectors))
-    return vectors, sigma * peak[..., 0]
+    scaled = torch.nan_to_num(matrix.double() / peak, nan=0.0, posinf=0.0, neginf=0.0)
+    values, vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT))
+    sigma = values.flip(-1).clamp_min(0).sqrt() * peak[..., 0]
+    return vectors.flip(-1).to(matrix.dtype), sigma.to(matrix.dtype)
 
 
 def sample_importance(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import lowrank_kernels as lrk
-from lowrank_kernels import environment
+from lowrank_kernels import environment, extension
 from lowrank_kernels.ops import dispatch
 
 
@@ -16,6 +16,7 @@ def test_report_names_everything():
     assert lrk.__version__ in text
     for name in ("torch", "Triton", "extension", "C++ compiler", "GPU", "step runs on"):
         assert any(line.startswith(name) for line in text.splitlines())
+    assert f"extension        {extension.status()}" in text
 
 
 WITHOUT_TRITON = """

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowrank_kernels import ops, philox, precision, range_finder
 
+pytestmark = pytest.mark.usefixtures("refresh_implementation")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5  # DESIGN: a basis is orthonormal to 1e-5 before it is cast; here in the spectral norm
 

@@ -1,6 +1,7 @@
-"""The refresh's operators: orthonormalise, range_finder, sample_importance. Algorithms: range_finder.py.
+"""The refresh's operators: orthonormalise, range_finder, sample_importance, choose_bases.
 
-The default runs on every device. The public functions check their arguments and give the operators positional ones.
+The defaults (range_finder.py, subspaces/) run on every device; csrc/ has the same algorithms in C++ for CPUs and CUDA GPUs. The public
+functions check their arguments and give the operators positional ones.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import philox
+from .. import philox, subspaces
 from .. import range_finder as algorithms
 from . import dispatch
 
@@ -19,7 +20,9 @@ def _orthonormalise_fake(matrix: Tensor, seed: int) -> Tensor:
     return torch.empty_like(matrix, memory_format=torch.contiguous_format)
 
 
-def _range_finder_fake(grad: Tensor, rank: int, oversample: int, power_iters: int, seed: int) -> tuple[Tensor, Tensor]:
+def _range_finder_fake(
+    grad: Tensor, rank: int, oversample: int, power_iters: int, seed: int, start: Tensor | None
+) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     return grad.new_empty(*grad.shape[:-1], rank, dtype=dtype), grad.new_empty(*grad.shape[:-2], rank, dtype=dtype)
 
@@ -31,12 +34,27 @@ def _sample_importance_fake(sigma: Tensor, rank: int, seeds: Sequence[int]) -> T
 _orthonormalise = dispatch.define("orthonormalise", "(Tensor matrix, int seed) -> Tensor", _orthonormalise_fake, algorithms.orthonormalise)
 _range_finder = dispatch.define(
     "range_finder",
-    "(Tensor grad, int rank, int oversample, int power_iters, int seed) -> (Tensor, Tensor)",
+    "(Tensor grad, int rank, int oversample, int power_iters, int seed, Tensor? start) -> (Tensor, Tensor)",
     _range_finder_fake,
     algorithms.range_finder,
 )
 _sample_importance = dispatch.define(
     "sample_importance", "(Tensor sigma, int rank, int[] seeds) -> Tensor", _sample_importance_fake, algorithms.sample_importance
+)
+
+
+def _choose_bases_fake(grads: list[Tensor], previous: list[Tensor], rank: int, right: bool, *args: object) -> list[Tensor]:
+    dtype = args[-2]
+    shapes = [grad.shape[::-1] if right else grad.shape for grad in grads]
+    return [subspaces.own_memory(grad.new_empty(m, rank, dtype=dtype)) for grad, (m, _) in zip(grads, shapes, strict=True)]
+
+
+_choose_bases = dispatch.define(
+    "choose_bases",
+    "(Tensor[] grads, Tensor[] previous, int rank, bool right, str selection, str svd, int oversample, int power_iters, int seed, "
+    "int[] seeds, ScalarType dtype, Tensor? found_inf) -> Tensor[]",
+    _choose_bases_fake,
+    subspaces.choose_bases,
 )
 
 
@@ -58,10 +76,15 @@ def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
     return _orthonormalise(matrix, philox.signed64(seed))
 
 
-def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+def range_finder(
+    grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors and values of G, by a randomized range finder (Halko, Martinsson, Tropp 2011).
 
         Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  basis = Q·W
+
+    Where l = r + oversample columns are a fifth of the short side or more, products with A = G·Gᵀ on that side take the place of those
+    with G: Y = A·Ω;  3·q times: Y = (A − s·I)·orth(Y). That is cheaper, and more accurate on slowly decaying spectra.
 
     Args:
         grad: (…, m, n), any real floating dtype; products run at its precision with fp32 accumulation on a GPU, in fp32 on a CPU.
@@ -70,6 +93,7 @@ def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: i
             is computed from the Gram matrix of the short side.
         power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying spectrum.
         seed: any int; one Ω serves a whole batch.
+        start: (…, m, s), s ≤ r, near the wanted directions, such as an earlier basis; it takes the place of as many columns of Ω.
 
     Returns:
         basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The right basis is that
@@ -87,7 +111,17 @@ def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: i
     for name, value in (("oversample", oversample), ("power_iters", power_iters)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} must be an int ≥ 0, got {value!r}")
-    return _range_finder(grad, rank, oversample, power_iters, philox.signed64(seed))
+    if start is not None:
+        _check_start(start, grad, rank)
+    return _range_finder(grad, rank, oversample, power_iters, philox.signed64(seed), start)
+
+
+def _check_start(start: Tensor, grad: Tensor, rank: int) -> None:
+    fits = start.dim() == grad.dim() and start.shape[:-1] == grad.shape[:-1] and 1 <= start.shape[-1] <= rank
+    if not fits:
+        raise ValueError(f"start must have shape (…, m, s) with 1 ≤ s ≤ rank {rank} for grad {tuple(grad.shape)}, got {tuple(start.shape)}")
+    if not start.is_floating_point() or start.device != grad.device:
+        raise ValueError(f"start must be real floating-point on {grad.device}, got {start.dtype} on {start.device}")
 
 
 def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) -> Tensor:
@@ -116,3 +150,35 @@ def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) ->
         raise ValueError(f"seed must be an int or hold one int for each of the {len(rows)} rows of sigma, got {len(seeds)}")
     chosen = _sample_importance(rows, rank, [philox.signed64(s) for s in seeds])
     return chosen.reshape(*sigma.shape[:-1], rank)
+
+
+def choose_bases(
+    grads: Sequence[Tensor],
+    previous: Sequence[Tensor] | None,
+    *,
+    rank: int,
+    right: bool,
+    selection: str,
+    svd: str,
+    oversample: int,
+    power_iters: int,
+    seed: int,
+    refresh_number: int,
+    places: Sequence[tuple[int, int]],
+    dtype: torch.dtype,
+    found_inf: Tensor | None = None,
+) -> list[Tensor]:
+    """One basis (m, r) of `dtype` for each gradient, each in memory of its own; the optimizers' refresh, in one call.
+
+    Args:
+        grads: matrices as stored, of equal shape and device; the right side works on their transposes.
+        previous: the bases in use, which stay where a gradient is not finite or found_inf ≠ 0 (decided on the device); None at the
+            first refresh, when such a gradient gets a random basis.
+        selection, svd: keys of subspaces.SELECTIONS and SVDS.
+        places: (parameter index, expert) of each matrix. All draws are functions of (seed, place, refresh_number); the sketch is
+            one of (seed, refresh_number) and shared.
+    """
+    sketch_seed = philox.signed64(philox.derive_seed(seed, refresh_number))
+    seeds = [philox.signed64(philox.derive_seed(seed, refresh_number, *place)) for place in places]
+    arguments = (list(grads), list(previous or ()), rank, right, selection, svd, oversample, power_iters, sketch_seed, seeds, dtype)
+    return _choose_bases(*arguments, found_inf)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import subspaces
+from .. import ops, subspaces
 from . import buckets, groups
 from .buckets import Bucket
 from .dense import dense_adamw_step_
@@ -125,7 +125,7 @@ class LowRankOptimizer(Optimizer):
     def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> dict[int, Tensor]:
         """A new basis, (m, r) or (experts, m, r), for each member, by its index in the optimizer."""
         hyper = bucket.hyper
-        chosen = subspaces.choose_bases(
+        chosen = ops.choose_bases(
             bucket.grads,
             bucket.states("basis") if "basis" in bucket.members[0].state else None,
             rank=bucket.rank,

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops, philox
-from ..range_finder import complement, frobenius_norm, multiply
+from .. import philox
+from ..range_finder import complement, frobenius_norm, multiply, sample_importance
 from .spectrum import Spectrum
 
 
@@ -25,7 +25,7 @@ def importance(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]
     if unknown:
         sigma = torch.cat([sigma, _tail_weight(grad, sigma, unknown)[..., None].expand(-1, unknown)], dim=-1)
         directions = torch.cat([directions, _tail_directions(grad, directions, min(rank, unknown), spectrum.seed)], dim=-1)
-    chosen = ops.sample_importance(sigma, rank, seed=seeds)
+    chosen = sample_importance(sigma, rank, seeds)
     # Tail directions are interchangeable: the first one drawn takes the first of them.
     tail = chosen >= known
     column = torch.where(tail, known + tail.cumsum(dim=-1) - 1, chosen)

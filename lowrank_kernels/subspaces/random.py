@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import ops, philox
+from .. import philox
+from ..range_finder import orthonormalise
 from .spectrum import Spectrum
 
 
@@ -15,4 +16,4 @@ def random(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]) ->
     """(batch, m, n) → (batch, m, r), a function of each matrix's seed alone."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     gaussian = philox.normal(philox.seed_tensor(seeds, grad.device), (grad.shape[-2], rank), philox.BASIS, dtype)
-    return ops.orthonormalise(gaussian)
+    return orthonormalise(gaussian)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..philox import derive_seed
 from ..range_finder import frobenius_norm, multipliable
 from .dominant import dominant
 from .importance import importance
@@ -27,8 +26,7 @@ STACK_ELEMENTS = 2**25
 
 def choose_bases(
     grads: Sequence[Tensor],
-    previous: Sequence[Tensor] | None,
-    *,
+    previous: Sequence[Tensor],
     rank: int,
     right: bool,
     selection: str,
@@ -36,23 +34,13 @@ def choose_bases(
     oversample: int,
     power_iters: int,
     seed: int,
-    refresh_number: int,
-    places: Sequence[tuple[int, int]],
+    seeds: Sequence[int],
     dtype: torch.dtype,
     found_inf: Tensor | None = None,
 ) -> list[Tensor]:
-    """One basis (m, r) of `dtype` for each gradient; they may share memory, see `own_memory`.
-
-    Args:
-        grads: matrices as stored, of equal shape; the right side works on their transposes.
-        previous: the bases in use, which stay where a gradient is not finite or found_inf ≠ 0 (decided on the device); None at the
-            first refresh, when such a gradient gets a random basis.
-        places: (parameter index, expert) of each matrix. All draws are functions of (seed, place, refresh_number); the sketch is
-            one of (seed, refresh_number) and shared.
-    """
+    """The default of the operator of that name, see ops.choose_bases: `seed` draws the sketch, `seeds` what is each matrix's own."""
     choose = SELECTIONS[selection]
-    spectrum = Spectrum(svd, oversample, power_iters, derive_seed(seed, refresh_number))
-    seeds = [derive_seed(seed, refresh_number, *place) for place in places]
+    spectrum = Spectrum(svd, oversample, power_iters, seed)
     chunk = max(1, STACK_ELEMENTS // grads[0].numel())
     bases: list[Tensor] = []
     for start in range(0, len(grads), chunk):
@@ -60,12 +48,12 @@ def choose_bases(
         stacked = multipliable(torch.stack(tuple(grads[start:stop])))
         stacked = stacked.mT if right else stacked
         fresh = choose(stacked, rank, spectrum, seeds[start:stop]).to(dtype)
-        if previous is not None:
+        if previous:
             usable = torch.isfinite(frobenius_norm(stacked))
             if found_inf is not None:
                 usable = usable & (found_inf.to(usable.device) == 0)
             fresh = torch.where(usable[:, None, None], fresh, torch.stack(tuple(previous[start:stop])))
-        bases.extend(fresh.unbind())
+        bases.extend(map(own_memory, fresh.unbind()))
     return bases
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
+from ..range_finder import range_finder
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Spectrum:
             dtype = torch.promote_types(grad.dtype, torch.float32)
             vectors, sigma, _ = torch.linalg.svd(torch.nan_to_num(grad.to(dtype), posinf=0.0, neginf=0.0), full_matrices=False)
             return vectors[..., :count], sigma[..., :count]
-        return ops.range_finder(grad, count, oversample=self.oversample, power_iters=self.power_iters, seed=self.seed)
+        return range_finder(grad, count, self.oversample, self.power_iters, self.seed)
 
     def affordable(self, grad: Tensor, rank: int) -> int:
         """How many directions to know before r of them are sampled: all where that is no extra work, else 2r."""

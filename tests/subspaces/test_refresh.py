@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import lowrank_kernels as lrk
-from lowrank_kernels.subspaces import SELECTIONS, SVDS, choose_bases, own_memory
+from lowrank_kernels import ops
+from lowrank_kernels.subspaces import SELECTIONS, SVDS, own_memory
+
+pytestmark = pytest.mark.usefixtures("refresh_implementation")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5
@@ -26,7 +29,8 @@ def with_spectrum(m, n, sigma):
 def fresh(grads, rank, *, previous=None, seed=0, number=0, right=False, places=None, dtype=torch.float32, **options):
     settings = dict(selection="importance", svd="randomized", oversample=8, power_iters=1) | options
     places = places or [(index, 0) for index in range(len(grads))]
-    return choose_bases(grads, previous, rank=rank, right=right, seed=seed, refresh_number=number, places=places, dtype=dtype, **settings)
+    settings |= dict(rank=rank, right=right, seed=seed, refresh_number=number, places=places, dtype=dtype)
+    return ops.choose_bases(grads, previous, **settings)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,80 @@
+"""What every result carries, where it is kept, and how it is shown."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import lowrank_kernels as lrk
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(on_gpu: bool) -> str:
+    name = torch.cuda.get_device_name() if on_gpu else f"cpu {_cpu_model()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = {line.partition(":")[0].strip(): line.partition(":")[2].strip() for line in reversed(lines)}
+        return f"{model['model name']} family {model['cpu family']} model {model['model']}"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Short hash of HEAD, with "-dirty" where tracked files differ from it, or "unknown" outside a repository."""
+    root = Path(__file__).parent
+    try:
+        run = dict(cwd=root, capture_output=True, text=True, check=True)
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **run).stdout.strip()
+        return head + ("-dirty" if subprocess.run(["git", "status", "--porcelain", "-uno"], **run).stdout.strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(on_gpu: bool) -> dict[str, object]:
+    return {
+        "device": device_name(on_gpu),
+        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "lowrank_kernels": lrk.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def results_file(folder: Path, origin: dict[str, object]) -> Path:
+    """<folder>/<date>-<commit>.jsonl, for a `provenance`."""
+    return folder / f"{str(origin['time'])[:10]}-{origin['commit']}.jsonl"
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None) -> None:
+    """With rich where it is installed, a GPU machine may have nothing but torch. A rule where the first column changes."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print("\n".join("\t".join(line) for line in ([title] if title else [], header, *lines) if line))
+        return
+    table = Table(*header, title=title)
+    for index, line in enumerate(lines):
+        last = index + 1 == len(lines) or lines[index + 1][0] != line[0]
+        table.add_row(*line, end_section=last)
+    Console(width=170).print(table)

@@ -1,0 +1,21 @@
+// The kernels of this folder on tensors, on the current stream of the tensors' device. Nothing here waits for it.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+#include <optional>
+
+namespace lowrank_kernels::cuda {
+
+// See ../small.h. Nothing where l is too large for the device's shared memory.
+std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift);
+
+// Eigenvalues, descending, and eigenvectors, as rows, of fp64 (…, k, k), positive semidefinite to rounding.
+std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram);
+
+// (seeds, count).
+at::Tensor normal(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::TensorOptions& options);
+at::Tensor gumbel(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::Device& device);
+
+}  // namespace lowrank_kernels::cuda

@@ -1,0 +1,175 @@
+// The operators of lowrank_kernels/ops/refresh.py, where their schemas stand and their arguments are checked.
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "orthonormalise.h"
+#include "philox.h"
+#include "selection.h"
+#include "small.h"
+#include "spectrum.h"
+
+namespace lowrank_kernels {
+namespace {
+
+// Elements of the temporaries of one chunk of a list of gradients on a GPU: 512 MiB in fp32.
+constexpr int64_t CHUNK_ELEMENTS = int64_t{1} << 27;
+
+// The dtype that products run in: fp32 where they cannot run in the gradient's own (fp16 overflows, and CPUs are slow in 16 bits).
+at::ScalarType product_dtype(const at::Tensor& grad) {
+    const bool native = grad.scalar_type() == at::kDouble || (grad.is_cuda() && grad.scalar_type() == at::kBFloat16);
+    return native ? grad.scalar_type() : at::kFloat;
+}
+
+at::Tensor multipliable(const at::Tensor& grad) { return grad.to(product_dtype(grad)); }
+
+// What a matrix gets that is not finite: any orthonormal rows, and NaN for sigma.
+Spectrum of_nothing(const at::Tensor& grad, int64_t count, int64_t seed) {
+    const auto options = grad.options().dtype(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    const at::Tensor noise = normal(seed, {count, grad.size(-2)}, philox::COMPLETION, options);
+    return {orthonormalise(noise, seed), at::full({count}, std::nan(""), options)};
+}
+
+// One matrix on a CPU, brought into the range where fourth powers of its elements neither overflow nor vanish; `unit` times it is the matrix.
+struct InRange {
+    at::Tensor grad;
+    Size size;
+    double unit = 1.0;
+};
+
+InRange in_range(const at::Tensor& stored) {
+    InRange matrix{multipliable(stored), {}};
+    matrix.size = size_of(matrix.grad);
+    const double peak = matrix.size.peak.item<double>();
+    if (!std::isfinite(peak) || peak == 0) return matrix;
+    int exponent = 0;
+    std::frexp(peak, &exponent);
+    if (std::abs(exponent) <= (matrix.grad.scalar_type() == at::kFloat ? 20 : 150)) return matrix;
+    const int half = exponent / 2;  // in two steps: 2^-exponent may overflow
+    matrix.grad = matrix.grad.mul(std::ldexp(1.0, -half)).mul_(std::ldexp(1.0, half - exponent));
+    matrix.size = size_of(matrix.grad);
+    matrix.unit = std::ldexp(1.0, exponent);
+    return matrix;
+}
+
+std::tuple<at::Tensor, at::Tensor> range_finder_of_one(const at::Tensor& grad, int64_t rank, const Accuracy& accuracy,
+                                                       const std::optional<at::Tensor>& start) {
+    const InRange matrix = in_range(grad);
+    Spectrum found;
+    if (std::isfinite(matrix.size.peak.item<double>())) {
+        found = leading(Gradients(matrix.grad), rank, accuracy, start, matrix.size);
+    } else {
+        found = of_nothing(matrix.grad, rank, accuracy.seed);
+    }
+    return {found.vectors.mT().contiguous(), found.sigma.mul(matrix.unit)};
+}
+
+std::optional<at::Tensor> as_rows(const std::optional<at::Tensor>& basis, at::ScalarType dtype) {
+    if (!basis) return std::nullopt;
+    return basis->mT().to(dtype, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
+}
+
+at::ScalarType basis_dtype(const at::Tensor& grad) { return grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
+std::tuple<at::Tensor, at::Tensor> range_finder(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
+                                                int64_t seed, const std::optional<at::Tensor>& start) {
+    const Accuracy accuracy{oversample, power_iters, seed};
+    const auto start_rows = as_rows(start, basis_dtype(grad));
+    if (!grad.is_cpu()) {
+        const Gradients batch(multipliable(grad));
+        const Size size = batch.size();
+        const auto [vectors, sigma] = leading(batch, rank, accuracy, start_rows, size);
+        return {vectors.mT().contiguous(), at::where(at::isfinite(size.peak).unsqueeze(-1), sigma, std::nan(""))};
+    }
+    if (grad.dim() == 2) return range_finder_of_one(grad, rank, accuracy, start_rows);
+    // One by one: each takes what its own spectrum needs, and nothing is copied together.
+    const at::Tensor grads = grad.flatten(0, -3);
+    const auto starts = start ? std::optional(start_rows->flatten(0, -3)) : std::nullopt;
+    std::vector<at::Tensor> bases, sigmas;
+    for (int64_t i = 0; i < grads.size(0); ++i) {
+        auto [basis, sigma] =
+            range_finder_of_one(grads.select(0, i), rank, accuracy, starts ? std::optional(starts->select(0, i)) : std::nullopt);
+        bases.push_back(std::move(basis));
+        sigmas.push_back(std::move(sigma));
+    }
+    const auto batch = grad.sizes().slice(0, grad.dim() - 2);
+    return {at::stack(bases).unflatten(0, batch), at::stack(sigmas).unflatten(0, batch)};
+}
+
+at::Tensor orthonormalise_columns(const at::Tensor& matrix, int64_t seed) {
+    at::Tensor rows = matrix.mT().contiguous();
+    if (!rows.is_cpu() || rows.dim() == 2) return orthonormalise(rows, seed).mT().contiguous();
+    std::vector<at::Tensor> parts;
+    for (const at::Tensor& part : rows.flatten(0, -3).unbind()) parts.push_back(orthonormalise(part, seed));
+    return at::stack(parts).view_as(rows).mT().contiguous();
+}
+
+// A copy of a basis given as rows that keeps nothing else alive, in the order that the device's products want: by columns on a CPU,
+// where its transpose then needs no copy, by rows on a GPU, where kernels read r neighbours at a time.
+at::Tensor own_basis(const at::Tensor& rows, at::ScalarType dtype) {
+    at::Tensor basis = at::empty(rows.sizes(), rows.options().dtype(dtype)).mT();
+    if (!rows.is_cpu()) basis = at::empty({rows.size(-1), rows.size(-2)}, rows.options().dtype(dtype));
+    return basis.copy_(rows.mT());
+}
+
+// Lists of matrices of equal shape, as stored: the right side works on their transposes. `previous` is empty or holds the bases in use.
+std::vector<at::Tensor> choose_bases(at::TensorList grads, at::TensorList previous, int64_t rank, bool right, std::string_view selection,
+                                     std::string_view svd, int64_t oversample, int64_t power_iters, int64_t seed, at::IntArrayRef seeds,
+                                     at::ScalarType dtype, const std::optional<at::Tensor>& found_inf) {
+    const Method method{selection, svd, {oversample, power_iters, seed}};
+    const int64_t count = static_cast<int64_t>(grads.size());
+    const auto oriented = [&](int64_t i) { return right ? grads[i].mT() : grads[i]; };
+    std::vector<at::Tensor> bases;
+    bases.reserve(count);
+    if (grads[0].is_cpu()) {
+        const bool skipped = found_inf && found_inf->item<double>() != 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const InRange matrix = in_range(oriented(i));
+            const bool usable = std::isfinite(matrix.size.peak.item<double>()) && !skipped;
+            if (!usable && !previous.empty()) {
+                bases.push_back(own_basis(previous[i].mT(), dtype));
+                continue;
+            }
+            const bool finite = std::isfinite(matrix.size.peak.item<double>());
+            const at::Tensor rows = finite ? choose(Gradients(matrix.grad), rank, method, seeds.slice(i, 1), std::nullopt, matrix.size)
+                                           : of_nothing(matrix.grad, rank, seeds[i]).vectors;
+            bases.push_back(own_basis(rows, dtype));
+        }
+        return bases;
+    }
+    const int64_t m = oriented(0).size(0), n = oriented(0).size(1);
+    const int64_t thin = (m + n) * std::min(2 * rank + oversample, std::min(m, n));
+    const int64_t chunk = std::max<int64_t>(1, CHUNK_ELEMENTS / std::max(thin, works_on_gram(m, n, rank + oversample) ? m * n : 0));
+    for (int64_t begin = 0; begin < count; begin += chunk) {
+        const int64_t end = std::min(begin + chunk, count);
+        std::vector<at::Tensor> matrices;
+        for (int64_t i = begin; i < end; ++i) matrices.push_back(multipliable(oriented(i)));
+        const Gradients batch(std::move(matrices));
+        const Size size = batch.size();
+        const at::Tensor rows = choose(batch, rank, method, seeds.slice(begin, end - begin), std::nullopt, size);
+        at::Tensor usable = at::isfinite(size.peak);
+        if (found_inf) usable = usable.logical_and(found_inf->to(usable.device()).reshape({}) == 0);
+        for (int64_t i = begin; i < end; ++i) {
+            const at::Tensor fresh = rows.select(0, i - begin).to(dtype);
+            const at::Tensor kept = previous.empty() ? fresh : at::where(usable.select(0, i - begin), fresh, previous[i].mT());
+            bases.push_back(own_basis(kept, dtype));
+        }
+    }
+    return bases;
+}
+
+}  // namespace
+}  // namespace lowrank_kernels
+
+#define LOWRANK_KERNELS_REGISTER(library)                                        \
+    library.impl("range_finder", lowrank_kernels::range_finder);                 \
+    library.impl("orthonormalise", lowrank_kernels::orthonormalise_columns);     \
+    library.impl("sample_importance", lowrank_kernels::sample_importance);       \
+    library.impl("choose_bases", lowrank_kernels::choose_bases)
+
+TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, library) { LOWRANK_KERNELS_REGISTER(library); }
+
+#if defined(LOWRANK_KERNELS_CUDA)
+TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, library) { LOWRANK_KERNELS_REGISTER(library); }
+#endif

@@ -1,0 +1,95 @@
+#include "orthonormalise.h"
+
+#include <cmath>
+#include <limits>
+
+#include "philox.h"
+#include "precision.h"
+#include "products.h"
+#include "small.h"
+
+namespace lowrank_kernels {
+namespace {
+
+double unit_roundoff2(const at::Tensor& t) {  // the distance from 1 to the next number
+    return t.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
+}
+
+double smallest(const at::Tensor& t) {
+    return t.scalar_type() == at::kDouble ? std::numeric_limits<double>::min() : std::numeric_limits<float>::min();
+}
+
+// Rows scaled to length 1, in two steps so that no square overflows; `substitute` where a row is zero or not finite.
+at::Tensor unit_rows(const at::Tensor& rows, const at::Tensor& substitute) {
+    const at::Tensor peak = rows.abs().amax(-1, true);
+    const at::Tensor usable = at::isfinite(peak).logical_and_(peak > 0);
+    const at::Tensor scaled = at::where(usable, rows / at::where(usable, peak, 1), substitute);
+    return scaled / at::linalg_vector_norm(scaled, 2, at::IntArrayRef{-1}, true).clamp_min_(smallest(rows));
+}
+
+at::Tensor full_times_transposed(const at::Tensor& a, const at::Tensor& b) {
+    const FullPrecision guard;
+    return times_transposed(a, b);
+}
+
+// Least pivot of the factor of unit rows, which is at most their smallest singular value's square root of l times larger: below it two
+// unshifted passes may not reach full accuracy.
+constexpr double LEAST_PIVOT = 0x1p-7;
+
+}  // namespace
+
+at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted) {
+    const at::Tensor unit = unit_rows(rows, at::zeros({}, rows.options()));
+    const double shift = shifted ? 2 * unit_roundoff2(rows) * static_cast<double>(rows.size(-2)) : 0.0;
+    return full_times_transposed(inverse_factor(gram(unit), shift), unit.mT());
+}
+
+std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows) {
+    at::Tensor products = gram(rows);
+    const at::Tensor lengths = products.diagonal().sqrt();
+    const at::Tensor inverse_lengths = lengths.reciprocal();
+    // Squares of lengths must lie well inside the range of fp32 for the products of the others to be as accurate.
+    const double least = lengths.min().item<double>(), most = lengths.max().item<double>();
+    if (!(least > 1e-12 && most < 1e12)) return std::nullopt;  // also NaN
+    products.mul_(inverse_lengths).mul_(inverse_lengths.unsqueeze(-1));
+    const auto [factor, failed] = at::linalg_cholesky_ex(products);
+    if (failed.item<int>() != 0 || !(factor.diagonal().min().item<double>() > LEAST_PIVOT)) return std::nullopt;
+    const at::Tensor scale = inverse_lengths.diag();
+    return full_times_transposed(at::linalg_solve_triangular(factor, scale, /*upper=*/false), rows.mT());
+}
+
+at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed) {
+    if (rows.is_cpu() && rows.dim() == 2) {
+        if (const auto once = well_conditioned_pass(rows)) {
+            if (auto twice = well_conditioned_pass(*once)) return *twice;
+        }
+    }
+    const int64_t l = rows.size(-2), m = rows.size(-1);
+    const at::Tensor noise = normal(seed, {l, m}, philox::COMPLETION, rows.options()).div_(std::sqrt(static_cast<double>(m)));
+    // Dependent rows become distinct, by less than the rounding of Y hides anyway.
+    at::Tensor result = unit_rows(rows, noise) + 8 * unit_roundoff2(rows) * noise;
+    for (const bool shifted : {true, true, true, false, false}) result = cholesky_pass(result, shifted);
+    return result;
+}
+
+at::Tensor polish(const at::Tensor& rows) {
+    const at::Tensor correction = gram(rows).mul_(-0.5);
+    correction.diagonal(0, -2, -1).add_(1.5);
+    return full_times_transposed(correction, rows.mT());
+}
+
+at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed) {
+    const auto clear = [&](const at::Tensor& rows) {
+        const at::Tensor inside = full_times_transposed(rows, directions);  // (…, t, h)
+        return rows - full_times_transposed(inside, directions.mT());
+    };
+    // Twice is enough; the second time also clears what completion put in. A seed of its own each time: U may itself be completed, and
+    // the same draws again would lie in it.
+    for (uint64_t again = 0; again < 2; ++again) {
+        const auto own_seed = static_cast<int64_t>(philox::derive_seed(static_cast<uint64_t>(seed), again));
+        candidates = orthonormalise(clear(candidates), own_seed);
+    }
+    return clear(candidates);
+}
+
+}  // namespace lowrank_kernels

@@ -1,0 +1,33 @@
+// Orthonormal rows by shifted CholeskyQR (Fukaya, Nakatsukasa, Yanagisawa, Yamamoto, SIAM J. Sci. Comput. 42, 2020).
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+namespace lowrank_kernels {
+
+// Yt → L⁻¹·Yt with L·Lᵀ = Y·Yᵀ + shift·I, the rows scaled to length 1 first: (…, l, m) → (…, l, m).
+//
+// The shift keeps the factorisation from failing and lifts small singular values by up to 1/sqrt(shift): one such pass is all that a
+// power iteration needs between its products. Without it, well-conditioned rows become orthonormal.
+at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted = true);
+
+// The unshifted pass over one matrix (l, m) on a CPU, or nothing where its rows are too near to dependent for it (condition above
+// about 10³), not finite, or zero.
+std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows);
+
+// Q with Q·Qᵀ = I, whose first k rows span the first k of Yt: (…, l, m), l ≤ m, fp32 or fp64 → the same shape.
+//
+// Rows that are zero, not finite or dependent on earlier ones come back as random directions (a function of `seed`) orthogonal to the
+// rest: ‖Q·Qᵀ − I‖ ≤ 1e-5 in fp32 for every input. On a CPU two unshifted passes where they are enough, else, and always on a GPU,
+// where asking would stall it, five passes: three shifted ones, two without shift.
+at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed);
+
+// ‖U‖² = 1 for rows that are orthonormal to a few per cent already: U ← (3/2·I − 1/2·U·Uᵀ)·U, which squares the defect.
+at::Tensor polish(const at::Tensor& rows);
+
+// Orthonormal rows of Yt·(I − UᵀU) for orthonormal rows U: (…, h, m) and (…, t, m), h + t ≤ m → (…, t, m).
+at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed);
+
+}  // namespace lowrank_kernels

@@ -1,0 +1,84 @@
+#include "selection.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "orthonormalise.h"
+#include "philox.h"
+#include "small.h"
+
+namespace lowrank_kernels {
+namespace {
+
+Spectrum exact(const Gradients& grad) {
+    const auto [vectors, sigma, _] = at::linalg_svd(at::nan_to_num(grad.joined(), 0.0, 0.0, 0.0), /*full_matrices=*/false);
+    return {vectors.mT(), sigma};
+}
+
+Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const std::optional<at::Tensor>& start,
+                          const Size& size) {
+    if (method.svd != "exact") return leading(grad, count, method.accuracy, start, size);
+    const Spectrum all = exact(grad);
+    return {all.vectors.narrow(-2, 0, count), all.sigma.narrow(-1, 0, count)};
+}
+
+// The weight of each of `count` unknown directions, sqrt(E / count) with E = ‖G‖²_F − Σσ²; zero where E is within the rounding error
+// of the sums it is the difference of.
+at::Tensor tail_weight(const Size& size, const at::Tensor& sigma, int64_t count) {
+    const double roundoff = sigma.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                                : std::numeric_limits<float>::epsilon();
+    const at::Tensor left_over = size.squares - sigma.to(at::kDouble).square().sum(-1);
+    const at::Tensor real = at::where(left_over > 16 * roundoff * size.squares, left_over, 0.0);
+    return real.div(static_cast<double>(count)).sqrt_().to(sigma.scalar_type());
+}
+
+// I3S (arXiv 2502.05790): r directions drawn from the singular vectors with probability ∝ σ. Where only the leading h < min(m, n) are
+// known, the others share the left-over energy, and one that is drawn becomes a random direction of (I − U·Uᵀ)·G·ω, orthonormalised.
+// Nothing hangs on how many are drawn, so nothing waits for a GPU.
+at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const Size& size) {
+    const int64_t short_side = std::min(grad.rows(), grad.columns());
+    const bool all = method.svd == "exact" || 2 * rank + method.accuracy.oversample >= short_side;
+    const int64_t known = all ? short_side : 2 * rank, unknown = short_side - known;
+    auto [directions, sigma] = known_directions(grad, known, method, std::nullopt, size);
+    if (unknown > 0) {
+        std::vector<int64_t> shape = sigma.sizes().vec();
+        shape.back() = unknown;
+        sigma = at::cat({sigma, tail_weight(size, sigma, unknown).unsqueeze(-1).expand(shape)}, -1);
+        const int64_t count = std::min(rank, unknown);
+        const at::Tensor omega = normal(method.accuracy.seed, {count, grad.columns()}, philox::TAIL, grad.options());
+        directions = at::cat({directions, complement(directions, grad.image(omega), method.accuracy.seed)}, -2);
+    }
+    const bool one = sigma.dim() == 1;
+    at::Tensor chosen = sample_importance(one ? sigma.unsqueeze(0) : sigma, rank, seeds);
+    if (one) chosen = chosen.squeeze(0);
+    // Tail directions are interchangeable: the first one drawn takes the first of them.
+    const at::Tensor tail = chosen >= known;
+    const at::Tensor row = at::where(tail, tail.cumsum(-1) + (known - 1), chosen);
+    std::vector<int64_t> shape = directions.sizes().vec();
+    shape[shape.size() - 2] = rank;
+    return directions.gather(-2, row.unsqueeze(-1).expand(shape));
+}
+
+}  // namespace
+
+at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArrayRef seeds) {
+    constexpr double tiny = std::numeric_limits<double>::min();
+    const at::Tensor weights = sigma.to(at::kDouble);
+    const at::Tensor keys = weights.div(weights.amax(-1, true).clamp_min_(tiny)).clamp_min_(tiny).log_();
+    const at::Tensor noisy = keys + gumbel(seeds, sigma.size(-1), philox::GUMBEL, sigma.device()).reshape(sigma.sizes());
+    const at::Tensor chosen = std::get<0>(std::get<1>(noisy.topk(rank, -1)).sort(-1));
+    const at::Tensor order = std::get<1>(sigma.gather(-1, chosen).sort(/*stable=*/true, -1, /*descending=*/true));
+    return chosen.gather(-1, order);
+}
+
+at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const std::optional<at::Tensor>& start,
+                  const Size& size) {
+    if (method.selection == "importance") return importance(grad, rank, method, seeds, size);
+    if (method.selection == "dominant") return known_directions(grad, rank, method, start, size).vectors;  // GaLore (arXiv 2403.03507)
+    // Random: the orthonormalised Gaussian is uniform over subspaces, and needs no gradient.
+    const at::Tensor gaussian = normal(seeds, {grad.rows(), rank}, philox::BASIS, grad.options());
+    return orthonormalise(gaussian.mT().contiguous(), 0);
+}
+
+}  // namespace lowrank_kernels

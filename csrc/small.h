@@ -1,0 +1,26 @@
+// The l × l work and the random numbers: what a device does with its own code. Nothing here waits for a GPU.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <cstdint>
+
+namespace lowrank_kernels {
+
+// L⁻¹ of S + shift·I = L·Lᵀ, lower triangular: (…, l, l) → (…, l, l). The identity where the factorisation fails.
+// CUDA: one kernel for every l whose packed triangle fits shared memory (cuda/cholesky_inverse.h), cuSOLVER and cuBLAS above.
+at::Tensor inverse_factor(const at::Tensor& gram, double shift);
+
+// Eigenvalues, descending, and eigenvectors, as rows, of symmetric fp64 (…, k, k) that are positive semidefinite to rounding.
+// CPU: LAPACK. CUDA: one-sided Jacobi on the Cholesky factor (cuda/jacobi.h), for cuSOLVER's drivers report to the host.
+struct Eigen {
+    at::Tensor values, vectors;
+};
+Eigen eigh(const at::Tensor& gram);
+
+// N(0, 1) of shape (*shape), or (seeds, *shape) for several seeds: philox.normal in Python, whose words it shares bit for bit.
+at::Tensor normal(at::IntArrayRef seeds, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options);
+// Standard Gumbel (seeds, count) in fp32: philox.gumbel.
+at::Tensor gumbel(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::Device& device);
+
+}  // namespace lowrank_kernels

@@ -1,0 +1,171 @@
+#include "spectrum.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "orthonormalise.h"
+#include "philox.h"
+#include "precision.h"
+#include "small.h"
+
+namespace lowrank_kernels {
+namespace {
+
+// Forming G·Gᵀ costs less than four products with G where 5·l reaches the short side.
+constexpr int64_t SQUARE_FROM = 5;
+// Products with the Gram matrix: this many for each power iteration, beside the first.
+constexpr int64_t GRAM_STEPS = 3;
+// λ_r / λ₁ under which eigenvalues of a Gram matrix formed in fp32 no longer give σ to 1 %: a few rounding errors of λ₁ over 2 %.
+constexpr double STEEP = 0x1p-13;
+
+at::Tensor full_times_transposed(const at::Tensor& a, const at::Tensor& b) {
+    const FullPrecision guard;
+    return times_transposed(a, b);
+}
+
+// All k left singular vectors, as rows, and values of B (…, k, n), k ≤ n. The Gram matrix and its eigenproblem are fp64: in fp32 all
+// σ under 3e-4·σ₁ would be noise, and vectors orthonormal to 1e-5 only.
+Spectrum left_singular(const at::Tensor& rows) {
+    at::Tensor peak = at::linalg_vector_norm(rows, std::numeric_limits<double>::infinity(), at::IntArrayRef{-2, -1}, true, at::kDouble);
+    peak = at::where(at::isfinite(peak).logical_and_(peak > 0), peak, 1.0);
+    const at::Tensor scaled = rows.to(at::kDouble).div(peak).nan_to_num_(0.0, 0.0, 0.0);
+    const auto [values, vectors] = eigh(large_gram(scaled));
+    const at::Tensor sigma = values.clamp_min(0.0).sqrt_().mul_(peak.squeeze(-1));
+    return {vectors.to(rows.scalar_type()), sigma.to(rows.scalar_type())};
+}
+
+Spectrum head(const Spectrum& spectrum, int64_t count) {
+    return {spectrum.vectors.narrow(-2, 0, count), spectrum.sigma.narrow(-1, 0, count)};
+}
+
+// From orthonormal rows Q whose span holds the wanted directions: the singular vectors of QᵀG, turned back.
+Spectrum rayleigh_ritz(const at::Tensor& basis, const at::Tensor& projected, int64_t count) {
+    const auto [vectors, sigma] = head(left_singular(projected), count);
+    return {full_times_transposed(vectors, basis.mT()), sigma};
+}
+
+at::Tensor sketch(const Gradients& grad, int64_t l, int64_t length, const Accuracy& accuracy) {
+    return normal(accuracy.seed, {l, length}, philox::SKETCH, grad.options());
+}
+
+// The sketch with `start` in the place of its first rows, as orthonormal ones.
+at::Tensor started(const at::Tensor& sketch, const std::optional<at::Tensor>& start) {
+    if (!start) return sketch;
+    std::vector<int64_t> shape = start->sizes().vec();
+    shape[shape.size() - 2] = sketch.size(-2) - start->size(-2);
+    return at::cat({cholesky_pass(*start), sketch.narrow(-2, start->size(-2), shape[shape.size() - 2]).expand(shape)}, -2);
+}
+
+// G seen from its short side: `to_long` multiplies rows over the short side into rows over the long one.
+struct ShortSide {
+    explicit ShortSide(const Gradients& grad) : grad(grad), tall(grad.rows() > grad.columns()) {}
+    int64_t size() const { return tall ? grad.columns() : grad.rows(); }
+    at::Tensor to_long(const at::Tensor& rows) const { return tall ? grad.image(rows) : grad.coimage(rows); }
+    at::Tensor to_short(const at::Tensor& rows) const { return tall ? grad.coimage(rows) : grad.image(rows); }
+    at::Tensor matrix() const { return tall ? grad.joined().mT() : grad.joined(); }
+    // The left singular vectors of G from singular vectors on the short side.
+    Spectrum left(const Spectrum& spectrum, int64_t seed) const {
+        if (!tall) return spectrum;
+        return {orthonormalise(grad.image(spectrum.vectors), seed), spectrum.sigma};
+    }
+    const Gradients& grad;
+    const bool tall;
+};
+
+Spectrum whole_spectrum(const Gradients& grad, int64_t count, const Accuracy& accuracy) {
+    const ShortSide side(grad);
+    return side.left(head(left_singular(side.matrix()), count), accuracy.seed);
+}
+
+at::Tensor squared_norm(const at::Tensor& t) { return at::linalg_vector_norm(t, 2, at::IntArrayRef{-2, -1}).square_(); }
+
+// Half of Σλ² / Σλ over the eigenvalues that a basis leaves out, which is less than half the largest of them, and so a safe shift. Zero
+// where the sums are rounding errors of those they are the difference of.
+at::Tensor half_left_out(const at::Tensor& sum, const at::Tensor& all, const at::Tensor& squares, const at::Tensor& all_squares) {
+    const double noise = 64 * (sum.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
+                                                                : std::numeric_limits<float>::epsilon());
+    const at::Tensor real = (sum > noise * all).logical_and_(squares > noise * all_squares);
+    return at::where(real, squares.div(at::where(real, sum, 1.0)).mul_(0.5), 0.0);
+}
+
+// A = G·Gᵀ on the short side;  Y = A·Ω;  several times: Y = (A − s·I)·orth(Y), s about half the largest eigenvalue that orth(Y) leaves
+// out, which halves those and hardly changes the wanted ones (shifted power iteration; Feng, Yu, Xie, Tang, arXiv 2404.09276).
+//
+// An fp32 Gram matrix knows no σ under about 1e-3·σ₁. Where the spectrum is that steep one more half-step with G itself, and Rayleigh
+// and Ritz in fp64, restore it. A CPU looks; a GPU, which cannot without stalling, always does so.
+Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
+                         const Size& size) {
+    const ShortSide side(grad);
+    at::Tensor matrix = side.matrix();
+    const bool on_cpu = matrix.is_cpu() && matrix.dim() == 2;
+    if (!on_cpu) {
+        const at::Tensor usable = at::isfinite(size.peak).logical_and_(size.peak > 0);
+        const at::Tensor half = at::where(usable, size.peak, 1.0).rsqrt_().to(matrix.scalar_type()).unsqueeze(-1).unsqueeze(-1);
+        matrix = matrix.mul(half).mul_(half).nan_to_num_(0.0, 0.0, 0.0);  // in two steps: 1 / peak may overflow
+    }
+    const at::Tensor squares = large_gram(matrix);
+    matrix.reset();
+    const at::Tensor trace = squares.diagonal(0, -2, -1).sum(-1), energy = squared_norm(squares);
+    at::Tensor rows = started(sketch(grad, l, side.size(), accuracy), start && side.tall ? std::optional(grad.coimage(*start)) : start);
+    const auto multiply = [&squares](const at::Tensor& thin) { return full_times_transposed(thin, squares); };
+    // On a CPU: two products to an orthonormalisation while that is safe, then one, then shifted passes and the half-step below.
+    bool steep = !on_cpu, pairs = on_cpu;
+    at::Tensor image = multiply(rows), shift;
+    for (int64_t left = 1 + GRAM_STEPS * accuracy.power_iters;;) {
+        if (shift.defined()) image.sub_(rows.mul(shift));
+        --left;
+        std::optional<at::Tensor> next;
+        if (pairs && left > 0) {
+            at::Tensor twice = multiply(image);
+            if (shift.defined()) twice.sub_(image.mul(shift));
+            next = well_conditioned_pass(twice);
+            pairs = next.has_value();
+            left -= pairs;
+        }
+        if (!next && !steep) {
+            next = well_conditioned_pass(image);
+            steep = !next;
+        }
+        rows = next ? *next : cholesky_pass(image);
+        image = multiply(rows);
+        if (left == 0) break;
+        shift = half_left_out(trace - rows.mul(image).sum(at::IntArrayRef{-2, -1}), trace, energy - squared_norm(image), energy)
+                    .unsqueeze(-1)
+                    .unsqueeze(-1);
+    }
+    if (!steep) {
+        const auto [values, vectors] = eigh(full_times_transposed(rows, image));
+        if (values[count - 1].item<double>() > STEEP * values[0].item<double>()) {
+            const at::Tensor turned = full_times_transposed(vectors.narrow(0, 0, count), rows.mT());
+            return side.left({polish(turned), values.narrow(0, 0, count).sqrt()}, accuracy.seed);
+        }
+    }
+    rows = orthonormalise(side.to_short(cholesky_pass(side.to_long(rows))), accuracy.seed);
+    return side.left(rayleigh_ritz(rows, side.to_long(rows), count), accuracy.seed);
+}
+
+Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy,
+                             const std::optional<at::Tensor>& start) {
+    const at::Tensor rows = started(sketch(grad, l, grad.columns(), accuracy), start ? std::optional(grad.coimage(*start)) : start);
+    at::Tensor image = grad.image(rows);
+    for (int64_t iteration = 0; iteration < accuracy.power_iters; ++iteration) {
+        image = grad.image(cholesky_pass(grad.coimage(cholesky_pass(image))));
+    }
+    const at::Tensor basis = orthonormalise(image, accuracy.seed);
+    return rayleigh_ritz(basis, grad.coimage(basis), count);
+}
+
+}  // namespace
+
+bool works_on_gram(int64_t m, int64_t n, int64_t l) { return SQUARE_FROM * l >= std::min(m, n); }
+
+Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start, const Size& size) {
+    const int64_t l = count + accuracy.oversample;
+    if (l >= std::min(grad.rows(), grad.columns())) return whole_spectrum(grad, count, accuracy);
+    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, start, size);
+    return iterate_on_products(grad, count, l, accuracy, start);
+}
+
+}  // namespace lowrank_kernels

@@ -1,0 +1,31 @@
+// Leading left singular vectors and values of a gradient: the randomized range finder (Halko, Martinsson, Tropp, SIAM Review 53, 2011).
+#pragma once
+
+#include <optional>
+
+#include "products.h"
+
+namespace lowrank_kernels {
+
+struct Spectrum {
+    at::Tensor vectors;  // (…, k, m): orthonormal rows, to 1e-5
+    at::Tensor sigma;    // (…, k), descending; NaN for a matrix that is not finite, whose vectors are random
+};
+
+struct Accuracy {
+    int64_t oversample, power_iters, seed;
+};
+
+// The leading `count` left ones: count ≤ min(m, n). `start`, if given, holds rows (…, s, m) near the wanted ones, such as the basis
+// before: they take the place of as many random ones. `size` is what `grad.size()` gives.
+//
+// With l = count + oversample, one of three ways, by shape alone:
+//   l ≥ min(m, n):      the whole spectrum, from the Gram matrix of the short side;
+//   5·l ≥ min(m, n):    subspace iteration on that Gram matrix, which costs less than four products with G, and more of it is nearly free;
+//   else:               Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W.
+Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start, const Size& size);
+
+// Whether the first or second way is taken, which form the Gram matrix and may copy G.
+bool works_on_gram(int64_t m, int64_t n, int64_t l);
+
+}  // namespace lowrank_kernels

@@ -1,0 +1,115 @@
+"""Loads the compiled operators that setup.py built from csrc/ beside this file, or says why there are none.
+
+LOWRANK_KERNELS_LIBRARY=path in the environment loads that library instead (make sanitize); what goes wrong with it raises.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_PACKAGE = Path(__file__).resolve().parent
+_OVERRIDE = "LOWRANK_KERNELS_LIBRARY"
+_SOURCES = (".cpp", ".h", ".cu", ".cuh")
+_SLOWER = "the subspace refresh runs in PyTorch (slower)"
+
+
+@dataclass(frozen=True)
+class Finding:
+    sentence: str
+    library: Path | None = None
+    unexpected: bool = False
+    """A library was built but cannot be used: worth a warning, where one that was never built is only reported."""
+
+
+_finding = Finding("not loaded: LOWRANK_KERNELS_REFERENCE is set")
+
+
+def status() -> str:
+    """A sentence for the environment report."""
+    return _finding.sentence
+
+
+def loaded() -> bool:
+    """Whether the compiled operators are registered."""
+    return _finding.library is not None
+
+
+def load(*, reference_forced: bool) -> None:
+    """Registers the compiled implementations; ops/ calls it once, when the operators are defined. Warns where a built library fails."""
+    global _finding
+    if reference_forced:
+        return
+    found = find(_PACKAGE, torch.__version__, os.environ)
+    if found.library is not None:
+        try:
+            torch.ops.load_library(found.library)
+        except OSError as error:
+            if os.environ.get(_OVERRIDE):
+                raise
+            found = Finding(f"{found.sentence}, does not load ({error.__cause__ or error}): {_rebuild(_PACKAGE)}", unexpected=True)
+    if found.unexpected:
+        warnings.warn(f"lowrank_kernels: the extension is {found.sentence}", RuntimeWarning, stacklevel=2)
+    _finding = found
+
+
+def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Finding:
+    """Which library to load, by the facts that setup.py wrote beside it; loads nothing."""
+    if override := environ.get(_OVERRIDE):
+        library = Path(override).resolve()
+        if not library.is_file():
+            raise FileNotFoundError(f"{_OVERRIDE}={override}: there is no such file")
+        return Finding(f"loaded from {library} ({_OVERRIDE})", library)
+    try:
+        facts = json.loads((package / "_build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        facts = {"reason": "nothing was compiled in this folder"}
+    if facts["reason"]:
+        return Finding(f"not built: {facts['reason']}; {_SLOWER}. {_reinstall(package)}")
+    library = next((path for path in (package / "_C.so", package / "_C.pyd") if path.is_file()), None)
+    built = f"built for torch {facts['torch']} ({_parts(facts)})"
+    if library is None:
+        return Finding(f"{built}, but the library is gone: {_rebuild(package)}", unexpected=True)
+    if _abi(facts["torch"]) != _abi(torch_version):
+        return Finding(f"built for torch {facts['torch']} but torch {torch_version} is running: {_rebuild(package)}", unexpected=True)
+    if _stale(package, library):
+        return Finding(f"{built}, but csrc/ has changed since: {_rebuild(package)}", unexpected=True)
+    return Finding(f"{built}, loaded from {library}", library)
+
+
+def _parts(facts: dict) -> str:
+    if facts["cuda"]:
+        return f"C++ and CUDA {facts['cuda']} for {', '.join(facts['archs'])}"
+    return f"C++ without the CUDA part: {facts['cuda_reason']}" if facts["cuda_reason"] else "C++"
+
+
+def _abi(version: str) -> str:
+    """Releases of one minor version share their ABI: "2.13" for 2.13.0+cpu and 2.13.1. Any other build only fits itself."""
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+(cpu|cu\d+|cxx11.*|rocm.*|xpu))?", version)
+    return release.group(1) if release else version
+
+
+def _stale(package: Path, library: Path) -> bool:
+    """In a source tree: whether a source is newer than the library. One that registers an operator with another schema than the
+    operator now has would end the process: C++ exceptions do not pass through dlopen."""
+    if not (package.parent / "setup.py").is_file():
+        return False
+    built = library.stat().st_mtime
+    return any(path.stat().st_mtime > built for path in (package.parent / "csrc").rglob("*") if path.suffix in _SOURCES)
+
+
+def _reinstall(package: Path) -> str:
+    folder = package.parent
+    source = f"-e {folder}" if (folder / "setup.py").is_file() else "FOLDER, the source folder"
+    return f"Reinstall with: pip install --no-build-isolation {source}"
+
+
+def _rebuild(package: Path) -> str:
+    return f"it is not loaded and {_SLOWER}. {_reinstall(package)}"
