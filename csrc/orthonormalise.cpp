@@ -72,10 +72,15 @@ at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed) {
     return result;
 }
 
-at::Tensor polish(const at::Tensor& rows) {
-    const at::Tensor correction = gram(rows).mul_(-0.5);
-    correction.diagonal(0, -2, -1).add_(1.5);
-    return full_times_transposed(correction, rows.mT());
+at::Tensor polish(at::Tensor rows) {
+    const at::Tensor identity = at::eye(rows.size(0), rows.options());
+    for (double defect = 1; defect > 1e-4;) {
+        at::Tensor correction = gram(rows).sub_(identity);
+        defect = correction.abs().max().item<double>();
+        rows = full_times_transposed(identity - correction.mul_(0.5), rows.mT());
+        if (!(defect < 0.5)) break;  // it would not converge; NaN
+    }
+    return rows;
 }
 
 at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed) {

@@ -24,8 +24,9 @@ std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows);
 // where asking would stall it, five passes: three shifted ones, two without shift.
 at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed);
 
-// ‖U‖² = 1 for rows that are orthonormal to a few per cent already: U ← (3/2·I − 1/2·U·Uᵀ)·U, which squares the defect.
-at::Tensor polish(const at::Tensor& rows);
+// Rows (l, m) on a CPU that are orthonormal to a few per cent already, fully so: U ← (3/2·I − 1/2·U·Uᵀ)·U, which squares the defect,
+// until that is nothing.
+at::Tensor polish(at::Tensor rows);
 
 // Orthonormal rows of Yt·(I − UᵀU) for orthonormal rows U: (…, h, m) and (…, t, m), h + t ≤ m → (…, t, m).
 at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed);

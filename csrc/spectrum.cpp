@@ -131,9 +131,11 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         rows = next ? *next : cholesky_pass(image);
         image = multiply(rows);
         if (left == 0) break;
-        shift = half_left_out(trace - rows.mul(image).sum(at::IntArrayRef{-2, -1}), trace, energy - squared_norm(image), energy)
-                    .unsqueeze(-1)
-                    .unsqueeze(-1);
+        shift = at::Tensor();
+        if (!steep) {  // shifted passes do not quite make a basis, of which alone it can be told what it leaves out
+            const at::Tensor sum = trace - rows.mul(image).sum(), square_sum = energy - squared_norm(image);
+            shift = half_left_out(sum, trace, square_sum, energy);
+        }
     }
     if (!steep) {
         const auto [values, vectors] = eigh(full_times_transposed(rows, image));
