@@ -4,14 +4,13 @@
 #include <limits>
 
 #include "philox.h"
-#include "precision.h"
 #include "products.h"
 #include "small.h"
 
 namespace lowrank_kernels {
 namespace {
 
-double unit_roundoff2(const at::Tensor& t) {  // the distance from 1 to the next number
+double roundoff(const at::Tensor& t) {  // from 1 to the next number
     return t.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon();
 }
 
@@ -27,39 +26,43 @@ at::Tensor unit_rows(const at::Tensor& rows, const at::Tensor& substitute) {
     return scaled / at::linalg_vector_norm(scaled, 2, at::IntArrayRef{-1}, true).clamp_min_(smallest(rows));
 }
 
-at::Tensor full_times_transposed(const at::Tensor& a, const at::Tensor& b) {
-    const FullPrecision guard;
-    return times_transposed(a, b);
+// Of the factor of unit rows: below it two unshifted passes may not reach full accuracy.
+constexpr double LEAST_PIVOT = 0x1p-7;
+
+// L⁻¹·D⁻¹ for one matrix on a CPU, with L·Lᵀ = D⁻¹·Y·Yᵀ·D⁻¹ + shift·I and D the lengths of the rows; nothing where squares of the
+// lengths leave the range in which all products are accurate, where Y is not finite, or where a pivot is not above `least_pivot`.
+std::optional<at::Tensor> scaled_inverse_factor(const at::Tensor& rows, double shift, double least_pivot) {
+    at::Tensor products = gram(rows);
+    const at::Tensor lengths = products.diagonal().sqrt(), inverse_lengths = lengths.reciprocal();
+    const double least = lengths.min().item<double>(), most = lengths.max().item<double>();
+    if (!(least > 1e-12 && most < 1e12)) return std::nullopt;  // also NaN
+    products.mul_(inverse_lengths).mul_(inverse_lengths.unsqueeze(-1));
+    if (shift != 0) products.diagonal().add_(shift);
+    const auto [factor, failed] = at::linalg_cholesky_ex(products);
+    if (failed.item<int>() != 0 || !(factor.diagonal().min().item<double>() > least_pivot)) return std::nullopt;
+    return at::linalg_solve_triangular(factor, inverse_lengths.diag(), /*upper=*/false);
 }
 
-// Least pivot of the factor of unit rows, which is at most their smallest singular value's square root of l times larger: below it two
-// unshifted passes may not reach full accuracy.
-constexpr double LEAST_PIVOT = 0x1p-7;
+bool one_on_cpu(const at::Tensor& rows) { return rows.is_cpu() && rows.dim() == 2; }
 
 }  // namespace
 
 at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted) {
+    const double shift = shifted ? 2 * roundoff(rows) * static_cast<double>(rows.size(-2)) : 0.0;
+    if (one_on_cpu(rows)) {
+        if (const auto inverse = scaled_inverse_factor(rows, shift, 0.0)) return full_times_transposed(*inverse, rows.mT());
+    }
     const at::Tensor unit = unit_rows(rows, at::zeros({}, rows.options()));
-    const double shift = shifted ? 2 * unit_roundoff2(rows) * static_cast<double>(rows.size(-2)) : 0.0;
     return full_times_transposed(inverse_factor(gram(unit), shift), unit.mT());
 }
 
 std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows) {
-    at::Tensor products = gram(rows);
-    const at::Tensor lengths = products.diagonal().sqrt();
-    const at::Tensor inverse_lengths = lengths.reciprocal();
-    // Squares of lengths must lie well inside the range of fp32 for the products of the others to be as accurate.
-    const double least = lengths.min().item<double>(), most = lengths.max().item<double>();
-    if (!(least > 1e-12 && most < 1e12)) return std::nullopt;  // also NaN
-    products.mul_(inverse_lengths).mul_(inverse_lengths.unsqueeze(-1));
-    const auto [factor, failed] = at::linalg_cholesky_ex(products);
-    if (failed.item<int>() != 0 || !(factor.diagonal().min().item<double>() > LEAST_PIVOT)) return std::nullopt;
-    const at::Tensor scale = inverse_lengths.diag();
-    return full_times_transposed(at::linalg_solve_triangular(factor, scale, /*upper=*/false), rows.mT());
+    const auto inverse = scaled_inverse_factor(rows, 0.0, LEAST_PIVOT);
+    return inverse ? std::optional(full_times_transposed(*inverse, rows.mT())) : std::nullopt;
 }
 
 at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed) {
-    if (rows.is_cpu() && rows.dim() == 2) {
+    if (one_on_cpu(rows)) {
         if (const auto once = well_conditioned_pass(rows)) {
             if (auto twice = well_conditioned_pass(*once)) return *twice;
         }
@@ -67,7 +70,8 @@ at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed) {
     const int64_t l = rows.size(-2), m = rows.size(-1);
     const at::Tensor noise = normal(seed, {l, m}, philox::COMPLETION, rows.options()).div_(std::sqrt(static_cast<double>(m)));
     // Dependent rows become distinct, by less than the rounding of Y hides anyway.
-    at::Tensor result = unit_rows(rows, noise) + 8 * unit_roundoff2(rows) * noise;
+    at::Tensor result = unit_rows(rows, noise) + 8 * roundoff(rows) * noise;
+    if (one_on_cpu(rows)) return std::get<0>(at::linalg_qr(result.mT())).mT().contiguous();
     for (const bool shifted : {true, true, true, false, false}) result = cholesky_pass(result, shifted);
     return result;
 }

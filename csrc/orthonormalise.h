@@ -20,8 +20,8 @@ std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows);
 // Q with Q·Qᵀ = I, whose first k rows span the first k of Yt: (…, l, m), l ≤ m, fp32 or fp64 → the same shape.
 //
 // Rows that are zero, not finite or dependent on earlier ones come back as random directions (a function of `seed`) orthogonal to the
-// rest: ‖Q·Qᵀ − I‖ ≤ 1e-5 in fp32 for every input. On a CPU two unshifted passes where they are enough, else, and always on a GPU,
-// where asking would stall it, five passes: three shifted ones, two without shift.
+// rest: ‖Q·Qᵀ − I‖ ≤ 1e-5 in fp32 for every input. One matrix on a CPU: two unshifted passes where they are enough, else Householder's
+// QR, which takes less time there. Otherwise, and always on a GPU, where asking would stall it: three shifted passes and two without.
 at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed);
 
 // Rows (l, m) on a CPU that are orthonormal to a few per cent already, fully so: U ← (3/2·I − 1/2·U·Uᵀ)·U, which squares the defect,

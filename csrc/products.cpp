@@ -112,10 +112,12 @@ at::Tensor times_transposed(const at::Tensor& a, const at::Tensor& b) {
     return at::matmul(a, b.mT());
 }
 
-at::Tensor gram(const at::Tensor& rows) {
+at::Tensor full_times_transposed(const at::Tensor& a, const at::Tensor& b) {
     const FullPrecision guard;
-    return times_transposed(rows, rows);
+    return times_transposed(a, b);
 }
+
+at::Tensor gram(const at::Tensor& rows) { return full_times_transposed(rows, rows); }
 
 at::Tensor large_gram(const at::Tensor& rows) {
     const int64_t size = rows.size(-2), strip = (size + 3) / 4;

@@ -13,6 +13,9 @@ namespace lowrank_kernels {
 // a·bᵀ: (…, i, k), (…, j, k) → (…, i, j). Large fp32 products on a CPU go to oneDNN, everything else to ATen's matmul.
 at::Tensor times_transposed(const at::Tensor& a, const at::Tensor& b);
 
+// The same in full precision: for everything that makes a basis orthonormal.
+at::Tensor full_times_transposed(const at::Tensor& a, const at::Tensor& b);
+
 // S = Y·Yᵀ of the rows, in full precision: (…, l, k) → (…, l, l).
 at::Tensor gram(const at::Tensor& rows);
 

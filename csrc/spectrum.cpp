@@ -7,7 +7,6 @@
 
 #include "orthonormalise.h"
 #include "philox.h"
-#include "precision.h"
 #include "small.h"
 
 namespace lowrank_kernels {
@@ -17,22 +16,23 @@ namespace {
 constexpr int64_t SQUARE_FROM = 5;
 // Products with the Gram matrix: this many for each power iteration, beside the first.
 constexpr int64_t GRAM_STEPS = 3;
+// … and this many at most once the spectrum turns out to be steep, which makes every one of them worth more.
+constexpr int64_t STEEP_STEPS = 1;
 // λ_r / λ₁ under which eigenvalues of a Gram matrix formed in fp32 no longer give σ to 1 %: a few rounding errors of λ₁ over 2 %.
 constexpr double STEEP = 0x1p-13;
-
-at::Tensor full_times_transposed(const at::Tensor& a, const at::Tensor& b) {
-    const FullPrecision guard;
-    return times_transposed(a, b);
-}
 
 // All k left singular vectors, as rows, and values of B (…, k, n), k ≤ n. The Gram matrix and its eigenproblem are fp64: in fp32 all
 // σ under 3e-4·σ₁ would be noise, and vectors orthonormal to 1e-5 only.
 Spectrum left_singular(const at::Tensor& rows) {
-    at::Tensor peak = at::linalg_vector_norm(rows, std::numeric_limits<double>::infinity(), at::IntArrayRef{-2, -1}, true, at::kDouble);
-    peak = at::where(at::isfinite(peak).logical_and_(peak > 0), peak, 1.0);
-    const at::Tensor scaled = rows.to(at::kDouble).div(peak).nan_to_num_(0.0, 0.0, 0.0);
+    at::Tensor scaled = rows.to(at::kDouble), peak;
+    if (!rows.is_cpu()) {  // there it is finite and in range
+        peak = at::linalg_vector_norm(rows, std::numeric_limits<double>::infinity(), at::IntArrayRef{-2, -1}, true, at::kDouble);
+        peak = at::where(at::isfinite(peak).logical_and_(peak > 0), peak, 1.0);
+        scaled = scaled.div(peak).nan_to_num_(0.0, 0.0, 0.0);
+    }
     const auto [values, vectors] = eigh(large_gram(scaled));
-    const at::Tensor sigma = values.clamp_min(0.0).sqrt_().mul_(peak.squeeze(-1));
+    at::Tensor sigma = values.clamp_min(0.0).sqrt_();
+    if (peak.defined()) sigma.mul_(peak.squeeze(-1));
     return {vectors.to(rows.scalar_type()), sigma.to(rows.scalar_type())};
 }
 
@@ -105,9 +105,16 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         const at::Tensor half = at::where(usable, size.peak, 1.0).rsqrt_().to(matrix.scalar_type()).unsqueeze(-1).unsqueeze(-1);
         matrix = matrix.mul(half).mul_(half).nan_to_num_(0.0, 0.0, 0.0);  // in two steps: 1 / peak may overflow
     }
-    const at::Tensor squares = large_gram(matrix);
+    at::Tensor squares = large_gram(matrix);
     matrix.reset();
-    const at::Tensor trace = squares.diagonal(0, -2, -1).sum(-1), energy = squared_norm(squares);
+    at::Tensor trace = squares.diagonal(0, -2, -1).sum(-1);
+    double unit = 1;  // on a CPU the mean eigenvalue: products of several A stay in range
+    if (on_cpu) {
+        unit = trace.item<double>() / static_cast<double>(side.size());
+        squares.mul_(1 / unit);
+        trace = trace / unit;
+    }
+    const at::Tensor energy = squared_norm(squares);
     at::Tensor rows = started(sketch(grad, l, side.size(), accuracy), start && side.tall ? std::optional(grad.coimage(*start)) : start);
     const auto multiply = [&squares](const at::Tensor& thin) { return full_times_transposed(thin, squares); };
     // On a CPU: two products to an orthonormalisation while that is safe, then one, then shifted passes and the half-step below.
@@ -127,6 +134,7 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         if (!next && !steep) {
             next = well_conditioned_pass(image);
             steep = !next;
+            if (steep) left = std::min(left, STEEP_STEPS);
         }
         rows = next ? *next : cholesky_pass(image);
         image = multiply(rows);
@@ -141,7 +149,7 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         const auto [values, vectors] = eigh(full_times_transposed(rows, image));
         if (values[count - 1].item<double>() > STEEP * values[0].item<double>()) {
             const at::Tensor turned = full_times_transposed(vectors.narrow(0, 0, count), rows.mT());
-            return side.left({polish(turned), values.narrow(0, 0, count).sqrt()}, accuracy.seed);
+            return side.left({polish(turned), values.narrow(0, 0, count).mul(unit).sqrt_()}, accuracy.seed);
         }
     }
     rows = orthonormalise(side.to_short(cholesky_pass(side.to_long(rows))), accuracy.seed);

@@ -26,6 +26,8 @@ SQUARE_FROM = 5
 """The range finder works on G·Gᵀ where 5·l reaches the short side: forming it then costs less than four products with G."""
 GRAM_STEPS = 3
 """Products with G·Gᵀ for each power iteration."""
+STEEP_STEPS = 1
+"""… and at most this many more once the spectrum turns out to be steep, which makes each of them worth more."""
 STEEP = 2.0**-13
 """λ_r / λ₁ under which eigenvalues of a Gram matrix formed in fp32 no longer give σ to 1 %: a few rounding errors of λ₁ over 2 %."""
 LEAST_PIVOT = 2.0**-7
@@ -191,23 +193,32 @@ def _iterate_on_gram(
         matrix = torch.nan_to_num(matrix * half * half, nan=0.0, posinf=0.0, neginf=0.0)
     squares = full_precision_product(matrix, matrix.mT)
     short = squares.shape[-1]
+    mean = squares.diagonal(dim1=-2, dim2=-1).mean(-1) if on_cpu else 1.0
+    squares = squares / mean  # of which products stay in range
     trace, energy = squares.diagonal(dim1=-2, dim2=-1).sum(-1), squares.square().sum(dim=(-2, -1))
     basis = _started(_sketch(grad, columns, short, seed, dtype), start)
     image, shift, steep = full_precision_product(squares, basis), None, not on_cpu
-    for step in range(1 + GRAM_STEPS * power_iters):
-        if step and not steep:  # shifted passes do not quite make a basis, of which alone it can be told what it leaves out
-            left_out = trace - (basis * image).sum(dim=(-2, -1)), energy - image.square().sum(dim=(-2, -1))
-            shift = _half_left_out(*left_out, trace, energy)[..., None, None]
+    left = 1 + GRAM_STEPS * power_iters
+    while True:
+        if shift is not None:
             image = image - shift * basis
         following = None if steep else _well_conditioned_pass(image)
-        steep = following is None
+        if following is None and not steep:
+            steep, left = True, min(left, 1 + STEEP_STEPS)
         basis = _cholesky_pass(image) if following is None else following
         image = full_precision_product(squares, basis)
+        left -= 1
+        if left == 0:
+            break
+        shift = None
+        if not steep:  # shifted passes do not quite make a basis, of which alone it can be told what it leaves out
+            left_out = trace - (basis * image).sum(dim=(-2, -1)), energy - image.square().sum(dim=(-2, -1))
+            shift = _half_left_out(*left_out, trace, energy)[..., None, None]
     if not steep:
         values, vectors = torch.linalg.eigh(full_precision_product(basis.mT, image))
         if values[-rank] > STEEP * values[-1]:
             vectors = _polish(full_precision_product(basis, vectors.flip(-1)[..., :rank]))
-            return _from_short_side(grad, vectors, values.flip(-1)[..., :rank].sqrt(), tall, seed)
+            return _from_short_side(grad, vectors, (values.flip(-1)[..., :rank] * mean).sqrt(), tall, seed)
     image = multiply(grad, _cholesky_pass(multiply(grad.mT, basis)))
     basis = orthonormalise(image, seed)
     vectors, sigma = _rayleigh_ritz(basis, multiply(grad.mT, basis).mT)
