@@ -22,11 +22,13 @@ at::ScalarType product_dtype(const at::Tensor& grad) {
     return native ? grad.scalar_type() : at::kFloat;
 }
 
+at::ScalarType basis_dtype(const at::Tensor& grad) { return grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+
 at::Tensor multipliable(const at::Tensor& grad) { return grad.to(product_dtype(grad)); }
 
 // What a matrix gets that is not finite: any orthonormal rows, and NaN for sigma.
 Spectrum of_nothing(const at::Tensor& grad, int64_t count, int64_t seed) {
-    const auto options = grad.options().dtype(grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+    const auto options = grad.options().dtype(basis_dtype(grad));
     const at::Tensor noise = normal(seed, {count, grad.size(-2)}, philox::COMPLETION, options);
     return {orthonormalise(noise, seed), at::full({count}, std::nan(""), options)};
 }
@@ -70,26 +72,25 @@ std::optional<at::Tensor> as_rows(const std::optional<at::Tensor>& basis, at::Sc
     return basis->mT().to(dtype, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
 }
 
-at::ScalarType basis_dtype(const at::Tensor& grad) { return grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
+std::tuple<at::Tensor, at::Tensor> range_finder_of_batch(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
+                                                         int64_t seed, const std::optional<at::Tensor>& start) {
+    const Gradients batch(multipliable(grad));
+    const Size size = batch.size();
+    const auto [vectors, sigma] = leading(batch, rank, {oversample, power_iters, seed}, as_rows(start, basis_dtype(grad)), size);
+    return {vectors.mT().contiguous(), at::where(at::isfinite(size.peak).unsqueeze(-1), sigma, std::nan(""))};
+}
 
-std::tuple<at::Tensor, at::Tensor> range_finder(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
-                                                int64_t seed, const std::optional<at::Tensor>& start) {
+// One by one: each matrix takes what its own spectrum needs, and nothing is copied together.
+std::tuple<at::Tensor, at::Tensor> range_finder_on_cpu(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
+                                                       int64_t seed, const std::optional<at::Tensor>& start) {
     const Accuracy accuracy{oversample, power_iters, seed};
-    const auto start_rows = as_rows(start, basis_dtype(grad));
-    if (!grad.is_cpu()) {
-        const Gradients batch(multipliable(grad));
-        const Size size = batch.size();
-        const auto [vectors, sigma] = leading(batch, rank, accuracy, start_rows, size);
-        return {vectors.mT().contiguous(), at::where(at::isfinite(size.peak).unsqueeze(-1), sigma, std::nan(""))};
-    }
-    if (grad.dim() == 2) return range_finder_of_one(grad, rank, accuracy, start_rows);
-    // One by one: each takes what its own spectrum needs, and nothing is copied together.
+    const auto starts = as_rows(start, basis_dtype(grad));
+    if (grad.dim() == 2) return range_finder_of_one(grad, rank, accuracy, starts);
     const at::Tensor grads = grad.flatten(0, -3);
-    const auto starts = start ? std::optional(start_rows->flatten(0, -3)) : std::nullopt;
     std::vector<at::Tensor> bases, sigmas;
     for (int64_t i = 0; i < grads.size(0); ++i) {
-        auto [basis, sigma] =
-            range_finder_of_one(grads.select(0, i), rank, accuracy, starts ? std::optional(starts->select(0, i)) : std::nullopt);
+        const auto its_start = starts ? std::optional(starts->flatten(0, -3).select(0, i)) : std::nullopt;
+        auto [basis, sigma] = range_finder_of_one(grads.select(0, i), rank, accuracy, its_start);
         bases.push_back(std::move(basis));
         sigmas.push_back(std::move(sigma));
     }
@@ -113,41 +114,27 @@ at::Tensor own_basis(const at::Tensor& rows, at::ScalarType dtype) {
     return basis.copy_(rows.mT());
 }
 
-// Lists of matrices of equal shape, as stored: the right side works on their transposes. `previous` is empty or holds the bases in use.
-std::vector<at::Tensor> choose_bases(at::TensorList grads, at::TensorList previous, int64_t rank, bool right, std::string_view selection,
-                                     std::string_view svd, int64_t oversample, int64_t power_iters, int64_t seed, at::IntArrayRef seeds,
-                                     at::ScalarType dtype, const std::optional<at::Tensor>& found_inf) {
+at::Tensor oriented(const at::Tensor& grad, bool right) { return right ? grad.mT() : grad; }
+
+// Of lists of matrices of equal shape, as stored: the right side works on their transposes. `previous` is empty or holds the bases in use.
+std::vector<at::Tensor> choose_bases_of_batch(at::TensorList grads, at::TensorList previous, int64_t rank, bool right,
+                                              std::string_view selection, std::string_view svd, int64_t oversample, int64_t power_iters,
+                                              int64_t seed, at::IntArrayRef seeds, at::ScalarType dtype,
+                                              const std::optional<at::Tensor>& found_inf) {
     const Method method{selection, svd, {oversample, power_iters, seed}};
     const int64_t count = static_cast<int64_t>(grads.size());
-    const auto oriented = [&](int64_t i) { return right ? grads[i].mT() : grads[i]; };
-    std::vector<at::Tensor> bases;
-    bases.reserve(count);
-    if (grads[0].is_cpu()) {
-        const bool skipped = found_inf && found_inf->item<double>() != 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const InRange matrix = in_range(oriented(i));
-            const bool usable = std::isfinite(matrix.size.peak.item<double>()) && !skipped;
-            if (!usable && !previous.empty()) {
-                bases.push_back(own_basis(previous[i].mT(), dtype));
-                continue;
-            }
-            const bool finite = std::isfinite(matrix.size.peak.item<double>());
-            const at::Tensor rows = finite ? choose(Gradients(matrix.grad), rank, method, seeds.slice(i, 1), std::nullopt, matrix.size)
-                                           : of_nothing(matrix.grad, rank, seeds[i]).vectors;
-            bases.push_back(own_basis(rows, dtype));
-        }
-        return bases;
-    }
-    const int64_t m = oriented(0).size(0), n = oriented(0).size(1);
+    const int64_t m = oriented(grads[0], right).size(0), n = oriented(grads[0], right).size(1);
     const int64_t thin = (m + n) * std::min(2 * rank + oversample, std::min(m, n));
     const int64_t chunk = std::max<int64_t>(1, CHUNK_ELEMENTS / std::max(thin, works_on_gram(m, n, rank + oversample) ? m * n : 0));
+    std::vector<at::Tensor> bases;
+    bases.reserve(count);
     for (int64_t begin = 0; begin < count; begin += chunk) {
         const int64_t end = std::min(begin + chunk, count);
         std::vector<at::Tensor> matrices;
-        for (int64_t i = begin; i < end; ++i) matrices.push_back(multipliable(oriented(i)));
+        for (int64_t i = begin; i < end; ++i) matrices.push_back(multipliable(oriented(grads[i], right)));
         const Gradients batch(std::move(matrices));
         const Size size = batch.size();
-        const at::Tensor rows = choose(batch, rank, method, seeds.slice(begin, end - begin), std::nullopt, size);
+        const at::Tensor rows = choose(batch, rank, method, seeds.slice(begin, end - begin), size);
         at::Tensor usable = at::isfinite(size.peak);
         if (found_inf) usable = usable.logical_and(found_inf->to(usable.device()).reshape({}) == 0);
         for (int64_t i = begin; i < end; ++i) {
@@ -159,17 +146,54 @@ std::vector<at::Tensor> choose_bases(at::TensorList grads, at::TensorList previo
     return bases;
 }
 
+std::vector<at::Tensor> choose_bases_on_cpu(at::TensorList grads, at::TensorList previous, int64_t rank, bool right,
+                                            std::string_view selection, std::string_view svd, int64_t oversample, int64_t power_iters,
+                                            int64_t seed, at::IntArrayRef seeds, at::ScalarType dtype,
+                                            const std::optional<at::Tensor>& found_inf) {
+    const Method method{selection, svd, {oversample, power_iters, seed}};
+    const bool skipped = found_inf && found_inf->item<double>() != 0;
+    std::vector<at::Tensor> bases;
+    for (size_t i = 0; i < grads.size(); ++i) {
+        const InRange matrix = in_range(oriented(grads[i], right));
+        const bool finite = std::isfinite(matrix.size.peak.item<double>());
+        at::Tensor rows;
+        if (!previous.empty() && (skipped || !finite)) {
+            rows = previous[i].mT();
+        } else if (finite) {
+            rows = choose(Gradients(matrix.grad), rank, method, seeds.slice(i, 1), matrix.size);
+        } else {
+            rows = of_nothing(matrix.grad, rank, seeds[i]).vectors;
+        }
+        bases.push_back(own_basis(rows, dtype));
+    }
+    return bases;
+}
+
 }  // namespace
 }  // namespace lowrank_kernels
 
-#define LOWRANK_KERNELS_REGISTER(library)                                        \
-    library.impl("range_finder", lowrank_kernels::range_finder);                 \
-    library.impl("orthonormalise", lowrank_kernels::orthonormalise_columns);     \
-    library.impl("sample_importance", lowrank_kernels::sample_importance);       \
-    library.impl("choose_bases", lowrank_kernels::choose_bases)
-
-TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, library) { LOWRANK_KERNELS_REGISTER(library); }
+TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, library) {
+    library.impl("range_finder", lowrank_kernels::range_finder_on_cpu);
+    library.impl("orthonormalise", lowrank_kernels::orthonormalise_columns);
+    library.impl("sample_importance", lowrank_kernels::sample_importance);
+    library.impl("choose_bases", lowrank_kernels::choose_bases_on_cpu);
+}
 
 #if defined(LOWRANK_KERNELS_CUDA)
-TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, library) { LOWRANK_KERNELS_REGISTER(library); }
+TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, library) {
+    library.impl("range_finder", lowrank_kernels::range_finder_of_batch);
+    library.impl("orthonormalise", lowrank_kernels::orthonormalise_columns);
+    library.impl("sample_importance", lowrank_kernels::sample_importance);
+    library.impl("choose_bases", lowrank_kernels::choose_bases_of_batch);
+}
 #endif
+
+// The way that a GPU takes, open to any device, so that tests can walk it on a CPU: one way for a whole batch, nothing looked at.
+TORCH_LIBRARY_FRAGMENT(lowrank_kernels, library) {
+    library.def("_range_finder_of_batch(Tensor grad, int rank, int oversample, int power_iters, int seed, Tensor? start) -> (Tensor, Tensor)",
+                lowrank_kernels::range_finder_of_batch);
+    library.def(
+        "_choose_bases_of_batch(Tensor[] grads, Tensor[] previous, int rank, bool right, str selection, str svd, int oversample, "
+        "int power_iters, int seed, int[] seeds, ScalarType dtype, Tensor? found_inf) -> Tensor[]",
+        lowrank_kernels::choose_bases_of_batch);
+}

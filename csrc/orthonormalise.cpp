@@ -43,8 +43,6 @@ std::optional<at::Tensor> scaled_inverse_factor(const at::Tensor& rows, double s
     return at::linalg_solve_triangular(factor, inverse_lengths.diag(), /*upper=*/false);
 }
 
-bool one_on_cpu(const at::Tensor& rows) { return rows.is_cpu() && rows.dim() == 2; }
-
 }  // namespace
 
 at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted) {

@@ -105,8 +105,7 @@ Size size_of_contiguous(const T* values, int64_t count, const at::TensorOptions&
 }  // namespace
 
 at::Tensor times_transposed(const at::Tensor& a, const at::Tensor& b) {
-    if (a.is_cpu() && a.dim() == 2 && b.dim() == 2 && a.scalar_type() == at::kFloat &&
-        2 * a.size(0) * a.size(1) * b.size(0) >= ONEDNN_FROM_FLOPS) {
+    if (one_on_cpu(a) && b.dim() == 2 && a.scalar_type() == at::kFloat && 2 * a.size(0) * a.size(1) * b.size(0) >= ONEDNN_FROM_FLOPS) {
         if (auto product = onednn(a, b)) return *product;
     }
     return at::matmul(a, b.mT());
@@ -121,7 +120,7 @@ at::Tensor gram(const at::Tensor& rows) { return full_times_transposed(rows, row
 
 at::Tensor large_gram(const at::Tensor& rows) {
     const int64_t size = rows.size(-2), strip = (size + 3) / 4;
-    if (rows.dim() != 2 || !rows.is_cpu() || size < 128) return gram(rows);
+    if (!one_on_cpu(rows) || size < 128) return gram(rows);
     const FullPrecision guard;
     const at::Tensor dense = rows.contiguous();
     at::Tensor product = at::empty({size, size}, rows.options());
@@ -134,9 +133,8 @@ at::Tensor large_gram(const at::Tensor& rows) {
 }
 
 Size size_of(const at::Tensor& grad) {
-    const auto dim = grad.dim();
-    const bool dense = grad.is_contiguous() || (dim == 2 && grad.mT().is_contiguous());
-    if (grad.is_cpu() && dim == 2 && dense && grad.scalar_type() == at::kFloat) {
+    const bool dense = grad.is_contiguous() || grad.mT().is_contiguous();
+    if (one_on_cpu(grad) && dense && grad.scalar_type() == at::kFloat) {
         return size_of_contiguous(grad.const_data_ptr<float>(), grad.numel(), grad.options());
     }
     const int64_t matrix[] = {-2, -1};

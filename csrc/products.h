@@ -10,6 +10,9 @@
 
 namespace lowrank_kernels {
 
+// Whether results may be looked at on the way: one matrix on a CPU. A batch takes one way for all, and looking would stall a GPU.
+inline bool one_on_cpu(const at::Tensor& matrix) { return matrix.is_cpu() && matrix.dim() == 2; }
+
 // a·bᵀ: (…, i, k), (…, j, k) → (…, i, j). Large fp32 products on a CPU go to oneDNN, everything else to ATen's matmul.
 at::Tensor times_transposed(const at::Tensor& a, const at::Tensor& b);
 

@@ -16,9 +16,8 @@ Spectrum exact(const Gradients& grad) {
     return {vectors.mT(), sigma};
 }
 
-Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const std::optional<at::Tensor>& start,
-                          const Size& size) {
-    if (method.svd != "exact") return leading(grad, count, method.accuracy, start, size);
+Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const Size& size) {
+    if (method.svd != "exact") return leading(grad, count, method.accuracy, std::nullopt, size);
     const Spectrum all = exact(grad);
     return {all.vectors.narrow(-2, 0, count), all.sigma.narrow(-1, 0, count)};
 }
@@ -40,7 +39,7 @@ at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method,
     const int64_t short_side = std::min(grad.rows(), grad.columns());
     const bool all = method.svd == "exact" || 2 * rank + method.accuracy.oversample >= short_side;
     const int64_t known = all ? short_side : 2 * rank, unknown = short_side - known;
-    auto [directions, sigma] = known_directions(grad, known, method, std::nullopt, size);
+    auto [directions, sigma] = known_directions(grad, known, method, size);
     if (unknown > 0) {
         std::vector<int64_t> shape = sigma.sizes().vec();
         shape.back() = unknown;
@@ -72,13 +71,12 @@ at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArray
     return chosen.gather(-1, order);
 }
 
-at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const std::optional<at::Tensor>& start,
-                  const Size& size) {
+at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const Size& size) {
     if (method.selection == "importance") return importance(grad, rank, method, seeds, size);
-    if (method.selection == "dominant") return known_directions(grad, rank, method, start, size).vectors;  // GaLore (arXiv 2403.03507)
+    if (method.selection == "dominant") return known_directions(grad, rank, method, size).vectors;  // GaLore (arXiv 2403.03507)
     // Random: the orthonormalised Gaussian is uniform over subspaces, and needs no gradient.
-    const at::Tensor gaussian = normal(seeds, {grad.rows(), rank}, philox::BASIS, grad.options());
-    return orthonormalise(gaussian.mT().contiguous(), 0);
+    at::Tensor gaussian = normals(seeds, {grad.rows(), rank}, philox::BASIS, grad.options()).mT().contiguous();
+    return orthonormalise(size.peak.dim() == 0 ? gaussian.squeeze(0) : gaussian, 0);
 }
 
 }  // namespace lowrank_kernels

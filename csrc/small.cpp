@@ -62,9 +62,13 @@ Eigen eigh(const at::Tensor& gram) {
     return {values.flip(-1), vectors.mT().flip(-2)};
 }
 
-at::Tensor normal(at::IntArrayRef seeds, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options) {
-    std::vector<int64_t> sizes(shape.begin(), shape.end());
-    if (seeds.size() > 1) sizes.insert(sizes.begin(), static_cast<int64_t>(seeds.size()));
+at::Tensor normal(int64_t seed, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options) {
+    return normals(seed, shape, stream, options).squeeze(0);
+}
+
+at::Tensor normals(at::IntArrayRef seeds, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options) {
+    std::vector<int64_t> sizes{static_cast<int64_t>(seeds.size())};
+    sizes.insert(sizes.end(), shape.begin(), shape.end());
     const int64_t count = std::accumulate(shape.begin(), shape.end(), int64_t{1}, std::multiplies<>());
 #if defined(LOWRANK_KERNELS_CUDA)
     if (options.device().is_cuda()) return cuda::normal(seeds, count, stream, options).reshape(sizes);

@@ -18,8 +18,10 @@ struct Eigen {
 };
 Eigen eigh(const at::Tensor& gram);
 
-// N(0, 1) of shape (*shape), or (seeds, *shape) for several seeds: philox.normal in Python, whose words it shares bit for bit.
-at::Tensor normal(at::IntArrayRef seeds, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options);
+// N(0, 1) of shape (seeds, *shape): philox.normal in Python, whose words it shares bit for bit.
+at::Tensor normals(at::IntArrayRef seeds, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options);
+// … for one seed, of that shape.
+at::Tensor normal(int64_t seed, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options);
 // Standard Gumbel (seeds, count) in fp32: philox.gumbel.
 at::Tensor gumbel(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::Device& device);
 

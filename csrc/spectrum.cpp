@@ -25,7 +25,7 @@ constexpr double STEEP = 0x1p-13;
 // σ under 3e-4·σ₁ would be noise, and vectors orthonormal to 1e-5 only.
 Spectrum left_singular(const at::Tensor& rows) {
     at::Tensor scaled = rows.to(at::kDouble), peak;
-    if (!rows.is_cpu()) {  // there it is finite and in range
+    if (!one_on_cpu(rows)) {  // which is finite and in range
         peak = at::linalg_vector_norm(rows, std::numeric_limits<double>::infinity(), at::IntArrayRef{-2, -1}, true, at::kDouble);
         peak = at::where(at::isfinite(peak).logical_and_(peak > 0), peak, 1.0);
         scaled = scaled.div(peak).nan_to_num_(0.0, 0.0, 0.0);
@@ -99,8 +99,8 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
                          const Size& size) {
     const ShortSide side(grad);
     at::Tensor matrix = side.matrix();
-    const bool on_cpu = matrix.is_cpu() && matrix.dim() == 2;
-    if (!on_cpu) {
+    const bool may_look = one_on_cpu(matrix);
+    if (!may_look) {
         const at::Tensor usable = at::isfinite(size.peak).logical_and_(size.peak > 0);
         const at::Tensor half = at::where(usable, size.peak, 1.0).rsqrt_().to(matrix.scalar_type()).unsqueeze(-1).unsqueeze(-1);
         matrix = matrix.mul(half).mul_(half).nan_to_num_(0.0, 0.0, 0.0);  // in two steps: 1 / peak may overflow
@@ -109,7 +109,7 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
     matrix.reset();
     at::Tensor trace = squares.diagonal(0, -2, -1).sum(-1);
     double unit = 1;  // on a CPU the mean eigenvalue: products of several A stay in range
-    if (on_cpu) {
+    if (may_look) {
         unit = trace.item<double>() / static_cast<double>(side.size());
         squares.mul_(1 / unit);
         trace = trace / unit;
@@ -118,7 +118,7 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
     at::Tensor rows = started(sketch(grad, l, side.size(), accuracy), start && side.tall ? std::optional(grad.coimage(*start)) : start);
     const auto multiply = [&squares](const at::Tensor& thin) { return full_times_transposed(thin, squares); };
     // On a CPU: two products to an orthonormalisation while that is safe, then one, then shifted passes and the half-step below.
-    bool steep = !on_cpu, pairs = on_cpu;
+    bool steep = !may_look, pairs = may_look;
     at::Tensor image = multiply(rows), shift;
     for (int64_t left = 1 + GRAM_STEPS * accuracy.power_iters;;) {
         if (shift.defined()) image.sub_(rows.mul(shift));
