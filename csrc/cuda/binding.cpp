@@ -58,11 +58,11 @@ std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram) {
     const c10::cuda::CUDAGuard guard(gram.device());
     const int64_t k = gram.size(-1);
     const at::Tensor identity = at::eye(k, gram.options());
-    at::Tensor largest = gram.diagonal(0, -2, -1).amax(-1);
-    largest = at::where(at::isfinite(largest).logical_and_(largest > 0), largest, 1.0).unsqueeze(-1);
+    const at::Tensor largest = gram.diagonal(0, -2, -1).amax(-1, true);
+    const at::Tensor usable = at::isfinite(largest).logical_and_(largest > 0);
     // The shift keeps the factorisation from failing, and the vectors of a null space apart.
     const double shift = 2 * std::numeric_limits<double>::epsilon() * static_cast<double>(k);
-    auto [factor, failed] = at::linalg_cholesky_ex(gram / largest.unsqueeze(-1) + shift * identity);
+    auto [factor, failed] = at::linalg_cholesky_ex(gram / at::where(usable, largest, 1.0).unsqueeze(-1) + shift * identity);
     factor = at::where((failed != 0).unsqueeze(-1).unsqueeze(-1), identity, factor);
     // The columns of L, as rows: L·J = W·Σ.
     const at::Tensor turned = factor.mT().contiguous();
@@ -72,7 +72,7 @@ std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram) {
                                   MAX_SWEEPS, stream_of(gram.device())));
     const auto [lengths, order] = at::linalg_vector_norm(turned, 2, at::IntArrayRef{-1}).sort(-1, /*descending=*/true);
     const at::Tensor vectors = turned.gather(-2, order.unsqueeze(-1).expand_as(turned)) / lengths.unsqueeze(-1);
-    return {(lengths.square() - shift).clamp_min_(0.0).mul_(largest), vectors};
+    return {(lengths.square() - shift).clamp_min_(0.0).mul_(at::where(usable, largest, 0.0)), vectors};
 }
 
 at::Tensor normal(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::TensorOptions& options) {

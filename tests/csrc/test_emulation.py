@@ -447,3 +447,29 @@ def test_jacobi_stops_after_max_sweeps(library):
     once, (sweeps,) = jacobi(library, matrix, max_sweeps=1)
     assert sweeps == 1
     assert not np.array_equal(once, jacobi(library, matrix)[0])
+
+
+@pytest.mark.parametrize("l", [5, 40, 136])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0, "rank 3", "zero"])
+def test_eigenproblem_as_the_binding_composes_it(library, l, decay):
+    """cuda/binding.cpp's eigh: scale, shift, factor, rotate the columns of the factor, take lengths; against LAPACK's."""
+    torch.manual_seed(0)
+    exact = {"rank 3": torch.zeros(l), "zero": torch.zeros(l)}.get(decay)
+    if exact is None:
+        exact = torch.arange(1, l + 1, dtype=torch.float64) ** (-2 * decay)
+    elif decay == "rank 3":
+        exact[:3] = torch.tensor([9.0, 4.0, 1.0])
+    turn = torch.linalg.qr(torch.randn(l, l, dtype=torch.float64))[0]
+    gram = (turn * exact.double()) @ turn.mT * 1e-20
+    largest = gram.diagonal().amax()
+    largest = largest if largest > 0 else torch.ones(())
+    shift = 2 * torch.finfo(torch.float64).eps * l
+    factor = torch.linalg.cholesky(gram / largest + shift * torch.eye(l, dtype=torch.float64))
+    (rotated,), _ = jacobi(library, factor.numpy()[None], max_sweeps=16)
+    lengths, order = torch.from_numpy(np.linalg.norm(rotated, axis=0)).sort(descending=True)
+    vectors = torch.from_numpy(rotated)[:, order] / lengths
+    values = (lengths.square() - shift).clamp_min(0) * (largest if exact.any() else 0)
+    scale = 1e-20 * exact.double().amax()
+    assert (values - 1e-20 * exact.double().sort(descending=True).values).abs().max() <= 1e-13 * scale + 1e-30
+    assert (vectors.mT @ vectors - torch.eye(l)).abs().max() <= 1e-10
+    assert (vectors * values @ vectors.mT - gram).abs().max() <= 1e-12 * scale + 1e-30

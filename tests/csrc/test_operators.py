@@ -1,0 +1,130 @@
+"""The compiled operators against their defaults in PyTorch: the same draws, the same subspaces, whatever threads there are."""
+
+import pytest
+import torch
+
+import lowrank_kernels as lrk
+from lowrank_kernels import extension, ops, philox, range_finder, subspaces
+from lowrank_kernels.subspaces import SELECTIONS, SVDS
+
+if not extension.loaded():
+    pytest.skip("the extension is not built", allow_module_level=True)
+
+SEEDS = [0, 1, -1, 2**63 - 1, 12345678901234567]
+
+
+def choose(implementation, grads, rank, *, selection="importance", svd="randomized", right=False, previous=(), seed=7, seeds=None):
+    settings = (rank, right, selection, svd, 8, 1, seed, seeds or list(range(len(grads))), torch.float32)
+    return implementation(list(grads), list(previous), *settings, None)
+
+
+compiled = torch.ops.lowrank_kernels.choose_bases
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 1023])
+def test_draws_are_those_of_the_pytorch_version(count):
+    """A single column that is a Gaussian vector, normalised: what selection="random" gives at rank 1."""
+    for seed in SEEDS:
+        (basis,) = choose(compiled, [torch.zeros(count, 3)], 1, selection="random", seeds=[seed])
+        exact = philox.normal(philox.seed_tensor([seed], "cpu"), (count, 1), philox.BASIS, torch.float64)[0]
+        assert torch.allclose(basis.double(), exact / exact.norm(), rtol=1e-5, atol=1e-7)
+
+
+def test_sampling_draws_the_same_indices():
+    sigma = torch.rand(200, 64)
+    seeds = [philox.signed64(philox.derive_seed(3, row)) for row in range(200)]
+    assert torch.equal(torch.ops.lowrank_kernels.sample_importance(sigma, 10, seeds), range_finder.sample_importance(sigma, 10, seeds))
+
+
+@pytest.mark.parametrize("shape, rank", [((64, 200), 16), ((200, 64), 16), ((300, 500), 20), ((40, 40), 36), ((90, 30), 30)])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 2.0])
+def test_range_finder_finds_what_the_pytorch_version_finds(shape, rank, decay):
+    """Both approximate the same subspace from the same Ω: their energies differ by less than either is off the best."""
+    torch.manual_seed(0)
+    short = min(shape)
+    left, right = (torch.linalg.qr(torch.randn(size, short, dtype=torch.float64))[0] for size in shape)
+    grad = ((left * torch.arange(1, short + 1) ** -decay) @ right.mT).float()
+    exact = torch.linalg.svdvals(grad.double())[:rank]
+    shares, sigmas = [], []
+    for find in (torch.ops.lowrank_kernels.range_finder, range_finder.range_finder):
+        basis, sigma = find(grad, rank, 8, 1, 5, None)
+        shares.append(((basis.double().mT @ grad.double()).square().sum() / exact.square().sum()).item())
+        sigmas.append(sigma)
+    assert min(shares) >= 0.95 and abs(shares[0] - shares[1]) <= max(1e-5, 1 - min(shares))
+    assert torch.allclose(*sigmas, rtol=0.02)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("svd", SVDS)
+@pytest.mark.parametrize("right", [False, True])
+def test_selections_choose_what_the_pytorch_version_chooses(selection, svd, right):
+    """On a spectrum with gaps, where directions are known to rounding and the same ones are drawn."""
+    torch.manual_seed(0)
+    left, other = torch.linalg.qr(torch.randn(40, 40))[0], torch.linalg.qr(torch.randn(70, 40))[0]
+    grad = (left * 0.7 ** torch.arange(40)) @ other.mT
+    grads = [grad.mT.contiguous() if right else grad] * 3
+    for ours, theirs in zip(
+        choose(compiled, grads, 6, selection=selection, svd=svd, right=right),
+        choose(subspaces.choose_bases, grads, 6, selection=selection, svd=svd, right=right),
+        strict=True,
+    ):
+        assert lrk.subspace_overlap(ours, theirs) > 0.999
+        assert ours.stride() == theirs.stride()
+
+
+def test_bits_hang_on_no_thread_count():
+    """Of what is drawn, that is; products of floating-point numbers may be summed in another order."""
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            indices = ops.sample_importance(torch.linspace(1, 2, 50_000)[None], 100, seed=3)
+            (basis,) = choose(compiled, [torch.zeros(100_000, 2)], 1, selection="random")
+            found.append((indices, basis))
+    finally:
+        torch.set_num_threads(before)
+    for indices, basis in found[1:]:
+        assert torch.equal(indices, found[0][0]) and torch.allclose(basis, found[0][1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape, rank", [((256, 700), 64), ((700, 256), 64), ((256, 700), 16)])
+@pytest.mark.parametrize("decay", [0.0, 2.0])
+def test_memory_beyond_the_gradient(shape, rank, decay):
+    """G may be copied once, where its transpose is wanted; all else is thin: a few times (m + n)·l, in fp64 at most."""
+    torch.manual_seed(0)
+    grad = torch.randn(shape) * (torch.arange(1, shape[1] + 1) ** -decay)
+    ops.range_finder(grad, rank)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ops.range_finder(grad, rank)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    thin = (shape[0] + shape[1]) * (rank + 8) * 4
+    assert 0 < peak <= grad.numel() * 4 + 6 * thin
+
+
+def test_a_skipped_step_or_a_bad_gradient_costs_no_work_and_keeps_the_basis():
+    grads, previous = [torch.full((30, 40), float("nan")), torch.randn(30, 40)], [torch.randn(30, 4), torch.randn(30, 4)]
+    kept, fresh = choose(compiled, grads, 4, previous=previous)
+    assert torch.equal(kept, previous[0]) and kept.data_ptr() != previous[0].data_ptr()
+    assert not torch.equal(fresh, previous[1])
+    settings = (4, False, "importance", "randomized", 8, 1, 7, [0, 1], torch.float32)
+    skipped = compiled(grads, previous, *settings, torch.ones(1))
+    assert all(torch.equal(a, b) for a, b in zip(skipped, previous, strict=True))
+
+
+def test_refresh_does_not_wait_for_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("only a GPU can be synchronised with")
+    for shape, rank in (((256, 700), 64), ((700, 256), 16), ((64, 64), 60), ((1500, 1500), 1400)):
+        grads = [torch.randn(shape, device="cuda") for _ in range(3)]
+        for selection in SELECTIONS:
+            choose(compiled, grads, rank, selection=selection)  # libraries make their handles
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                choose(compiled, grads, rank, selection=selection)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
