@@ -106,14 +106,15 @@ ORTHONORMAL, ENERGY = 1e-5, 0.95
 
 
 def make_gradients(case: shapes.RefreshCase, device: str) -> list[Tensor]:
-    """(count, m, n) for each chunk, m ≤ n; of a model as it stores them, so transposed where rows are more. σᵢ falls like 1/i."""
+    """(count, m, n) for each chunk, m ≤ n; of a model as it stores them, so transposed where rows are more."""
     generator = torch.Generator(device).manual_seed(0)
     grads = []
     for count, rows, columns in case.chunks():
-        terms = min(rows, columns, 4 * case.rank)
-        left = torch.randn(count, rows, terms, generator=generator, device=device) / torch.arange(1, terms + 1, device=device)
-        grad = left @ torch.randn(count, terms, columns, generator=generator, device=device)
-        grad += 0.01 * torch.randn(count, rows, columns, generator=generator, device=device)
+        grad = torch.randn(count, rows, columns, generator=generator, device=device)
+        if case.spectrum == "1/i":
+            terms = min(rows, columns, 4 * case.rank)
+            left = torch.randn(count, rows, terms, generator=generator, device=device) / torch.arange(1, terms + 1, device=device)
+            grad = grad.mul_(0.01).baddbmm_(left, torch.randn(count, terms, columns, generator=generator, device=device))
         grad = grad.to(case.dtype)
         grad = grad[0] if isinstance(case.model, tuple) else grad
         grads.append(grad.mT if rows > columns else grad)

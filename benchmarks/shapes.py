@@ -66,12 +66,14 @@ class RefreshCase:
     model: str | tuple[int, int]
     rank: int
     dtype: torch.dtype = torch.float32
+    spectrum: str = "1/i"
+    """ "noise": Gaussian elements, a flat spectrum; "1/i": σᵢ falls so, over noise of a hundredth, which is steep."""
 
     @property
     def label(self) -> str:
         if isinstance(self.model, str):
             return f"refresh {self.model} r={self.rank} {str(self.dtype).removeprefix('torch.')}"
-        return f"refresh {self.model[0]}x{self.model[1]} r={self.rank}"
+        return f"refresh {self.model[0]}x{self.model[1]} r={self.rank} {self.spectrum}"
 
     def chunks(self) -> list[tuple[int, int, int]]:
         """(count, rows, columns) of the gradients that go into one call; (1, rows, columns) for a single matrix."""
@@ -102,5 +104,6 @@ def cases(on_gpu: bool, quick: bool) -> list[StepCase | RefreshCase]:
         return [*steps, StepCase("350m", 256, single), *matrices, RefreshCase("60m" if quick else "7b", 128, half)]
     models = ("28x512",) if quick else ("28x512", "60m", "130m")
     steps = [StepCase(model, 128, dtype) for model in models for dtype in (single, half)]
-    refreshes = [RefreshCase((512, 1376), 128), RefreshCase((1024, 2736), 256)]
-    return [*steps, *refreshes] if quick else [*steps, *refreshes, RefreshCase((2048, 5461), 512), RefreshCase("28x512", 128)]
+    matrices = {(512, 1376): 128, (1024, 2736): 256} | ({} if quick else {(2048, 5461): 512})
+    refreshes = [RefreshCase(shape, rank, spectrum=spectrum) for shape, rank in matrices.items() for spectrum in ("noise", "1/i")]
+    return [*steps, *refreshes] if quick else [*steps, *refreshes, RefreshCase("28x512", 128)]

@@ -38,8 +38,7 @@ std::optional<at::Tensor> onednn(const at::Tensor& a, const at::Tensor& b) {
     return stack.back().toTensor();
 }
 
-// The part above the diagonal of square row-major fp32 or fp64, copied below it in tiles that fit the cache: ATen's transposing copy
-// takes six times as long.
+// The part above the diagonal of a square row-major matrix, copied below it in tiles that fit the cache.
 template <typename T>
 void mirror_upper(T* values, int64_t size) {
     constexpr int64_t TILE = 16;
