@@ -1,4 +1,5 @@
 // The operators of lowrank_kernels/ops/refresh.py, where their schemas stand and their arguments are checked.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,7 +14,14 @@
 namespace lowrank_kernels {
 namespace {
 
-// Elements of the temporaries of one chunk of a list of gradients on a GPU: 512 MiB in fp32.
+// What the body of an operator runs outside of, whoever calls it: autograd, which its in-place steps would confuse, and autocast, in which
+// no basis would come out orthonormal.
+struct OutsideTraining {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    const c10::impl::ExcludeDispatchKeyGuard below_autocast{c10::autocast_dispatch_keyset};
+};
+
+// Elements that one chunk of a list of gradients on a GPU copies, or makes thin: 512 MiB in fp32, of which some four are held at a time.
 constexpr int64_t CHUNK_ELEMENTS = int64_t{1} << 27;
 
 // The dtype that products run in: fp32 where they cannot run in the gradient's own (fp16 overflows, and CPUs are slow in 16 bits).
@@ -33,38 +41,41 @@ Spectrum of_nothing(const at::Tensor& grad, int64_t count, int64_t seed) {
     return {orthonormalise(noise, seed), at::full({count}, std::nan(""), options)};
 }
 
-// One matrix on a CPU, brought into the range where fourth powers of its elements neither overflow nor vanish; `unit` times it is the matrix.
+// One matrix on a CPU, brought into the range where fourth powers of its elements neither overflow nor vanish; 2^`exponent` times it is the matrix.
 struct InRange {
     at::Tensor grad;
-    Size size;
-    double unit = 1.0;
+    at::Tensor peak;  // of `grad`
+    int exponent = 0;
 };
+
+// In two steps, for a power of two may itself be out of range.
+at::Tensor times_power_of_two(const at::Tensor& tensor, int exponent) {
+    const int half = exponent / 2;
+    return tensor.mul(std::ldexp(1.0, half)).mul_(std::ldexp(1.0, exponent - half));
+}
 
 InRange in_range(const at::Tensor& stored) {
     InRange matrix{multipliable(stored), {}};
-    matrix.size = size_of(matrix.grad);
-    const double peak = matrix.size.peak.item<double>();
+    matrix.peak = peak_of(matrix.grad);
+    const double peak = matrix.peak.item<double>();
     if (!std::isfinite(peak) || peak == 0) return matrix;
     int exponent = 0;
     std::frexp(peak, &exponent);
     if (std::abs(exponent) <= (matrix.grad.scalar_type() == at::kFloat ? 20 : 150)) return matrix;
-    const int half = exponent / 2;  // in two steps: 2^-exponent may overflow
-    matrix.grad = matrix.grad.mul(std::ldexp(1.0, -half)).mul_(std::ldexp(1.0, half - exponent));
-    matrix.size = size_of(matrix.grad);
-    matrix.unit = std::ldexp(1.0, exponent);
+    matrix.grad = times_power_of_two(matrix.grad, -exponent);
+    matrix.peak = peak_of(matrix.grad);
+    matrix.exponent = exponent;
     return matrix;
 }
+
+bool is_finite(const InRange& matrix) { return std::isfinite(matrix.peak.item<double>()); }
 
 std::tuple<at::Tensor, at::Tensor> range_finder_of_one(const at::Tensor& grad, int64_t rank, const Accuracy& accuracy,
                                                        const std::optional<at::Tensor>& start) {
     const InRange matrix = in_range(grad);
-    Spectrum found;
-    if (std::isfinite(matrix.size.peak.item<double>())) {
-        found = leading(Gradients(matrix.grad), rank, accuracy, start, matrix.size);
-    } else {
-        found = of_nothing(matrix.grad, rank, accuracy.seed);
-    }
-    return {found.vectors.mT().contiguous(), found.sigma.mul(matrix.unit)};
+    const Spectrum found = is_finite(matrix) ? leading(Gradients(matrix.grad), rank, accuracy, start, matrix.peak)
+                                             : of_nothing(matrix.grad, rank, accuracy.seed);
+    return {found.vectors.mT().clone(at::MemoryFormat::Contiguous), times_power_of_two(found.sigma, matrix.exponent)};
 }
 
 std::optional<at::Tensor> as_rows(const std::optional<at::Tensor>& basis, at::ScalarType dtype) {
@@ -74,15 +85,17 @@ std::optional<at::Tensor> as_rows(const std::optional<at::Tensor>& basis, at::Sc
 
 std::tuple<at::Tensor, at::Tensor> range_finder_of_batch(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
                                                          int64_t seed, const std::optional<at::Tensor>& start) {
+    const OutsideTraining guard;
     const Gradients batch(multipliable(grad));
-    const Size size = batch.size();
-    const auto [vectors, sigma] = leading(batch, rank, {oversample, power_iters, seed}, as_rows(start, basis_dtype(grad)), size);
-    return {vectors.mT().contiguous(), at::where(at::isfinite(size.peak).unsqueeze(-1), sigma, std::nan(""))};
+    const at::Tensor peak = batch.peak();
+    const auto [vectors, sigma] = leading(batch, rank, {oversample, power_iters, seed}, as_rows(start, basis_dtype(grad)), peak);
+    return {vectors.mT().clone(at::MemoryFormat::Contiguous), at::where(at::isfinite(peak).unsqueeze(-1), sigma, std::nan(""))};
 }
 
 // One by one: each matrix takes what its own spectrum needs, and nothing is copied together.
 std::tuple<at::Tensor, at::Tensor> range_finder_on_cpu(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
                                                        int64_t seed, const std::optional<at::Tensor>& start) {
+    const OutsideTraining guard;
     const Accuracy accuracy{oversample, power_iters, seed};
     const auto starts = as_rows(start, basis_dtype(grad));
     if (grad.dim() == 2) return range_finder_of_one(grad, rank, accuracy, starts);
@@ -99,11 +112,13 @@ std::tuple<at::Tensor, at::Tensor> range_finder_on_cpu(const at::Tensor& grad, i
 }
 
 at::Tensor orthonormalise_columns(const at::Tensor& matrix, int64_t seed) {
-    at::Tensor rows = matrix.mT().contiguous();
-    if (!rows.is_cpu() || rows.dim() == 2) return orthonormalise(rows, seed).mT().contiguous();
+    const OutsideTraining guard;
+    const at::Tensor rows = matrix.mT().contiguous();
+    if (!rows.is_cpu() || rows.dim() == 2) return orthonormalise(rows, seed).mT().clone(at::MemoryFormat::Contiguous);
+    if (rows.numel() == 0) return at::empty_like(matrix, at::MemoryFormat::Contiguous);
     std::vector<at::Tensor> parts;
     for (const at::Tensor& part : rows.flatten(0, -3).unbind()) parts.push_back(orthonormalise(part, seed));
-    return at::stack(parts).view_as(rows).mT().contiguous();
+    return at::stack(parts).view_as(rows).mT().clone(at::MemoryFormat::Contiguous);
 }
 
 // A copy of a basis given as rows that keeps nothing else alive, in the order that the device's products want: by columns on a CPU,
@@ -114,6 +129,13 @@ at::Tensor own_basis(const at::Tensor& rows, at::ScalarType dtype) {
     return basis.copy_(rows.mT());
 }
 
+void check_lists(at::TensorList grads, at::TensorList previous, at::IntArrayRef seeds) {
+    TORCH_CHECK_VALUE(!grads.empty(), "grads must hold at least one matrix");
+    TORCH_CHECK_VALUE(seeds.size() == grads.size(), "there must be a seed for each of the ", grads.size(), " gradients, got ", seeds.size());
+    TORCH_CHECK_VALUE(previous.empty() || previous.size() == grads.size(), "previous must be empty or hold a basis for each of the ",
+                      grads.size(), " gradients, got ", previous.size());
+}
+
 at::Tensor oriented(const at::Tensor& grad, bool right) { return right ? grad.mT() : grad; }
 
 // Of lists of matrices of equal shape, as stored: the right side works on their transposes. `previous` is empty or holds the bases in use.
@@ -121,11 +143,14 @@ std::vector<at::Tensor> choose_bases_of_batch(at::TensorList grads, at::TensorLi
                                               std::string_view selection, std::string_view svd, int64_t oversample, int64_t power_iters,
                                               int64_t seed, at::IntArrayRef seeds, at::ScalarType dtype,
                                               const std::optional<at::Tensor>& found_inf) {
+    const OutsideTraining guard;
+    check_lists(grads, previous, seeds);
     const Method method{selection, svd, {oversample, power_iters, seed}};
     const int64_t count = static_cast<int64_t>(grads.size());
     const int64_t m = oriented(grads[0], right).size(0), n = oriented(grads[0], right).size(1);
     const int64_t thin = (m + n) * std::min(2 * rank + oversample, std::min(m, n));
-    const int64_t chunk = std::max<int64_t>(1, CHUNK_ELEMENTS / std::max(thin, works_on_gram(m, n, rank + oversample) ? m * n : 0));
+    const bool copies = svd == "exact" || works_on_gram(m, n, 2 * rank + oversample);
+    const int64_t chunk = std::max<int64_t>(1, CHUNK_ELEMENTS / std::max(thin, copies ? m * n : 0));
     std::vector<at::Tensor> bases;
     bases.reserve(count);
     for (int64_t begin = 0; begin < count; begin += chunk) {
@@ -133,9 +158,9 @@ std::vector<at::Tensor> choose_bases_of_batch(at::TensorList grads, at::TensorLi
         std::vector<at::Tensor> matrices;
         for (int64_t i = begin; i < end; ++i) matrices.push_back(multipliable(oriented(grads[i], right)));
         const Gradients batch(std::move(matrices));
-        const Size size = batch.size();
-        const at::Tensor rows = choose(batch, rank, method, seeds.slice(begin, end - begin), size);
-        at::Tensor usable = at::isfinite(size.peak);
+        const at::Tensor peak = batch.peak();
+        const at::Tensor rows = choose(batch, rank, method, seeds.slice(begin, end - begin), peak);
+        at::Tensor usable = at::isfinite(peak);
         if (found_inf) usable = usable.logical_and(found_inf->to(usable.device()).reshape({}) == 0);
         for (int64_t i = begin; i < end; ++i) {
             const at::Tensor fresh = rows.select(0, i - begin).to(dtype);
@@ -150,17 +175,18 @@ std::vector<at::Tensor> choose_bases_on_cpu(at::TensorList grads, at::TensorList
                                             std::string_view selection, std::string_view svd, int64_t oversample, int64_t power_iters,
                                             int64_t seed, at::IntArrayRef seeds, at::ScalarType dtype,
                                             const std::optional<at::Tensor>& found_inf) {
+    const OutsideTraining guard;
+    check_lists(grads, previous, seeds);
     const Method method{selection, svd, {oversample, power_iters, seed}};
     const bool skipped = found_inf && found_inf->item<double>() != 0;
     std::vector<at::Tensor> bases;
     for (size_t i = 0; i < grads.size(); ++i) {
         const InRange matrix = in_range(oriented(grads[i], right));
-        const bool finite = std::isfinite(matrix.size.peak.item<double>());
         at::Tensor rows;
-        if (!previous.empty() && (skipped || !finite)) {
+        if (!previous.empty() && (skipped || !is_finite(matrix))) {
             rows = previous[i].mT();
-        } else if (finite) {
-            rows = choose(Gradients(matrix.grad), rank, method, seeds.slice(i, 1), matrix.size);
+        } else if (is_finite(matrix) || selection == "random") {
+            rows = choose(Gradients(matrix.grad), rank, method, seeds.slice(i, 1), matrix.peak);
         } else {
             rows = of_nothing(matrix.grad, rank, seeds[i]).vectors;
         }

@@ -45,13 +45,13 @@ std::optional<at::Tensor> scaled_inverse_factor(const at::Tensor& rows, double s
 
 }  // namespace
 
-at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted) {
-    const double shift = shifted ? 2 * roundoff(rows) * static_cast<double>(rows.size(-2)) : 0.0;
+at::Tensor cholesky_pass(const at::Tensor& rows, double shift) {
+    const double added = shift * roundoff(rows) * static_cast<double>(rows.size(-2));
     if (one_on_cpu(rows)) {
-        if (const auto inverse = scaled_inverse_factor(rows, shift, 0.0)) return full_times_transposed(*inverse, rows.mT());
+        if (const auto inverse = scaled_inverse_factor(rows, added, 0.0)) return full_times_transposed(*inverse, rows.mT());
     }
     const at::Tensor unit = unit_rows(rows, at::zeros({}, rows.options()));
-    return full_times_transposed(inverse_factor(gram(unit), shift), unit.mT());
+    return full_times_transposed(inverse_factor(gram(unit), added), unit.mT());
 }
 
 std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows) {
@@ -69,20 +69,16 @@ at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed) {
     const at::Tensor noise = normal(seed, {l, m}, philox::COMPLETION, rows.options()).div_(std::sqrt(static_cast<double>(m)));
     // Dependent rows become distinct, by less than the rounding of Y hides anyway.
     at::Tensor result = unit_rows(rows, noise) + 8 * roundoff(rows) * noise;
-    if (one_on_cpu(rows)) return std::get<0>(at::linalg_qr(result.mT())).mT().contiguous();
-    for (const bool shifted : {true, true, true, false, false}) result = cholesky_pass(result, shifted);
+    if (one_on_cpu(rows)) return polish(std::get<0>(at::linalg_qr(result.mT())).mT().contiguous());
+    // Rounding errors of the first Gram matrix may all have one sign, where columns are nearly parallel.
+    for (const double shift : {32, 8, 2, 0, 0}) result = cholesky_pass(result, shift);
     return result;
 }
 
-at::Tensor polish(at::Tensor rows) {
-    const at::Tensor identity = at::eye(rows.size(0), rows.options());
-    for (double defect = 1; defect > 1e-4;) {
-        at::Tensor correction = gram(rows).sub_(identity);
-        defect = correction.abs().max().item<double>();
-        rows = full_times_transposed(identity - correction.mul_(0.5), rows.mT());
-        if (!(defect < 0.5)) break;  // it would not converge; NaN
-    }
-    return rows;
+at::Tensor polish(const at::Tensor& rows) {
+    const at::Tensor correction = gram(rows).mul_(-0.5);
+    correction.diagonal(0, -2, -1).add_(1.5);
+    return full_times_transposed(correction, rows.mT());
 }
 
 at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed) {

@@ -7,11 +7,11 @@
 
 namespace lowrank_kernels {
 
-// Yt → L⁻¹·Yt with L·Lᵀ = Y·Yᵀ + shift·I, the rows scaled to length 1 first: (…, l, m) → (…, l, m).
+// Yt → L⁻¹·Yt with L·Lᵀ = Y·Yᵀ + shift·l·ε·I, the rows scaled to length 1 first: (…, l, m) → (…, l, m). ε is from 1 to the next number.
 //
-// The shift keeps the factorisation from failing and lifts small singular values by up to 1/sqrt(shift): one such pass is all that a
-// power iteration needs between its products. Without it, well-conditioned rows become orthonormal.
-at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted = true);
+// The shift keeps the factorisation from failing and lifts small singular values by up to 1/sqrt(shift·l·ε): one such pass is all that
+// a power iteration needs between its products. Without it, well-conditioned rows become orthonormal.
+at::Tensor cholesky_pass(const at::Tensor& rows, double shift = 8);
 
 // The unshifted pass over one matrix (l, m) on a CPU, or nothing where its rows are too near to dependent for it (condition above
 // about 10³), not finite, or zero.
@@ -24,9 +24,8 @@ std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows);
 // QR, which takes less time there. Otherwise, and always on a GPU, where asking would stall it: three shifted passes and two without.
 at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed);
 
-// Rows (l, m) on a CPU that are orthonormal to a few per cent already, fully so: U ← (3/2·I − 1/2·U·Uᵀ)·U, which squares the defect,
-// until that is nothing.
-at::Tensor polish(at::Tensor rows);
+// U ← (3/2·I − 1/2·U·Uᵀ)·U, which squares the defect of nearly orthonormal rows.
+at::Tensor polish(const at::Tensor& rows);
 
 // Orthonormal rows of Yt·(I − UᵀU) for orthonormal rows U: (…, h, m) and (…, t, m), h + t ≤ m → (…, t, m).
 at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed);

@@ -57,48 +57,31 @@ void mirror_upper(T* values, int64_t size) {
     });
 }
 
-// Largest magnitude and sum of squares of contiguous memory. Partial results of fixed blocks are joined in order, so that neither hangs
-// on the number of threads.
-template <typename T>
-Size size_of_contiguous(const T* values, int64_t count, const at::TensorOptions& options) {
+// Largest magnitude of contiguous memory in one pass without a copy; NaN where something is not finite.
+double peak_of_contiguous(const float* values, int64_t count) {
     constexpr int64_t BLOCK = 1 << 14, LANES = 16;
     const int64_t blocks = (count + BLOCK - 1) / BLOCK;
-    std::vector<double> peaks(blocks), squares(blocks);
+    std::vector<float> peaks(blocks);
     at::parallel_for(0, blocks, 4, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
-            const T* at = values + block * BLOCK;
+            const float* at = values + block * BLOCK;
             const int64_t size = std::min(BLOCK, count - block * BLOCK);
             // Lanes that the compiler turns into vectors. x − x is 0, or NaN where x is not finite, which a maximum would drop.
-            T peak[LANES] = {}, flaw[LANES] = {};
-            double square[LANES] = {};
-            int64_t i = 0;
-            for (; i + LANES <= size; i += LANES) {
-                for (int64_t lane = 0; lane < LANES; ++lane) {
-                    const T value = at[i + lane];
-                    peak[lane] = std::max(peak[lane], std::abs(value));
-                    flaw[lane] += value - value;
-                    square[lane] += static_cast<double>(value) * static_cast<double>(value);
-                }
+            float peak[LANES] = {}, flaw[LANES] = {};
+            for (int64_t i = 0; i < size; ++i) {
+                peak[i % LANES] = std::max(peak[i % LANES], std::abs(at[i]));
+                flaw[i % LANES] += at[i] - at[i];
             }
-            for (; i < size; ++i) {
-                peak[0] = std::max(peak[0], std::abs(at[i]));
-                flaw[0] += at[i] - at[i];
-                square[0] += static_cast<double>(at[i]) * static_cast<double>(at[i]);
-            }
-            for (int64_t lane = 0; lane < LANES; ++lane) {
-                peaks[block] = std::max(peaks[block], static_cast<double>(peak[lane]));
-                squares[block] += square[lane] + static_cast<double>(flaw[lane]);
-            }
+            for (int64_t lane = 0; lane < LANES; ++lane) peaks[block] = std::max(peaks[block], peak[lane]);
+            for (int64_t lane = 0; lane < LANES; ++lane) peaks[block] += flaw[lane];
         }
     });
-    double peak = 0, sum = 0;
-    for (int64_t block = 0; block < blocks; ++block) {
-        peak = std::max(peak, peaks[block]);
-        sum += squares[block];
+    float peak = 0;
+    for (const float value : peaks) {
+        if (std::isnan(value)) return value;
+        peak = std::max(peak, value);
     }
-    if (!std::isfinite(sum) && sizeof(T) == sizeof(float)) peak = std::numeric_limits<double>::quiet_NaN();
-    const auto scalar = options.dtype(at::kDouble);
-    return {at::scalar_tensor(peak, scalar), at::scalar_tensor(sum, scalar)};
+    return peak;
 }
 
 }  // namespace
@@ -131,14 +114,13 @@ at::Tensor large_gram(const at::Tensor& rows) {
     return product;
 }
 
-Size size_of(const at::Tensor& grad) {
+at::Tensor peak_of(const at::Tensor& grad) {
     const bool dense = grad.is_contiguous() || grad.mT().is_contiguous();
     if (one_on_cpu(grad) && dense && grad.scalar_type() == at::kFloat) {
-        return size_of_contiguous(grad.const_data_ptr<float>(), grad.numel(), grad.options());
+        return at::scalar_tensor(peak_of_contiguous(grad.const_data_ptr<float>(), grad.numel()), grad.options().dtype(at::kDouble));
     }
-    const int64_t matrix[] = {-2, -1};
-    const auto peak = at::linalg_vector_norm(grad, std::numeric_limits<double>::infinity(), matrix, false, at::kDouble);
-    return {peak, at::linalg_vector_norm(grad, 2, matrix, false, at::kDouble).square()};
+    // In the gradient's own dtype, where a maximum is exact: with another one torch may copy all of it.
+    return at::linalg_vector_norm(grad, std::numeric_limits<double>::infinity(), at::IntArrayRef{-2, -1}).to(at::kDouble);
 }
 
 Gradients::Gradients(std::vector<at::Tensor> matrices) {
@@ -168,15 +150,23 @@ at::Tensor Gradients::image(const at::Tensor& xt) const { return multiply(xt, fa
 
 at::Tensor Gradients::coimage(const at::Tensor& qt) const { return multiply(qt, true); }
 
-Size Gradients::size() const {
-    if (apart_.empty()) return size_of(together_);
-    std::vector<at::Tensor> peaks, squares;
-    for (const auto& matrix : apart_) {
-        const auto [peak, square] = size_of(matrix);
-        peaks.push_back(peak);
-        squares.push_back(square);
-    }
-    return {at::stack(peaks), at::stack(squares)};
+template <typename Function>
+at::Tensor Gradients::of_each(Function&& function) const {
+    if (apart_.empty()) return function(together_);
+    std::vector<at::Tensor> values;
+    for (const auto& matrix : apart_) values.push_back(function(matrix));
+    return at::stack(values);
+}
+
+at::Tensor Gradients::peak() const { return of_each(peak_of); }
+
+at::Tensor Gradients::squares(const at::Tensor& peak) const {
+    // Lengths of rows first: their squares keep to the range of fp32 far longer than a sum of all squares, which is taken in fp64.
+    const at::Tensor usable = at::isfinite(peak).logical_and_(peak > 0);
+    const at::Tensor lengths = of_each([this](const at::Tensor& grad) {
+        return at::linalg_vector_norm(grad, 2, at::IntArrayRef{-1}, false, dtype()).to(at::kDouble);
+    });
+    return at::where(usable, lengths.square_().sum(-1), 0.0);
 }
 
 at::Tensor Gradients::joined() const { return (apart_.empty() ? together_ : at::stack(apart_)).to(dtype()); }

@@ -25,12 +25,8 @@ at::Tensor gram(const at::Tensor& rows);
 // The Gram matrix as above, computing little more than its upper triangle; for matrices that are not thin. On a CPU (k, n) only.
 at::Tensor large_gram(const at::Tensor& rows);
 
-// What is known of a gradient from one pass over it, without overflow: the largest |Gᵢⱼ| and ‖G‖²_F, each (…) fp64, not finite exactly
-// where G is not.
-struct Size {
-    at::Tensor peak, squares;
-};
-Size size_of(const at::Tensor& grad);
+// The largest |Gᵢⱼ|, (…) fp64: not finite exactly where G is not.
+at::Tensor peak_of(const at::Tensor& grad);
 
 // One matrix (m, n), a batch (batch, m, n), or a list of matrices that are multiplied where they lie instead of being copied together.
 // fp32, fp64, or bf16 on a GPU.
@@ -49,11 +45,15 @@ class Gradients {
     // fp64 for fp64, else fp32: the dtype of bases and of everything l × l.
     at::ScalarType dtype() const { return first().scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
     at::TensorOptions options() const { return first().options().dtype(dtype()); }
-    Size size() const;
+    at::Tensor peak() const;
+    // ‖G‖²_F, (…) fp64, for a G of that peak.
+    at::Tensor squares(const at::Tensor& peak) const;
     // All in one tensor (…, m, n) of `dtype()`.
     at::Tensor joined() const;
 
    private:
+    template <typename Function>
+    at::Tensor of_each(Function&& function) const;
     const at::Tensor& first() const { return apart_.empty() ? together_ : apart_.front(); }
     at::Tensor multiply(const at::Tensor& xt, bool transposed) const;
     at::Tensor together_;

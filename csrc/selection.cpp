@@ -13,37 +13,38 @@ namespace {
 
 Spectrum exact(const Gradients& grad) {
     const auto [vectors, sigma, _] = at::linalg_svd(at::nan_to_num(grad.joined(), 0.0, 0.0, 0.0), /*full_matrices=*/false);
-    return {vectors.mT(), sigma};
+    return {polish(vectors.mT()), sigma};  // LAPACK's fp32 vectors are orthonormal to some 2e-5 only
 }
 
-Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const Size& size) {
-    if (method.svd != "exact") return leading(grad, count, method.accuracy, std::nullopt, size);
+Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const at::Tensor& peak) {
+    TORCH_CHECK_VALUE(method.svd == "exact" || method.svd == "randomized", "unknown svd ", method.svd);
+    if (method.svd != "exact") return leading(grad, count, method.accuracy, std::nullopt, peak);
     const Spectrum all = exact(grad);
     return {all.vectors.narrow(-2, 0, count), all.sigma.narrow(-1, 0, count)};
 }
 
 // The weight of each of `count` unknown directions, sqrt(E / count) with E = ‖G‖²_F − Σσ²; zero where E is within the rounding error
-// of the sums it is the difference of.
-at::Tensor tail_weight(const Size& size, const at::Tensor& sigma, int64_t count) {
+// of the sums it is the difference of, or ‖G‖²_F is out of range.
+at::Tensor tail_weight(const at::Tensor& squares, const at::Tensor& sigma, int64_t count) {
     const double roundoff = sigma.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
                                                                 : std::numeric_limits<float>::epsilon();
-    const at::Tensor left_over = size.squares - sigma.to(at::kDouble).square().sum(-1);
-    const at::Tensor real = at::where(left_over > 16 * roundoff * size.squares, left_over, 0.0);
+    const at::Tensor left_over = squares - sigma.to(at::kDouble).square().sum(-1);
+    const at::Tensor real = at::where(at::isfinite(squares).logical_and_(left_over > 16 * roundoff * squares), left_over, 0.0);
     return real.div(static_cast<double>(count)).sqrt_().to(sigma.scalar_type());
 }
 
 // I3S (arXiv 2502.05790): r directions drawn from the singular vectors with probability ∝ σ. Where only the leading h < min(m, n) are
 // known, the others share the left-over energy, and one that is drawn becomes a random direction of (I − U·Uᵀ)·G·ω, orthonormalised.
 // Nothing hangs on how many are drawn, so nothing waits for a GPU.
-at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const Size& size) {
+at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const at::Tensor& peak) {
     const int64_t short_side = std::min(grad.rows(), grad.columns());
     const bool all = method.svd == "exact" || 2 * rank + method.accuracy.oversample >= short_side;
     const int64_t known = all ? short_side : 2 * rank, unknown = short_side - known;
-    auto [directions, sigma] = known_directions(grad, known, method, size);
+    auto [directions, sigma] = known_directions(grad, known, method, peak);
     if (unknown > 0) {
         std::vector<int64_t> shape = sigma.sizes().vec();
         shape.back() = unknown;
-        sigma = at::cat({sigma, tail_weight(size, sigma, unknown).unsqueeze(-1).expand(shape)}, -1);
+        sigma = at::cat({sigma, tail_weight(grad.squares(peak), sigma, unknown).unsqueeze(-1).expand(shape)}, -1);
         const int64_t count = std::min(rank, unknown);
         const at::Tensor omega = normal(method.accuracy.seed, {count, grad.columns()}, philox::TAIL, grad.options());
         directions = at::cat({directions, complement(directions, grad.image(omega), method.accuracy.seed)}, -2);
@@ -71,12 +72,13 @@ at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArray
     return chosen.gather(-1, order);
 }
 
-at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const Size& size) {
-    if (method.selection == "importance") return importance(grad, rank, method, seeds, size);
-    if (method.selection == "dominant") return known_directions(grad, rank, method, size).vectors;  // GaLore (arXiv 2403.03507)
-    // Random: the orthonormalised Gaussian is uniform over subspaces, and needs no gradient.
+at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const at::Tensor& peak) {
+    if (method.selection == "importance") return importance(grad, rank, method, seeds, peak);
+    if (method.selection == "dominant") return known_directions(grad, rank, method, peak).vectors;  // GaLore (arXiv 2403.03507)
+    TORCH_CHECK_VALUE(method.selection == "random", "unknown selection ", method.selection);
+    // The orthonormalised Gaussian is uniform over subspaces, and needs no gradient.
     at::Tensor gaussian = normals(seeds, {grad.rows(), rank}, philox::BASIS, grad.options()).mT().contiguous();
-    return orthonormalise(size.peak.dim() == 0 ? gaussian.squeeze(0) : gaussian, 0);
+    return orthonormalise(peak.dim() == 0 ? gaussian.squeeze(0) : gaussian, 0);
 }
 
 }  // namespace lowrank_kernels

@@ -19,6 +19,6 @@ struct Method {
 at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArrayRef seeds);
 
 // Bases as orthonormal rows: (…, m, n) gradients → (…, r, m), one seed a matrix.
-at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const Size& size);
+at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const at::Tensor& peak);
 
 }  // namespace lowrank_kernels

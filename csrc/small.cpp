@@ -51,10 +51,10 @@ at::Tensor inverse_factor(const at::Tensor& gram, double shift) {
     return at::linalg_solve_triangular(factor, identity.expand_as(factor), /*upper=*/false);
 }
 
-Eigen eigh(const at::Tensor& gram) {
+Eigen eigh(const at::Tensor& gram, [[maybe_unused]] int64_t terms) {
 #if defined(LOWRANK_KERNELS_CUDA)
     if (gram.is_cuda()) {
-        auto [values, vectors] = cuda::eigh(gram);
+        auto [values, vectors] = cuda::eigh(gram, terms);
         return {values, vectors};
     }
 #endif

@@ -11,12 +11,13 @@ namespace lowrank_kernels {
 // CUDA: one kernel for every l whose packed triangle fits shared memory (cuda/cholesky_inverse.h), cuSOLVER and cuBLAS above.
 at::Tensor inverse_factor(const at::Tensor& gram, double shift);
 
-// Eigenvalues, descending, and eigenvectors, as rows, of symmetric fp64 (…, k, k) that are positive semidefinite to rounding.
+// Eigenvalues, descending, and eigenvectors, as rows, of Gram matrices (…, k, k) of vectors of length `terms`: symmetric, and positive
+// semidefinite to the rounding of such sums. fp64; on a CPU also fp32, whose vectors are orthonormal to some 1e-5 only.
 // CPU: LAPACK. CUDA: one-sided Jacobi on the Cholesky factor (cuda/jacobi.h), for cuSOLVER's drivers report to the host.
 struct Eigen {
     at::Tensor values, vectors;
 };
-Eigen eigh(const at::Tensor& gram);
+Eigen eigh(const at::Tensor& gram, int64_t terms);
 
 // N(0, 1) of shape (seeds, *shape): philox.normal in Python, whose words it shares bit for bit.
 at::Tensor normals(at::IntArrayRef seeds, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options);

@@ -24,13 +24,14 @@ constexpr double STEEP = 0x1p-13;
 // All k left singular vectors, as rows, and values of B (…, k, n), k ≤ n. The Gram matrix and its eigenproblem are fp64: in fp32 all
 // σ under 3e-4·σ₁ would be noise, and vectors orthonormal to 1e-5 only.
 Spectrum left_singular(const at::Tensor& rows) {
-    at::Tensor scaled = rows.to(at::kDouble), peak;
+    at::Tensor scaled = rows.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true), peak;
     if (!one_on_cpu(rows)) {  // which is finite and in range
-        peak = at::linalg_vector_norm(rows, std::numeric_limits<double>::infinity(), at::IntArrayRef{-2, -1}, true, at::kDouble);
-        peak = at::where(at::isfinite(peak).logical_and_(peak > 0), peak, 1.0);
-        scaled = scaled.div(peak).nan_to_num_(0.0, 0.0, 0.0);
+        peak = peak_of(rows).unsqueeze(-1).unsqueeze(-1);
+        const at::Tensor usable = at::isfinite(peak).logical_and_(peak > 0);
+        peak = at::where(usable, peak, 1.0);
+        scaled = at::where(usable, scaled.div_(peak), 0.0);
     }
-    const auto [values, vectors] = eigh(large_gram(scaled));
+    const auto [values, vectors] = eigh(large_gram(scaled), rows.size(-1));
     at::Tensor sigma = values.clamp_min(0.0).sqrt_();
     if (peak.defined()) sigma.mul_(peak.squeeze(-1));
     return {vectors.to(rows.scalar_type()), sigma.to(rows.scalar_type())};
@@ -50,12 +51,16 @@ at::Tensor sketch(const Gradients& grad, int64_t l, int64_t length, const Accura
     return normal(accuracy.seed, {l, length}, philox::SKETCH, grad.options());
 }
 
-// The sketch with `start` in the place of its first rows, as orthonormal ones.
+// The sketch with `start` in the place of its first rows, but for rows of it that are zero or not finite.
 at::Tensor started(const at::Tensor& sketch, const std::optional<at::Tensor>& start) {
     if (!start) return sketch;
+    const int64_t given = start->size(-2);
     std::vector<int64_t> shape = start->sizes().vec();
-    shape[shape.size() - 2] = sketch.size(-2) - start->size(-2);
-    return at::cat({cholesky_pass(*start), sketch.narrow(-2, start->size(-2), shape[shape.size() - 2]).expand(shape)}, -2);
+    shape[shape.size() - 2] = sketch.size(-2) - given;
+    const at::Tensor length = at::linalg_vector_norm(*start, std::numeric_limits<double>::infinity(), at::IntArrayRef{-1}, true);
+    const at::Tensor usable = at::isfinite(length).logical_and_(length > 0);
+    const at::Tensor head = at::where(usable, *start / at::where(usable, length, 1), sketch.narrow(-2, 0, given));
+    return at::cat({cholesky_pass(head), sketch.narrow(-2, given, shape[shape.size() - 2]).expand(shape)}, -2);
 }
 
 // G seen from its short side: `to_long` multiplies rows over the short side into rows over the long one.
@@ -79,6 +84,15 @@ Spectrum whole_spectrum(const Gradients& grad, int64_t count, const Accuracy& ac
     return side.left(head(left_singular(side.matrix()), count), accuracy.seed);
 }
 
+// Rows of one matrix on a CPU that are nearly orthonormal, fully so. Passes over ill-conditioned rows leave a defect of up to a few per
+// cent, fp32 eigenvectors one of 1e-5.
+at::Tensor finished(const at::Tensor& rows, int64_t seed) {
+    const double defect = gram(rows).sub_(at::eye(rows.size(0), rows.options())).abs().max().item<double>();
+    if (defect < 1e-3) return polish(rows);
+    const auto exact = well_conditioned_pass(rows);
+    return exact ? *exact : orthonormalise(rows, seed);
+}
+
 at::Tensor squared_norm(const at::Tensor& t) { return at::linalg_vector_norm(t, 2, at::IntArrayRef{-2, -1}).square_(); }
 
 // Half of Σλ² / Σλ over the eigenvalues that a basis leaves out, which is less than half the largest of them, and so a safe shift. Zero
@@ -96,25 +110,26 @@ at::Tensor half_left_out(const at::Tensor& sum, const at::Tensor& all, const at:
 // An fp32 Gram matrix knows no σ under about 1e-3·σ₁. Where the spectrum is that steep one more half-step with G itself, and Rayleigh
 // and Ritz in fp64, restore it. A CPU looks; a GPU, which cannot without stalling, always does so.
 Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
-                         const Size& size) {
+                         const at::Tensor& peak) {
     const ShortSide side(grad);
     at::Tensor matrix = side.matrix();
     const bool may_look = one_on_cpu(matrix);
     if (!may_look) {
-        const at::Tensor usable = at::isfinite(size.peak).logical_and_(size.peak > 0);
-        const at::Tensor half = at::where(usable, size.peak, 1.0).rsqrt_().to(matrix.scalar_type()).unsqueeze(-1).unsqueeze(-1);
+        const at::Tensor usable = at::isfinite(peak).logical_and_(peak > 0);
+        const at::Tensor half = at::where(usable, peak, 1.0).rsqrt_().to(matrix.scalar_type()).unsqueeze(-1).unsqueeze(-1);
         matrix = matrix.mul(half).mul_(half).nan_to_num_(0.0, 0.0, 0.0);  // in two steps: 1 / peak may overflow
     }
     at::Tensor squares = large_gram(matrix);
     matrix.reset();
-    at::Tensor trace = squares.diagonal(0, -2, -1).sum(-1);
-    double unit = 1;  // on a CPU the mean eigenvalue: products of several A stay in range
+    double unit = 1;  // the mean eigenvalue, divided by which products of several A stay in range
+    at::Tensor trace, energy;
     if (may_look) {
-        unit = trace.item<double>() / static_cast<double>(side.size());
+        const double total = squares.trace().item<double>();
+        unit = total > 0 ? total / static_cast<double>(side.size()) : 1;
         squares.mul_(1 / unit);
-        trace = trace / unit;
+        trace = squares.trace();
+        energy = squared_norm(squares);
     }
-    const at::Tensor energy = squared_norm(squares);
     at::Tensor rows = started(sketch(grad, l, side.size(), accuracy), start && side.tall ? std::optional(grad.coimage(*start)) : start);
     const auto multiply = [&squares](const at::Tensor& thin) { return full_times_transposed(thin, squares); };
     // On a CPU: two products to an orthonormalisation while that is safe, then one, then shifted passes and the half-step below.
@@ -146,10 +161,10 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         }
     }
     if (!steep) {
-        const auto [values, vectors] = eigh(full_times_transposed(rows, image));
+        const auto [values, vectors] = eigh(full_times_transposed(rows, image), side.size());
         if (values[count - 1].item<double>() > STEEP * values[0].item<double>()) {
             const at::Tensor turned = full_times_transposed(vectors.narrow(0, 0, count), rows.mT());
-            return side.left({polish(turned), values.narrow(0, 0, count).mul(unit).sqrt_()}, accuracy.seed);
+            return side.left({finished(turned, accuracy.seed), values.narrow(0, 0, count).mul(unit).sqrt_()}, accuracy.seed);
         }
     }
     rows = orthonormalise(side.to_short(cholesky_pass(side.to_long(rows))), accuracy.seed);
@@ -171,10 +186,11 @@ Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, co
 
 bool works_on_gram(int64_t m, int64_t n, int64_t l) { return SQUARE_FROM * l >= std::min(m, n); }
 
-Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start, const Size& size) {
+Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
+                 const at::Tensor& peak) {
     const int64_t l = count + accuracy.oversample;
     if (l >= std::min(grad.rows(), grad.columns())) return whole_spectrum(grad, count, accuracy);
-    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, start, size);
+    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, start, peak);
     return iterate_on_products(grad, count, l, accuracy, start);
 }
 

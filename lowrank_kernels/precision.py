@@ -6,6 +6,7 @@ Since torch 2.9 each backend has `fp32_precision`, and `torch.get_float32_matmul
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -23,22 +24,46 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
+_lock = threading.Lock()
+_users = 0
+_restore: list[tuple[object, str]] = []
+
+
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 products in fp32, whatever is allowed outside."""
-    if backends := _backends():
-        allowed = [backend.fp32_precision for backend in backends]
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            for backend, value in zip(backends, allowed, strict=True):
-                backend.fp32_precision = value
-        return
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    """fp32 products in fp32, whatever is allowed outside.
+
+    The settings are the whole process's: the first of several threads in here changes them, the last one puts them back.
+    """
+    global _users, _restore
+    with _lock:
+        if _users == 0:
+            _restore = _set_full()
+        _users += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _lock:
+            _users -= 1
+            if _users == 0:
+                _put_back(_restore)
+
+
+def _set_full() -> list[tuple[object, str]]:
+    """(backend, its setting) for each; one pair without a backend before torch 2.9."""
+    if not (backends := _backends()):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return [(None, before)]
+    allowed = [(backend, backend.fp32_precision) for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    return allowed
+
+
+def _put_back(allowed: list[tuple[object, str]]) -> None:
+    for backend, value in allowed:
+        if backend is None:
+            torch.set_float32_matmul_precision(value)
+        else:
+            backend.fp32_precision = value

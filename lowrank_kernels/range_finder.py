@@ -50,8 +50,9 @@ def orthonormalise(matrix: Tensor, seed: int = 0) -> Tensor:
     noise = philox.normal(philox.seed_tensor([seed], matrix.device), (columns, m), philox.COMPLETION, matrix.dtype)[0].mT / m**0.5
     # Dependent columns become distinct, by less than the rounding of Y hides anyway.
     matrix = _unit_columns(matrix, noise) + (8 * torch.finfo(matrix.dtype).eps) * noise
-    for shifted in (True, True, True, False, False):
-        matrix = _cholesky_pass(matrix, shifted)
+    # Rounding errors of the first Gram matrix may all have one sign, where columns are nearly parallel.
+    for shift in (32, 8, 2, 0, 0):
+        matrix = _cholesky_pass(matrix, shift)
     return matrix.contiguous()
 
 
@@ -63,18 +64,18 @@ def _unit_columns(matrix: Tensor, substitute: Tensor | float = 0.0) -> Tensor:
     return matrix / torch.linalg.vector_norm(matrix, dim=-2, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
-def _cholesky_pass(matrix: Tensor, shifted: bool = True) -> Tensor:
-    """Y·R⁻¹ with RᵀR = YᵀY + shift·I, the columns of Y scaled to length 1 first.
+def _cholesky_pass(matrix: Tensor, shift: float = 8) -> Tensor:
+    """Y·R⁻¹ with RᵀR = YᵀY + shift·l·ε·I, the columns of Y scaled to length 1 first; ε is from 1 to the next number.
 
-    The shift keeps the factorisation from failing and lifts small singular values by up to 1/sqrt(shift): one such pass is all
+    The shift keeps the factorisation from failing and lifts small singular values by up to 1/sqrt(shift·l·ε): one such pass is all
     that a power iteration needs between its products. Without the shift, a well-conditioned Y becomes orthonormal.
     """
     matrix = _unit_columns(matrix)
     columns = matrix.shape[-1]
     identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
     gram = full_precision_product(matrix.mT, matrix)
-    if shifted:
-        gram = gram + (2 * torch.finfo(matrix.dtype).eps * columns) * identity
+    if shift:
+        gram = gram + (shift * torch.finfo(matrix.dtype).eps * columns) * identity
     factor, failed = torch.linalg.cholesky_ex(gram)
     factor = torch.where((failed != 0)[..., None, None], identity, factor)
     with full_precision():
@@ -82,7 +83,7 @@ def _cholesky_pass(matrix: Tensor, shifted: bool = True) -> Tensor:
 
 
 def frobenius_norm(grad: Tensor) -> Tensor:
-    """(…, m, n) → (…) fp64: ‖G‖_F without overflow or underflow; not finite exactly where G holds a NaN or an infinity."""
+    """(…, m, n) → (…) fp64: ‖G‖_F, for anything that is not fp64 without overflow or underflow."""
     return torch.linalg.vector_norm(grad, dim=(-2, -1), dtype=torch.float64)
 
 
@@ -115,9 +116,8 @@ def range_finder(
         return basis, sigma
     m, n = grad.shape[-2:]
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    peak = torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1), dtype=torch.float64)
-    finite = torch.isfinite(peak)
-    grad, unit = _in_range(multipliable(grad), peak)
+    peak = peak_of(grad)
+    grad, exponent = _in_range(multipliable(grad), peak)
     start = None if start is None else start.to(dtype)
     columns = rank + oversample
     if columns >= min(m, n):
@@ -126,22 +126,32 @@ def range_finder(
         basis, sigma = _iterate_on_gram(grad, peak, rank, columns, power_iters, seed, dtype, start)
     else:
         basis, sigma = _iterate_on_products(grad, columns, power_iters, seed, dtype, start)
-    sigma = torch.where(finite[..., None], sigma * unit, torch.nan)
+    sigma = torch.where(torch.isfinite(peak)[..., None], _times_power_of_two(sigma, exponent), torch.nan)
     return basis[..., :rank].contiguous(), sigma[..., :rank].contiguous()
 
 
-def _in_range(grad: Tensor, peak: Tensor) -> tuple[Tensor, float]:
-    """On a CPU, G divided by a power of two where fourth powers of its elements could leave the dtype's range; and that power.
+def _in_range(grad: Tensor, peak: Tensor) -> tuple[Tensor, int]:
+    """On a CPU, G divided by a power of two where fourth powers of its elements could leave the dtype's range; and its exponent.
 
     On a GPU it stays: asking would stall it, and the products only need G times orthonormal columns to be in range.
     """
     if grad.device.type != "cpu" or not math.isfinite(value := peak.item()) or value == 0:
-        return grad, 1.0
+        return grad, 0
     exponent = math.frexp(value)[1]
     if abs(exponent) <= (20 if grad.dtype == torch.float32 else 150):
-        return grad, 1.0
-    half = exponent // 2  # in two steps: 2^−exponent may overflow
-    return grad * 2.0**-half * 2.0 ** (half - exponent), 2.0**exponent
+        return grad, 0
+    return _times_power_of_two(grad, -exponent), exponent
+
+
+def _times_power_of_two(tensor: Tensor, exponent: int) -> Tensor:
+    """In two steps, for a power of two may itself be out of range."""
+    half = exponent // 2
+    return tensor * 2.0**half * 2.0 ** (exponent - half)
+
+
+def peak_of(grad: Tensor) -> Tensor:
+    """(…, m, n) → (…) fp64: the largest |Gᵢⱼ|, not finite exactly where G holds a NaN or an infinity."""
+    return torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1)).double()
 
 
 def _sketch(grad: Tensor, columns: int, length: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -149,11 +159,15 @@ def _sketch(grad: Tensor, columns: int, length: int, seed: int, dtype: torch.dty
 
 
 def _started(sketch: Tensor, start: Tensor | None) -> Tensor:
-    """The sketch with `start` in the place of its first columns, as orthonormal ones."""
+    """The sketch with `start` in the place of its first columns, but for columns of it that are zero or not finite."""
     if start is None:
         return sketch
-    rest = sketch[..., start.shape[-1] :]
-    return torch.cat([_cholesky_pass(start), rest.expand(*start.shape[:-1], rest.shape[-1])], dim=-1)
+    given = start.shape[-1]
+    length = torch.linalg.vector_norm(start, math.inf, dim=-2, keepdim=True)
+    usable = torch.isfinite(length) & (length > 0)
+    head = torch.where(usable, start / torch.where(usable, length, 1), sketch[..., :given])
+    rest = sketch[..., given:]
+    return torch.cat([_cholesky_pass(head), rest.expand(*start.shape[:-1], rest.shape[-1])], dim=-1)
 
 
 def _iterate_on_products(
@@ -193,7 +207,7 @@ def _iterate_on_gram(
         matrix = torch.nan_to_num(matrix * half * half, nan=0.0, posinf=0.0, neginf=0.0)
     squares = full_precision_product(matrix, matrix.mT)
     short = squares.shape[-1]
-    mean = squares.diagonal(dim1=-2, dim2=-1).mean(-1) if on_cpu else 1.0
+    mean = squares.diagonal(dim1=-2, dim2=-1).mean(-1).item() or 1.0 if on_cpu else 1.0
     squares = squares / mean  # of which products stay in range
     trace, energy = squares.diagonal(dim1=-2, dim2=-1).sum(-1), squares.square().sum(dim=(-2, -1))
     basis = _started(_sketch(grad, columns, short, seed, dtype), start)
@@ -217,7 +231,9 @@ def _iterate_on_gram(
     if not steep:
         values, vectors = torch.linalg.eigh(full_precision_product(basis.mT, image))
         if values[-rank] > STEEP * values[-1]:
-            vectors = _polish(full_precision_product(basis, vectors.flip(-1)[..., :rank]))
+            vectors = full_precision_product(basis, vectors.flip(-1)[..., :rank])
+            exact = _well_conditioned_pass(vectors)
+            vectors = orthonormalise(vectors, seed) if exact is None else exact
             return _from_short_side(grad, vectors, (values.flip(-1)[..., :rank] * mean).sqrt(), tall, seed)
     image = multiply(grad, _cholesky_pass(multiply(grad.mT, basis)))
     basis = orthonormalise(image, seed)
@@ -253,16 +269,10 @@ def _well_conditioned_pass(matrix: Tensor) -> Tensor | None:
         return torch.linalg.solve_triangular(factor.mT, matrix / lengths, upper=True, left=False)
 
 
-def _polish(basis: Tensor) -> Tensor:
-    """U·(3/2·I − 1/2·UᵀU), which squares the defect of one nearly orthonormal basis on a CPU, until that is nothing."""
-    identity, defect = torch.eye(basis.shape[-1], dtype=basis.dtype), 1.0
-    while defect > 1e-4:
-        correction = full_precision_product(basis.mT, basis) - identity
-        defect = correction.abs().max().item()
-        basis = full_precision_product(basis, identity - 0.5 * correction)
-        if not defect < 0.5:  # it would not converge; NaN
-            break
-    return basis
+def polish(basis: Tensor) -> Tensor:
+    """U·(3/2·I − 1/2·UᵀU), which squares the defect of nearly orthonormal columns."""
+    gram = full_precision_product(basis.mT, basis)
+    return full_precision_product(basis, 1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram)
 
 
 def complement(directions: Tensor, candidates: Tensor, seed: int) -> Tensor:
@@ -293,9 +303,10 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     In fp64: formed in fp32 the Gram matrix would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal to 1e-5 only.
     """
-    peak = matrix.abs().amax(dim=(-2, -1), keepdim=True).double()
-    peak = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1)
-    scaled = torch.nan_to_num(matrix.double() / peak, nan=0.0, posinf=0.0, neginf=0.0)
+    peak = peak_of(matrix)[..., None, None]
+    usable = torch.isfinite(peak) & (peak > 0)
+    peak = torch.where(usable, peak, 1)
+    scaled = torch.where(usable, matrix.double() / peak, 0)
     values, vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT))
     sigma = values.flip(-1).clamp_min(0).sqrt() * peak[..., 0]
     return vectors.flip(-1).to(matrix.dtype), sigma.to(matrix.dtype)

@@ -18,7 +18,7 @@ namespace lowrank_kernels::cuda {
 namespace {
 
 // Sweeps until a pair that does not turn is met everywhere: 8 to 10 on spread spectra, 15 on clusters. Later launches return at once.
-constexpr int MAX_SWEEPS = 16;
+constexpr int MAX_SWEEPS = 20;
 
 int64_t shared_limit(const at::Tensor& tensor) {
     int bytes = 0;
@@ -54,14 +54,14 @@ std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift) {
     return gram.scalar_type() == at::kDouble ? inverse_factor_of<double>(gram, shift) : inverse_factor_of<float>(gram, shift);
 }
 
-std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram) {
+std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms) {
     const c10::cuda::CUDAGuard guard(gram.device());
     const int64_t k = gram.size(-1);
     const at::Tensor identity = at::eye(k, gram.options());
     const at::Tensor largest = gram.diagonal(0, -2, -1).amax(-1, true);
     const at::Tensor usable = at::isfinite(largest).logical_and_(largest > 0);
-    // The shift keeps the factorisation from failing, and the vectors of a null space apart.
-    const double shift = 2 * std::numeric_limits<double>::epsilon() * static_cast<double>(k);
+    // The shift keeps the factorisation from failing, and the vectors of a null space apart: sums of `terms` products may all err alike.
+    const double shift = std::numeric_limits<double>::epsilon() * static_cast<double>(2 * k + terms);
     auto [factor, failed] = at::linalg_cholesky_ex(gram / at::where(usable, largest, 1.0).unsqueeze(-1) + shift * identity);
     factor = at::where((failed != 0).unsqueeze(-1).unsqueeze(-1), identity, factor);
     // The columns of L, as rows: L·J = W·Σ.

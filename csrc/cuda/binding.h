@@ -11,8 +11,8 @@ namespace lowrank_kernels::cuda {
 // See ../small.h. Nothing where l is too large for the device's shared memory.
 std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift);
 
-// Eigenvalues, descending, and eigenvectors, as rows, of fp64 (…, k, k), positive semidefinite to rounding.
-std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram);
+// See ../small.h; fp64.
+std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms);
 
 // (seeds, count).
 at::Tensor normal(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::TensorOptions& options);

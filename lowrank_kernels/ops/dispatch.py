@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -35,6 +36,23 @@ def written(*tensors: torch.Tensor) -> None:
     for tensor in tensors:
         if not tensor.is_inference():
             torch.autograd.graph.increment_version(tensor)
+
+
+def outside_training(function: Callable) -> Callable:
+    """Runs `function` without autograd and, where it is on, without autocast, in which no basis would come out orthonormal."""
+
+    @functools.wraps(function)
+    @torch.no_grad()
+    def run(*args: object, **keywords: object) -> object:
+        active = [device_type for device_type in ("cpu", "cuda") if torch.is_autocast_enabled(device_type)]
+        if not active:
+            return function(*args, **keywords)
+        with contextlib.ExitStack() as stack:
+            for device_type in active:
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+            return function(*args, **keywords)
+
+    return run
 
 
 @functools.cache

@@ -1,7 +1,8 @@
 """The refresh's operators: orthonormalise, range_finder, sample_importance, choose_bases.
 
 The defaults (range_finder.py, subspaces/) run on every device; csrc/ has the same algorithms in C++ for CPUs and CUDA GPUs. The public
-functions check their arguments and give the operators positional ones.
+functions check their arguments and give the operators positional ones. Nothing here is differentiable, and autocast does not
+reach in.
 """
 
 from __future__ import annotations
@@ -63,12 +64,16 @@ def _check_rank(rank: int, limit: int, shape: torch.Size) -> None:
         raise ValueError(f"rank must be an int from 1 to {limit} for shape {tuple(shape)}, got {rank!r}")
 
 
+@dispatch.outside_training
 def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
     """Q with QᵀQ = I whose first k columns span Y's first k: (…, m, l), l ≤ m → the same shape, fp32 (fp64 for fp64).
 
     Columns that are zero, not finite or dependent become random directions (a function of `seed`), so Q is always a full
     orthonormal set, to 1e-5. Shifted CholeskyQR (Fukaya et al. 2020). Raises ValueError if l > m.
+    TypeError for an integer or complex matrix. For m up to some 10⁵; beyond, sums that long leave fp32 a few 1e-5.
     """
+    if not matrix.is_floating_point():
+        raise TypeError(f"matrix must be real floating-point, got {matrix.dtype}; convert it first")
     if matrix.dim() < 2 or not 1 <= matrix.shape[-1] <= matrix.shape[-2]:
         raise ValueError(f"matrix must have shape (…, m, l) with 1 ≤ l ≤ m, got {tuple(matrix.shape)}")
     if matrix.dtype not in (torch.float32, torch.float64):
@@ -76,6 +81,7 @@ def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
     return _orthonormalise(matrix, philox.signed64(seed))
 
 
+@dispatch.outside_training
 def range_finder(
     grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +99,8 @@ def range_finder(
             is computed from the Gram matrix of the short side.
         power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying spectrum.
         seed: any int; one Ω serves a whole batch.
-        start: (…, m, s), s ≤ r, near the wanted directions, such as an earlier basis; it takes the place of as many columns of Ω.
+        start: (…, m, s), s ≤ r, near the wanted directions, such as an earlier basis; it takes the place of as many columns of Ω, and
+            directions far from the wanted ones do worse than none.
 
     Returns:
         basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The right basis is that
@@ -113,7 +120,7 @@ def range_finder(
             raise ValueError(f"{name} must be an int ≥ 0, got {value!r}")
     if start is not None:
         _check_start(start, grad, rank)
-    return _range_finder(grad, rank, oversample, power_iters, philox.signed64(seed), start)
+    return _range_finder(grad, rank, min(oversample, max(grad.shape[-2:])), power_iters, philox.signed64(seed), start)
 
 
 def _check_start(start: Tensor, grad: Tensor, rank: int) -> None:
@@ -124,6 +131,7 @@ def _check_start(start: Tensor, grad: Tensor, rank: int) -> None:
         raise ValueError(f"start must be real floating-point on {grad.device}, got {start.dtype} on {start.device}")
 
 
+@dispatch.outside_training
 def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) -> Tensor:
     """r directions drawn one after another without replacement, P(i) ∝ σᵢ among those left (I3S, arXiv 2502.05790).
 
@@ -152,6 +160,7 @@ def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) ->
     return chosen.reshape(*sigma.shape[:-1], rank)
 
 
+@dispatch.outside_training
 def choose_bases(
     grads: Sequence[Tensor],
     previous: Sequence[Tensor] | None,
@@ -178,7 +187,21 @@ def choose_bases(
         places: (parameter index, expert) of each matrix. All draws are functions of (seed, place, refresh_number); the sketch is
             one of (seed, refresh_number) and shared.
     """
+    _check_lists(grads, previous, places)
+    for name, value, choices in (("selection", selection, tuple(subspaces.SELECTIONS)), ("svd", svd, subspaces.SVDS)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     sketch_seed = philox.signed64(philox.derive_seed(seed, refresh_number))
     seeds = [philox.signed64(philox.derive_seed(seed, refresh_number, *place)) for place in places]
+    oversample = min(oversample, max(grads[0].shape))
     arguments = (list(grads), list(previous or ()), rank, right, selection, svd, oversample, power_iters, sketch_seed, seeds, dtype)
     return _choose_bases(*arguments, found_inf)
+
+
+def _check_lists(grads: Sequence[Tensor], previous: Sequence[Tensor] | None, places: Sequence[tuple[int, int]]) -> None:
+    if not grads:
+        raise ValueError("grads must hold at least one matrix, got none")
+    if previous and len(previous) != len(grads):
+        raise ValueError(f"previous must be empty or hold a basis for each of the {len(grads)} gradients, got {len(previous)}")
+    if len(places) != len(grads):
+        raise ValueError(f"places must give a seed for each of the {len(grads)} gradients, got {len(places)}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import ops, subspaces
+from ..ops.dispatch import outside_training
 from . import buckets, groups
 from .buckets import Bucket
 from .dense import dense_adamw_step_
@@ -85,6 +86,11 @@ class LowRankOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._update()
+        return loss
+
+    @outside_training
+    def _update(self) -> None:
         self._settle()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for index, group in enumerate(self.param_groups):
@@ -101,7 +107,6 @@ class LowRankOptimizer(Optimizer):
             self._step_low_rank(bucket, grad_scale, found_inf)
             if found_inf is not None:
                 self._note_unsettled(bucket, found_inf)
-        return loss
 
     def _step_low_rank(self, bucket: Bucket, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if found_inf is not None:

@@ -33,10 +33,10 @@ def importance(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]
 
 
 def _tail_weight(grad: Tensor, sigma: Tensor, count: int) -> Tensor:
-    """sqrt(E / count) (batch,), zero where E is within the rounding error of the sums it is the difference of."""
+    """sqrt(E / count) (batch,), zero where E is within the rounding error of the sums it is the difference of, or out of range."""
     total = frobenius_norm(grad).square()
     left_over = total - sigma.double().square().sum(dim=-1)
-    left_over = torch.where(left_over > 16 * torch.finfo(sigma.dtype).eps * total, left_over, 0)
+    left_over = torch.where(torch.isfinite(total) & (left_over > 16 * torch.finfo(sigma.dtype).eps * total), left_over, 0)
     return (left_over / count).sqrt().to(sigma.dtype)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..range_finder import frobenius_norm, multipliable
+from ..range_finder import multipliable, peak_of
 from .dominant import dominant
 from .importance import importance
 from .random import random
@@ -49,7 +49,7 @@ def choose_bases(
         stacked = stacked.mT if right else stacked
         fresh = choose(stacked, rank, spectrum, seeds[start:stop]).to(dtype)
         if previous:
-            usable = torch.isfinite(frobenius_norm(stacked))
+            usable = torch.isfinite(peak_of(stacked))
             if found_inf is not None:
                 usable = usable & (found_inf.to(usable.device) == 0)
             fresh = torch.where(usable[:, None, None], fresh, torch.stack(tuple(previous[start:stop])))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..range_finder import range_finder
+from ..range_finder import polish, range_finder
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Spectrum:
         if self.svd == "exact":
             dtype = torch.promote_types(grad.dtype, torch.float32)
             vectors, sigma, _ = torch.linalg.svd(torch.nan_to_num(grad.to(dtype), posinf=0.0, neginf=0.0), full_matrices=False)
-            return vectors[..., :count], sigma[..., :count]
+            return polish(vectors[..., :count]), sigma[..., :count]  # LAPACK's fp32 vectors are orthonormal to some 2e-5 only
         return range_finder(grad, count, self.oversample, self.power_iters, self.seed)
 
     def affordable(self, grad: Tensor, rank: int) -> int:

@@ -187,3 +187,46 @@ def test_overlap():
     assert lrk.subspace_overlap(basis.bfloat16(), basis.bfloat16()).dtype == torch.float32
     with pytest.raises(ValueError, match="same shape"):
         lrk.subspace_overlap(basis[0], basis[0][:, :4])
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("svd", SVDS)
+def test_autocast_and_autograd_do_not_reach_in(selection, svd):
+    torch.manual_seed(0)
+    grads = [torch.randn(60, 150, requires_grad=True) for _ in range(2)]
+    plain = fresh([grad.detach() for grad in grads], 14, selection=selection, svd=svd)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = fresh(grads, 14, selection=selection, svd=svd)
+        basis, sigma = ops.range_finder(grads[0], 14)
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
+    assert not any(tensor.requires_grad for tensor in (*inside, basis, sigma))
+    assert basis.dtype == torch.float32 and defect(basis) <= ORTHONORMAL
+
+
+def test_exact_vectors_are_orthonormal_where_lapacks_are_not():
+    (basis,) = fresh([torch.ones(300, 300)], 290, selection="dominant", svd="exact")
+    assert defect(torch.linalg.svd(torch.ones(300, 300))[0][:, :290]) > ORTHONORMAL, "nothing to see"
+    assert defect(basis) <= ORTHONORMAL
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e38), (torch.float64, 1e200), (torch.float64, 1e-200)])
+def test_a_large_finite_gradient_is_no_reason_to_keep_the_old_basis(dtype, scale):
+    grad = torch.diag(torch.tensor([1.0, 3.0, 1.0], dtype=dtype)) * scale
+    (basis,) = fresh([grad], 1, previous=[torch.eye(3, dtype=dtype)[:, :1]], selection="dominant", number=1, dtype=dtype)
+    assert basis[1].abs() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(grads=[]), "at least one"),
+        (dict(previous=[torch.eye(20)[:, :4]]), "previous must be empty or hold a basis for each of the 2"),
+        (dict(places=[(0, 0)]), "a seed for each of the 2"),
+        (dict(selection="best"), "selection must be one of"),
+        (dict(svd="fast"), "svd must be one of"),
+    ],
+)
+def test_lists_and_names_that_do_not_fit(change, message):
+    settings = dict(grads=[torch.randn(20, 30)] * 2, rank=4) | change
+    with pytest.raises(ValueError, match=message):
+        fresh(settings.pop("grads"), settings.pop("rank"), **settings)
