@@ -45,13 +45,17 @@ std::optional<at::Tensor> scaled_inverse_factor(const at::Tensor& rows, double s
 
 }  // namespace
 
-at::Tensor cholesky_pass(const at::Tensor& rows, double shift) {
-    const double added = shift * roundoff(rows) * static_cast<double>(rows.size(-2));
+at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted) {
+    const auto l = static_cast<double>(rows.size(-2)), m = static_cast<double>(rows.size(-1));
     if (one_on_cpu(rows)) {
-        if (const auto inverse = scaled_inverse_factor(rows, added, 0.0)) return full_times_transposed(*inverse, rows.mT());
+        // Looked at, and so good enough without fp64 where it succeeds.
+        if (const auto inverse = scaled_inverse_factor(rows, shifted ? 2 * roundoff(rows) * l : 0.0, 0.0)) {
+            return full_times_transposed(*inverse, rows.mT());
+        }
     }
     const at::Tensor unit = unit_rows(rows, at::zeros({}, rows.options()));
-    return full_times_transposed(inverse_factor(gram(unit), added), unit.mT());
+    const double shift = shifted ? 11 * (m + l) * l * std::numeric_limits<double>::epsilon() / 2 : 0.0;
+    return full_times_transposed(inverse_factor(gram(unit.to(at::kDouble)), shift).to(rows.scalar_type()), unit.mT());
 }
 
 std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows) {
@@ -69,9 +73,11 @@ at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed) {
     const at::Tensor noise = normal(seed, {l, m}, philox::COMPLETION, rows.options()).div_(std::sqrt(static_cast<double>(m)));
     // Dependent rows become distinct, by less than the rounding of Y hides anyway.
     at::Tensor result = unit_rows(rows, noise) + 8 * roundoff(rows) * noise;
-    if (one_on_cpu(rows)) return polish(std::get<0>(at::linalg_qr(result.mT())).mT().contiguous());
-    // Rounding errors of the first Gram matrix may all have one sign, where columns are nearly parallel.
-    for (const double shift : {32, 8, 2, 0, 0}) result = cholesky_pass(result, shift);
+    if (one_on_cpu(rows)) {
+        const at::Tensor basis = std::get<0>(at::linalg_qr(result.mT())).mT().contiguous();
+        return polish(basis.to(at::kDouble)).to(rows.scalar_type());
+    }
+    for (const bool shifted : {true, true, true, false}) result = cholesky_pass(result, shifted);
     return result;
 }
 

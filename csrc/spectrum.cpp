@@ -90,7 +90,7 @@ at::Tensor finished(const at::Tensor& rows, int64_t seed) {
     const double defect = gram(rows).sub_(at::eye(rows.size(0), rows.options())).abs().max().item<double>();
     if (defect < 1e-3) return polish(rows);
     const auto exact = well_conditioned_pass(rows);
-    return exact ? *exact : orthonormalise(rows, seed);
+    return exact ? polish(*exact) : orthonormalise(rows, seed);
 }
 
 at::Tensor squared_norm(const at::Tensor& t) { return at::linalg_vector_norm(t, 2, at::IntArrayRef{-2, -1}).square_(); }

@@ -50,9 +50,8 @@ def orthonormalise(matrix: Tensor, seed: int = 0) -> Tensor:
     noise = philox.normal(philox.seed_tensor([seed], matrix.device), (columns, m), philox.COMPLETION, matrix.dtype)[0].mT / m**0.5
     # Dependent columns become distinct, by less than the rounding of Y hides anyway.
     matrix = _unit_columns(matrix, noise) + (8 * torch.finfo(matrix.dtype).eps) * noise
-    # Rounding errors of the first Gram matrix may all have one sign, where columns are nearly parallel.
-    for shift in (32, 8, 2, 0, 0):
-        matrix = _cholesky_pass(matrix, shift)
+    for shifted in (True, True, True, False):
+        matrix = _cholesky_pass(matrix, shifted)
     return matrix.contiguous()
 
 
@@ -64,20 +63,22 @@ def _unit_columns(matrix: Tensor, substitute: Tensor | float = 0.0) -> Tensor:
     return matrix / torch.linalg.vector_norm(matrix, dim=-2, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
 
 
-def _cholesky_pass(matrix: Tensor, shift: float = 8) -> Tensor:
-    """Y·R⁻¹ with RᵀR = YᵀY + shift·l·ε·I, the columns of Y scaled to length 1 first; ε is from 1 to the next number.
+def _cholesky_pass(matrix: Tensor, shifted: bool = True) -> Tensor:
+    """Y·R⁻¹ with RᵀR = YᵀY + shift·I, the columns of Y scaled to length 1 first.
 
-    The shift keeps the factorisation from failing and lifts small singular values by up to 1/sqrt(shift·l·ε): one such pass is all
-    that a power iteration needs between its products. Without the shift, a well-conditioned Y becomes orthonormal.
+    The shift, 11·(m + l)·l·u as Fukaya et al. have it, keeps the factorisation from failing and lifts small singular values by up to
+    1/sqrt(shift): one such pass is all that a power iteration needs between its products. For that to be much the Gram matrix is fp64: in
+    fp32 a shift large enough for sums of m products, which may all err alike, would lift by ten, and lengths be off by 1e-5. Without
+    it, a well-conditioned Y becomes orthonormal.
     """
     matrix = _unit_columns(matrix)
-    columns = matrix.shape[-1]
-    identity = torch.eye(columns, dtype=matrix.dtype, device=matrix.device)
-    gram = full_precision_product(matrix.mT, matrix)
-    if shift:
-        gram = gram + (shift * torch.finfo(matrix.dtype).eps * columns) * identity
+    rows, columns = matrix.shape[-2:]
+    identity = torch.eye(columns, dtype=torch.float64, device=matrix.device)
+    gram = full_precision_product(matrix.double().mT, matrix.double())
+    if shifted:
+        gram = gram + (11 * (rows + columns) * columns * torch.finfo(torch.float64).eps / 2) * identity
     factor, failed = torch.linalg.cholesky_ex(gram)
-    factor = torch.where((failed != 0)[..., None, None], identity, factor)
+    factor = torch.where((failed != 0)[..., None, None], identity, factor).to(matrix.dtype)
     with full_precision():
         return torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
 
@@ -233,7 +234,7 @@ def _iterate_on_gram(
         if values[-rank] > STEEP * values[-1]:
             vectors = full_precision_product(basis, vectors.flip(-1)[..., :rank])
             exact = _well_conditioned_pass(vectors)
-            vectors = orthonormalise(vectors, seed) if exact is None else exact
+            vectors = orthonormalise(vectors, seed) if exact is None else polish(exact)
             return _from_short_side(grad, vectors, (values.flip(-1)[..., :rank] * mean).sqrt(), tall, seed)
     image = multiply(grad, _cholesky_pass(multiply(grad.mT, basis)))
     basis = orthonormalise(image, seed)

@@ -1,6 +1,7 @@
 """Orthonormalisation, the range finder and the sampling law, on spectra and shapes that hurt."""
 
 import math
+import threading
 from itertools import permutations
 
 import pytest
@@ -382,3 +383,57 @@ def test_sampling_seeds():
 def test_frobenius_norm_has_the_range_of_fp64():
     for scale in (1e-38, 1e38):
         assert range_finder.frobenius_norm(torch.full((30, 30), scale)).item() == pytest.approx(30 * scale, rel=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("m", [200, 5000])
+def test_sums_that_all_err_alike(m, dtype):
+    """Equal rows: the lengths and products of the columns of Y are sums of m equal terms, whose rounding errors have one sign."""
+    torch.manual_seed(0)
+    for rank in (3, 7, 14):
+        grad = torch.ones(m, 1, dtype=dtype, device=DEVICE) @ torch.randn(1, 33, dtype=dtype, device=DEVICE)
+        basis, _ = ops.range_finder(grad, rank, oversample=2)
+        assert defect(basis) <= ORTHONORMAL
+        assert defect(ops.orthonormalise(grad[:, :rank])) <= ORTHONORMAL
+
+
+def test_start_takes_the_place_of_random_columns():
+    torch.manual_seed(0)
+    grad = with_spectrum(60, 200, torch.arange(1, 61.0) ** -0.25).cpu()
+    exact = torch.linalg.svd(grad)
+    best = exact.S[:8].square().sum()
+
+    def energy(start, power_iters=0):
+        basis, _ = ops.range_finder(grad, 8, oversample=0, power_iters=power_iters, start=start)
+        return ((basis.mT @ grad).square().sum() / best).item()
+
+    without = energy(None)
+    assert energy(exact.U[:, :8]) > 0.9999 > without
+    assert energy(exact.U[:, :8].half()) > 0.999, "in the dtype of a parameter, and orthonormal to its rounding"
+    for useless in (torch.zeros(60, 8), torch.full((60, 8), torch.nan)):
+        assert energy(useless) == pytest.approx(without, abs=0.05)
+    assert energy(exact.U[:, :1].expand(60, 8)) > 0
+
+
+@pytest.mark.parametrize("start", [torch.randn(60, 9), torch.randn(59, 3), torch.randn(2, 60, 3), torch.ones(60, 3, dtype=torch.int32)])
+def test_bad_starts(start):
+    with pytest.raises(ValueError, match="start must"):
+        ops.range_finder(torch.randn(60, 200), 8, start=start)
+
+
+def test_threads_leave_the_precision_as_it_was():
+    matmul = torch.backends.mkldnn.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("torch has one setting only")
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        grad = torch.randn(100, 300)
+        threads = [threading.Thread(target=lambda: [ops.range_finder(grad, 20) for _ in range(15)]) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert matmul.fp32_precision == "bf16"
+    finally:
+        matmul.fp32_precision = before

@@ -430,3 +430,15 @@ def test_bad_gradients_are_refused_before_anything_moves():
     sparse_dense = lrk.LowRankAdamW([table])
     with pytest.raises(TypeError, match="the gradient is sparse .* in group 0"):
         sparse_dense.step()
+
+
+def test_a_step_under_autocast_is_the_step_outside_of_it():
+    inside, outside = build(), build()
+    for (model, optimizer), enabled in ((inside, True), (outside, False)):
+        for number in range(5):
+            torch.manual_seed(number)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                optimizer.step()
+    assert same_bits([*inside[0].parameters()], [*outside[0].parameters()])
