@@ -68,9 +68,16 @@ double peak_of_contiguous(const float* values, int64_t count) {
             const int64_t size = std::min(BLOCK, count - block * BLOCK);
             // Lanes that the compiler turns into vectors. x − x is 0, or NaN where x is not finite, which a maximum would drop.
             float peak[LANES] = {}, flaw[LANES] = {};
-            for (int64_t i = 0; i < size; ++i) {
-                peak[i % LANES] = std::max(peak[i % LANES], std::abs(at[i]));
-                flaw[i % LANES] += at[i] - at[i];
+            int64_t i = 0;
+            for (; i + LANES <= size; i += LANES) {
+                for (int64_t lane = 0; lane < LANES; ++lane) {
+                    peak[lane] = std::max(peak[lane], std::abs(at[i + lane]));
+                    flaw[lane] += at[i + lane] - at[i + lane];
+                }
+            }
+            for (; i < size; ++i) {
+                peak[0] = std::max(peak[0], std::abs(at[i]));
+                flaw[0] += at[i] - at[i];
             }
             for (int64_t lane = 0; lane < LANES; ++lane) peaks[block] = std::max(peaks[block], peak[lane]);
             for (int64_t lane = 0; lane < LANES; ++lane) peaks[block] += flaw[lane];

@@ -87,7 +87,7 @@ Spectrum whole_spectrum(const Gradients& grad, int64_t count, const Accuracy& ac
 // Rows of one matrix on a CPU that are nearly orthonormal, fully so. Passes over ill-conditioned rows leave a defect of up to a few per
 // cent, fp32 eigenvectors one of 1e-5.
 at::Tensor finished(const at::Tensor& rows, int64_t seed) {
-    const double defect = gram(rows).sub_(at::eye(rows.size(0), rows.options())).abs().max().item<double>();
+    const double defect = gram(rows).sub_(at::eye(rows.size(0), rows.options())).norm().item<double>();
     if (defect < 1e-3) return polish(rows);
     const auto exact = well_conditioned_pass(rows);
     return exact ? polish(*exact) : orthonormalise(rows, seed);
