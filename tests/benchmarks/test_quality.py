@@ -210,5 +210,5 @@ def test_refresh_of_a_model_covers_it_in_chunks(tiny_model):
 
 def test_refresh_stops_at_a_bad_basis(monkeypatch):
     monkeypatch.setattr(lrk.ops, "range_finder", lambda grad, rank, **options: (random_basis(grad.shape[-2], rank), None))
-    with pytest.raises(SystemExit, match="refresh 64x96 r=16: the basis of lowrank_kernels"):
+    with pytest.raises(SystemExit, match="refresh 64x96 r=16 1/i: the basis of lowrank_kernels"):
         suites.run_refresh(shapes.RefreshCase((64, 96), 16), False, 0.1, {})
