@@ -55,7 +55,7 @@ at::Tensor cholesky_pass(const at::Tensor& rows, bool shifted) {
     }
     const at::Tensor unit = unit_rows(rows, at::zeros({}, rows.options()));
     const double shift = shifted ? 11 * (m + l) * l * std::numeric_limits<double>::epsilon() / 2 : 0.0;
-    return full_times_transposed(inverse_factor(gram(unit.to(at::kDouble)), shift).to(rows.scalar_type()), unit.mT());
+    return full_times_transposed(inverse_factor(gram(unit.to(at::kDouble)), shift, rows.scalar_type()), unit.mT());
 }
 
 std::optional<at::Tensor> well_conditioned_pass(const at::Tensor& rows) {

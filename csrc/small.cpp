@@ -7,7 +7,6 @@
 #include <tuple>
 
 #include "philox.h"
-#include "precision.h"
 #if defined(LOWRANK_KERNELS_CUDA)
 #include "cuda/binding.h"
 #endif
@@ -38,17 +37,16 @@ at::Tensor uniform(at::IntArrayRef seeds, int64_t count, uint32_t stream) {
 
 }  // namespace
 
-at::Tensor inverse_factor(const at::Tensor& gram, double shift) {
+at::Tensor inverse_factor(const at::Tensor& gram, double shift, at::ScalarType dtype) {
 #if defined(LOWRANK_KERNELS_CUDA)
     if (gram.is_cuda()) {
-        if (auto inverse = cuda::inverse_factor(gram, shift)) return *inverse;
+        if (auto inverse = cuda::inverse_factor(gram, shift, dtype)) return *inverse;
     }
 #endif
-    const FullPrecision guard;
     const at::Tensor identity = at::eye(gram.size(-1), gram.options());
     auto [factor, failed] = at::linalg_cholesky_ex(shift == 0 ? gram : gram + shift * identity);
     factor = at::where((failed != 0).unsqueeze(-1).unsqueeze(-1), identity, factor);
-    return at::linalg_solve_triangular(factor, identity.expand_as(factor), /*upper=*/false);
+    return at::linalg_solve_triangular(factor, identity.expand_as(factor), /*upper=*/false).to(dtype);
 }
 
 Eigen eigh(const at::Tensor& gram, [[maybe_unused]] int64_t terms) {

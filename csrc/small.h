@@ -7,9 +7,9 @@
 
 namespace lowrank_kernels {
 
-// L⁻¹ of S + shift·I = L·Lᵀ, lower triangular: (…, l, l) → (…, l, l). The identity where the factorisation fails.
+// L⁻¹ of S + shift·I = L·Lᵀ, lower triangular: fp64 (…, l, l) → (…, l, l) of `dtype`. The identity where the factorisation fails.
 // CUDA: one kernel for every l whose packed triangle fits shared memory (cuda/cholesky_inverse.h), cuSOLVER and cuBLAS above.
-at::Tensor inverse_factor(const at::Tensor& gram, double shift);
+at::Tensor inverse_factor(const at::Tensor& gram, double shift, at::ScalarType dtype);
 
 // Eigenvalues, descending, and eigenvectors, as rows, of Gram matrices (…, k, k) of vectors of length `terms`: symmetric, and positive
 // semidefinite to the rounding of such sums. fp64; on a CPU also fp32, whose vectors are orthonormal to some 1e-5 only.

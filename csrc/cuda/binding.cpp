@@ -48,10 +48,13 @@ at::Tensor inverse_factor_of(const at::Tensor& gram, double shift) {
 
 }  // namespace
 
-std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift) {
+std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift, at::ScalarType dtype) {
     const c10::cuda::CUDAGuard guard(gram.device());
-    if (gram.size(-1) > cholesky_inverse_max_columns(shared_limit(gram), gram.element_size())) return std::nullopt;
-    return gram.scalar_type() == at::kDouble ? inverse_factor_of<double>(gram, shift) : inverse_factor_of<float>(gram, shift);
+    const int64_t l = gram.size(-1), shared = shared_limit(gram);
+    if (l <= cholesky_inverse_max_columns(shared, sizeof(double))) return inverse_factor_of<double>(gram, shift).to(dtype);
+    if (dtype != at::kFloat || l > cholesky_inverse_max_columns(shared, sizeof(float))) return std::nullopt;
+    const double least = 2 * std::numeric_limits<float>::epsilon() * static_cast<double>(l);
+    return inverse_factor_of<float>(gram.to(at::kFloat), shift > 0 ? std::max(shift, least) : 0.0);
 }
 
 std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms) {

@@ -8,8 +8,9 @@
 
 namespace lowrank_kernels::cuda {
 
-// See ../small.h. Nothing where l is too large for the device's shared memory.
-std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift);
+// See ../small.h. Nothing where l is too large for the device's shared memory. Where fp64 does not fit but fp32 does, and is what is
+// asked for, the factor is fp32, of an S that was summed in fp64, with a shift for its own rounding.
+std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift, at::ScalarType dtype);
 
 // See ../small.h; fp64.
 std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms);
