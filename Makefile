@@ -17,7 +17,9 @@ WORKERS ?= 2
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 # Those that run on a GPU; the others would only be collected, and need more packages for it.
-GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/kernels tests/subspaces tests/optim
+GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_operators.py tests/kernels tests/subspaces tests/optim
+# Small matrices through every CUDA kernel of csrc/, for compute-sanitizer, which makes them slow.
+RACE_TESTS := tests/test_range_finder.py -k "shapes_that_hurt or err_alike or not_finite"
 
 .PHONY: demo test lint bench sanitize gpu clean FORCE
 
@@ -47,6 +49,8 @@ gpu: SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf '%
 gpu:
 	LOWRANK_KERNELS_BUILD=$${LOWRANK_KERNELS_BUILD-cuda} $(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) -m pytest -m gpu -x $(SIDE_BY_SIDE) $(GPU_TESTS) $(ARGS)
+	$(foreach tool,$(if $(shell command -v compute-sanitizer),memcheck racecheck),compute-sanitizer --tool $(tool) --error-exitcode 1 \
+		$(PYTHON) -m pytest -m gpu -x -q $(RACE_TESTS) &&) true
 	$(PYTHON) -m benchmarks --seconds 180
 
 clean:

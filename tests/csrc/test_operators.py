@@ -116,6 +116,7 @@ def test_a_skipped_step_or_a_bad_gradient_costs_no_work_and_keeps_the_basis():
     assert all(torch.equal(a, b) for a, b in zip(skipped, previous, strict=True))
 
 
+@pytest.mark.gpu
 def test_refresh_does_not_wait_for_a_gpu():
     if not torch.cuda.is_available():
         pytest.skip("only a GPU can be synchronised with")
