@@ -52,7 +52,7 @@ def choose_bases(
             usable = torch.isfinite(peak_of(stacked))
             if found_inf is not None:
                 usable = usable & (found_inf.to(usable.device) == 0)
-            fresh = torch.where(usable[:, None, None], fresh, torch.stack(tuple(previous[start:stop])))
+            fresh = torch.where(usable[:, None, None], fresh, torch.stack(tuple(previous[start:stop])).to(dtype))
         bases.extend(map(own_memory, fresh.unbind()))
     return bases
 
