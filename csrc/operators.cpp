@@ -139,17 +139,12 @@ void check_lists(at::TensorList grads, at::TensorList previous, at::IntArrayRef 
 at::Tensor oriented(const at::Tensor& grad, bool right) { return right ? grad.mT() : grad; }
 
 // Of lists of matrices of equal shape, as stored: the right side works on their transposes. `previous` is empty or holds the bases in use.
-std::vector<at::Tensor> choose_bases_of_batch(at::TensorList grads, at::TensorList previous, int64_t rank, bool right,
-                                              std::string_view selection, std::string_view svd, int64_t oversample, int64_t power_iters,
-                                              int64_t seed, at::IntArrayRef seeds, at::ScalarType dtype,
-                                              const std::optional<at::Tensor>& found_inf) {
-    const OutsideTraining guard;
-    check_lists(grads, previous, seeds);
-    const Method method{selection, svd, {oversample, power_iters, seed}};
+std::vector<at::Tensor> choose_of_batch(at::TensorList grads, at::TensorList previous, int64_t rank, bool right, const Method& method,
+                                        at::IntArrayRef seeds, at::ScalarType dtype, const std::optional<at::Tensor>& found_inf) {
     const int64_t count = static_cast<int64_t>(grads.size());
     const int64_t m = oriented(grads[0], right).size(0), n = oriented(grads[0], right).size(1);
-    const int64_t thin = (m + n) * std::min(2 * rank + oversample, std::min(m, n));
-    const bool copies = svd == "exact" || works_on_gram(m, n, 2 * rank + oversample);
+    const int64_t l = 2 * rank + method.accuracy.oversample, thin = (m + n) * std::min(l, std::min(m, n));
+    const bool copies = method.svd == "exact" || works_on_gram(m, n, l);
     const int64_t chunk = std::max<int64_t>(1, CHUNK_ELEMENTS / std::max(thin, copies ? m * n : 0));
     std::vector<at::Tensor> bases;
     bases.reserve(count);
@@ -171,13 +166,8 @@ std::vector<at::Tensor> choose_bases_of_batch(at::TensorList grads, at::TensorLi
     return bases;
 }
 
-std::vector<at::Tensor> choose_bases_on_cpu(at::TensorList grads, at::TensorList previous, int64_t rank, bool right,
-                                            std::string_view selection, std::string_view svd, int64_t oversample, int64_t power_iters,
-                                            int64_t seed, at::IntArrayRef seeds, at::ScalarType dtype,
-                                            const std::optional<at::Tensor>& found_inf) {
-    const OutsideTraining guard;
-    check_lists(grads, previous, seeds);
-    const Method method{selection, svd, {oversample, power_iters, seed}};
+std::vector<at::Tensor> choose_on_cpu(at::TensorList grads, at::TensorList previous, int64_t rank, bool right, const Method& method,
+                                      at::IntArrayRef seeds, at::ScalarType dtype, const std::optional<at::Tensor>& found_inf) {
     const bool skipped = found_inf && found_inf->item<double>() != 0;
     std::vector<at::Tensor> bases;
     for (size_t i = 0; i < grads.size(); ++i) {
@@ -185,7 +175,7 @@ std::vector<at::Tensor> choose_bases_on_cpu(at::TensorList grads, at::TensorList
         at::Tensor rows;
         if (!previous.empty() && (skipped || !is_finite(matrix))) {
             rows = previous[i].mT();
-        } else if (is_finite(matrix) || selection == "random") {
+        } else if (is_finite(matrix) || method.selection == "random") {
             rows = choose(Gradients(matrix.grad), rank, method, seeds.slice(i, 1), matrix.peak);
         } else {
             rows = of_nothing(matrix.grad, rank, seeds[i]).vectors;
@@ -195,6 +185,15 @@ std::vector<at::Tensor> choose_bases_on_cpu(at::TensorList grads, at::TensorList
     return bases;
 }
 
+template <auto WAY>
+std::vector<at::Tensor> choose_bases(at::TensorList grads, at::TensorList previous, int64_t rank, bool right, std::string_view selection,
+                                     std::string_view svd, int64_t oversample, int64_t power_iters, int64_t seed, at::IntArrayRef seeds,
+                                     at::ScalarType dtype, const std::optional<at::Tensor>& found_inf) {
+    const OutsideTraining guard;
+    check_lists(grads, previous, seeds);
+    return WAY(grads, previous, rank, right, {selection, svd, {oversample, power_iters, seed}}, seeds, dtype, found_inf);
+}
+
 }  // namespace
 }  // namespace lowrank_kernels
 
@@ -202,7 +201,7 @@ TORCH_LIBRARY_IMPL(lowrank_kernels, CPU, library) {
     library.impl("range_finder", lowrank_kernels::range_finder_on_cpu);
     library.impl("orthonormalise", lowrank_kernels::orthonormalise_columns);
     library.impl("sample_importance", lowrank_kernels::sample_importance);
-    library.impl("choose_bases", lowrank_kernels::choose_bases_on_cpu);
+    library.impl("choose_bases", lowrank_kernels::choose_bases<lowrank_kernels::choose_on_cpu>);
 }
 
 #if defined(LOWRANK_KERNELS_CUDA)
@@ -210,7 +209,7 @@ TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, library) {
     library.impl("range_finder", lowrank_kernels::range_finder_of_batch);
     library.impl("orthonormalise", lowrank_kernels::orthonormalise_columns);
     library.impl("sample_importance", lowrank_kernels::sample_importance);
-    library.impl("choose_bases", lowrank_kernels::choose_bases_of_batch);
+    library.impl("choose_bases", lowrank_kernels::choose_bases<lowrank_kernels::choose_of_batch>);
 }
 #endif
 
@@ -221,5 +220,5 @@ TORCH_LIBRARY_FRAGMENT(lowrank_kernels, library) {
     library.def(
         "_choose_bases_of_batch(Tensor[] grads, Tensor[] previous, int rank, bool right, str selection, str svd, int oversample, "
         "int power_iters, int seed, int[] seeds, ScalarType dtype, Tensor? found_inf) -> Tensor[]",
-        lowrank_kernels::choose_bases_of_batch);
+        lowrank_kernels::choose_bases<lowrank_kernels::choose_of_batch>);
 }

@@ -143,14 +143,14 @@ Gradients::Gradients(std::vector<at::Tensor> matrices) {
 at::Tensor Gradients::multiply(const at::Tensor& xt, bool transposed) const {
     const auto oriented = [transposed](const at::Tensor& grad) { return transposed ? grad.mT() : grad; };
     const at::Tensor factor = xt.to(first().scalar_type());
-    if (apart_.empty()) return times_transposed(factor, oriented(together_)).to(xt.scalar_type());
+    if (apart_.empty()) return times_transposed(factor, oriented(together_)).to(dtype());
     const int64_t count = static_cast<int64_t>(apart_.size()), length = oriented(first()).size(0);
     const at::Tensor product = at::empty({count, xt.size(-2), length}, factor.options());
     for (int64_t i = 0; i < count; ++i) {
         at::Tensor out = product.select(0, i);
         at::mm_out(out, factor.dim() == 2 ? factor : factor.select(0, i), oriented(apart_[i]).mT());
     }
-    return product.to(xt.scalar_type());
+    return product.to(dtype());
 }
 
 at::Tensor Gradients::image(const at::Tensor& xt) const { return multiply(xt, false); }

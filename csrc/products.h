@@ -35,7 +35,7 @@ class Gradients {
     explicit Gradients(at::Tensor matrices) : together_(std::move(matrices)) {}
     explicit Gradients(std::vector<at::Tensor> matrices);
 
-    // (G·X)ᵀ: (…, l, n) → (…, l, m), at G's precision, in the dtype of Xt. Xt may lack the batch dimension: one for all.
+    // (G·X)ᵀ: (…, l, n) → (…, l, m), at G's precision, in `dtype()`. Xt may lack the batch dimension: one for all.
     at::Tensor image(const at::Tensor& xt) const;
     // (Gᵀ·Q)ᵀ: (…, l, m) → (…, l, n).
     at::Tensor coimage(const at::Tensor& qt) const;
@@ -45,6 +45,8 @@ class Gradients {
     // fp64 for fp64, else fp32: the dtype of bases and of everything l × l.
     at::ScalarType dtype() const { return first().scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
     at::TensorOptions options() const { return first().options().dtype(dtype()); }
+    // Of the operands of products with G.
+    at::TensorOptions product_options() const { return first().options(); }
     at::Tensor peak() const;
     // ‖G‖²_F, (…) fp64, for a G of that peak.
     at::Tensor squares(const at::Tensor& peak) const;

@@ -47,8 +47,8 @@ Spectrum rayleigh_ritz(const at::Tensor& basis, const at::Tensor& projected, int
     return {full_times_transposed(vectors, basis.mT()), sigma};
 }
 
-at::Tensor sketch(const Gradients& grad, int64_t l, int64_t length, const Accuracy& accuracy) {
-    return normal(accuracy.seed, {l, length}, philox::SKETCH, grad.options());
+at::Tensor sketch(int64_t l, int64_t length, const Accuracy& accuracy, const at::TensorOptions& options) {
+    return normal(accuracy.seed, {l, length}, philox::SKETCH, options);
 }
 
 // The sketch with `start` in the place of its first rows, but for rows of it that are zero or not finite.
@@ -130,7 +130,7 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         trace = squares.trace();
         energy = squared_norm(squares);
     }
-    at::Tensor rows = started(sketch(grad, l, side.size(), accuracy), start && side.tall ? std::optional(grad.coimage(*start)) : start);
+    at::Tensor rows = started(sketch(l, side.size(), accuracy, grad.options()), start && side.tall ? std::optional(grad.coimage(*start)) : start);
     const auto multiply = [&squares](const at::Tensor& thin) { return full_times_transposed(thin, squares); };
     // On a CPU: two products to an orthonormalisation while that is safe, then one, then shifted passes and the half-step below.
     bool steep = !may_look, pairs = may_look;
@@ -173,8 +173,9 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
 
 Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy,
                              const std::optional<at::Tensor>& start) {
-    const at::Tensor rows = started(sketch(grad, l, grad.columns(), accuracy), start ? std::optional(grad.coimage(*start)) : start);
-    at::Tensor image = grad.image(rows);
+    const auto given = start ? std::optional(grad.coimage(*start)) : start;
+    // Straight in the dtype of the product, unless it is still to be worked on.
+    at::Tensor image = grad.image(started(sketch(l, grad.columns(), accuracy, given ? grad.options() : grad.product_options()), given));
     for (int64_t iteration = 0; iteration < accuracy.power_iters; ++iteration) {
         image = grad.image(cholesky_pass(grad.coimage(cholesky_pass(image))));
     }

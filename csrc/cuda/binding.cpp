@@ -5,7 +5,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <algorithm>
 #include <limits>
@@ -82,12 +81,14 @@ at::Tensor normal(at::IntArrayRef seeds, int64_t count, uint32_t stream, const a
     const c10::cuda::CUDAGuard guard(options.device());
     const auto rows = static_cast<int64_t>(seeds.size());
     const at::Tensor keys = on_device(seeds, options.device()), out = at::empty({rows, count}, options);
-    const cudaStream_t on = stream_of(options.device());
-    if (out.scalar_type() == at::kDouble) {
-        C10_CUDA_CHECK(normal(out.mutable_data_ptr<double>(), count, keys.const_data_ptr<int64_t>(), rows, stream, on));
-    } else {
-        TORCH_CHECK(out.scalar_type() == at::kFloat, "a sketch is fp32 or fp64, got ", out.scalar_type());
-        C10_CUDA_CHECK(normal(out.mutable_data_ptr<float>(), count, keys.const_data_ptr<int64_t>(), rows, stream, on));
+    const auto fill = [&](auto* values) {
+        C10_CUDA_CHECK(normal(values, count, keys.const_data_ptr<int64_t>(), rows, stream, stream_of(options.device())));
+    };
+    switch (out.scalar_type()) {
+        case at::kDouble: fill(out.mutable_data_ptr<double>()); break;
+        case at::kFloat: fill(out.mutable_data_ptr<float>()); break;
+        case at::kBFloat16: fill(static_cast<__nv_bfloat16*>(out.mutable_data_ptr())); break;
+        default: TORCH_CHECK(false, "a sketch is fp64, fp32 or bf16, got ", out.scalar_type());
     }
     return out;
 }

@@ -70,7 +70,7 @@ def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
 
     Columns that are zero, not finite or dependent become random directions (a function of `seed`), so Q is always a full
     orthonormal set, to 1e-5. Shifted CholeskyQR (Fukaya et al. 2020). Raises ValueError if l > m.
-    TypeError for an integer or complex matrix. For m up to some 10⁵; beyond, sums that long leave fp32 a few 1e-5.
+    TypeError for an integer or complex matrix. For m up to some 10⁶; sums much longer than that cost fp32 more.
     """
     if not matrix.is_floating_point():
         raise TypeError(f"matrix must be real floating-point, got {matrix.dtype}; convert it first")

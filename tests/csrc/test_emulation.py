@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_philox import VECTORS
 
 from lowrank_kernels import philox
 
@@ -48,16 +49,6 @@ def test_detector_sees_a_missing_barrier_and_an_index_out_of_range(library):
     assert library.faults_of_a_shift(1, int64(-1)) == 1
 
 
-# Random123's known-answer file, philox4x32 10.
-VECTORS = [
-    ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
-    ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
-    (
-        [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
-        [0xA4093822, 0x299F31D0],
-        [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
-    ),
-]
 SEEDS = [0, 1, -1, 1 << 31, 1 << 32, 1 << 63, 0x0123456789ABCDEF]
 
 
