@@ -20,7 +20,7 @@ MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
 # Streams keep the draws of one seed apart. The numbers are part of the format: changing one changes every run.
-SKETCH, TAIL, GUMBEL, COMPLETION, BASIS = range(5)
+SKETCH, TAIL, GUMBEL, COMPLETION, BASIS, ROUNDING = range(6)
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,6 +74,20 @@ def words(seeds: Tensor, count: int, stream: int) -> Tensor:
     counter = (index & MASK32, index >> 32, zero + stream, zero)
     key = ((seeds & MASK32)[:, None], ((seeds >> 32) & MASK32)[:, None])
     return torch.stack(philox4x32(counter, key), dim=-1).flatten(-2)[:, :count]
+
+
+def rounding_bits(seed: Tensor, rows: int, columns: int, step: int | Tensor) -> Tensor:
+    """(1,) seed → (rows, columns) int64 tensor of uniform uint16 values: 16 bits for each element of a matrix at one step.
+
+    Element (i, j) has a half of word j % 8 // 2 of the block with counter (j // 8, i, ROUNDING, step): the lower half where j is even.
+    """
+    device = seed.device
+    block = torch.arange(-(-columns // 8), device=device)
+    row = torch.arange(rows, device=device)[:, None]
+    step = torch.as_tensor(step, device=device).to(torch.int64) & MASK32
+    counter = (block, row, torch.full_like(step, ROUNDING), step)
+    halves = torch.stack([half for word in philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32)) for half in (word & 0xFFFF, word >> 16)], -1)
+    return halves.flatten(-2)[:, :columns]
 
 
 def normal(seeds: Tensor, shape: tuple[int, ...], stream: int, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,12 @@ everything else.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from . import eight_bit, philox
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -28,7 +32,9 @@ def project(basis: Tensor, grad: Tensor, right: bool) -> Tensor:
     return basis.mT.to(dtype) @ orient(grad, right).to(dtype)
 
 
-def update_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int) -> Tensor:
+def update_moments_(
+    exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int | Tensor
+) -> Tensor:
     """M = β1·M + (1−β1)·R and V = β2·V + (1−β2)·R² in place; returns N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε), as torch.optim.AdamW.
 
     All (…, r, n). `step` is t, the number of this update, from 1.
@@ -38,11 +44,37 @@ def update_moments_(exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, *, b
     return (exp_avg / (1 - beta1**step)) / ((exp_avg_sq / (1 - beta2**step)).sqrt() + eps)
 
 
-def back_project_(weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·P·N in place: decay first, one rounding. weight as stored; basis (…, m, r); normalised (…, r, n)."""
+def updated_weight(
+    weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float | Tensor, scale: float, weight_decay: float, right: bool
+) -> Tensor:
+    """(1 − lr·wd)·W' − lr·α·P·N, not rounded yet: weight as stored; basis (…, m, r); normalised (…, r, n)."""
     dtype = compute_dtype(weight, normalised)
     update = basis.to(dtype) @ normalised.to(dtype)
-    weight.copy_((1 - lr * weight_decay) * weight.to(dtype) - (lr * scale) * orient(update, right))
+    return (1 - lr * weight_decay) * weight.to(dtype) - (lr * scale) * orient(update, right)
+
+
+def back_project_(
+    weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool
+) -> None:
+    """W' = (1 − lr·wd)·W' − lr·α·P·N in place: decay first, one rounding. weight as stored; basis (…, m, r); normalised (…, r, n)."""
+    weight.copy_(updated_weight(weight, basis, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right))
+
+
+def round_stochastically(values: Tensor, seed: Tensor, step: int | Tensor) -> Tensor:
+    """bf16 of one matrix (rows, columns), rounded up with the probability that keeps the mean: E[result] = fp32(value), exactly.
+
+    A bf16 is the upper half of an fp32. Element (i, j) adds 16 random bits to the lower half, then drops it:
+
+        word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, step))[j % 8 // 2],  its lower half where j is even, else its upper
+
+    i and j count in the matrix as it is stored. seed: (1,) int64; step: the number of this update. Values that are not finite are
+    rounded to nearest.
+    """
+    rows, columns = values.shape
+    values = values.to(torch.float32).contiguous()
+    bits = philox.rounding_bits(seed, rows, columns, step)
+    rounded = ((values.view(torch.int32) + bits.to(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
+    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
 
 
 def adamw_step_(
@@ -61,12 +93,30 @@ def adamw_step_(
     step: int,
     right: bool,
     found_inf: Tensor | None = None,
+    device_lr: Tensor | None = None,
+    device_steps: Sequence[Tensor] = (),
+    exp_avg_scales: Sequence[Tensor] = (),
+    exp_avg_sq_scales: Sequence[Tensor] = (),
+    rounding_seeds: Tensor | None = None,
 ) -> None:
-    """One AdamW step in the subspace for each matrix of a bucket, in place on weights and moments. Nothing moves where found_inf ≠ 0."""
-    for weight, grad, basis, exp_avg, exp_avg_sq in zip(weights, grads, bases, exp_avgs, exp_avg_sqs, strict=True):
-        kept = None if found_inf is None else [(t, t.clone()) for t in (weight, exp_avg, exp_avg_sq)]
+    """One AdamW step in the subspace for each matrix of a bucket, in place on weights and moments. Nothing moves where found_inf ≠ 0.
+
+    device_lr: one fp32 element instead of lr. device_steps: for each matrix one fp32 element, the updates it has had before this
+    one, instead of step − 1. exp_avg_scales, exp_avg_sq_scales: the moments are 8-bit codes in blocks, see eight_bit.py; N comes
+    from the new moments before they are coded again. rounding_seeds: (B,) int64, for bf16 weights rounded stochastically.
+    """
+    for index, (weight, grad, basis) in enumerate(zip(weights, grads, bases, strict=True)):
+        state = [exp_avgs[index], exp_avg_sqs[index]]
+        scales = [exp_avg_scales[index], exp_avg_sq_scales[index]] if exp_avg_scales else []
+        kept = None if found_inf is None else [(t, t.clone()) for t in (weight, *state, *scales)]
+        count = device_steps[index].double() + 1 if device_steps else step
         projected = project(basis, grad, right)
-        normalised = update_moments_(exp_avg, exp_avg_sq, projected, beta1=beta1, beta2=beta2, eps=eps, step=step)
-        back_project_(weight, basis, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right)
+        exp_avg, exp_avg_sq = eight_bit.decode(*state, *scales, projected.dtype) if scales else state
+        normalised = update_moments_(exp_avg, exp_avg_sq, projected, beta1=beta1, beta2=beta2, eps=eps, step=count)
+        if scales:
+            eight_bit.encode_(exp_avg, exp_avg_sq, *state, *scales)
+        rate = lr if device_lr is None else device_lr.double().reshape(())
+        updated = updated_weight(weight, basis, normalised, lr=rate, scale=scale, weight_decay=weight_decay, right=right)
+        weight.copy_(updated if rounding_seeds is None else round_stochastically(updated, rounding_seeds[index : index + 1], count))
         for tensor, before in kept or ():
             tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, before, tensor))

@@ -1,0 +1,67 @@
+"""8-bit moments: one byte an element and one fp32 scale for each block of 64 neighbours along n.
+
+A block's scale s is its largest |value|. A code is linear in a root of the value, so that the values of a block may span several
+orders of magnitude:
+
+    M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋     m = s·sign(c − 128)·((c − 128)/127)²     relative steps of 1.6 % at the top, 6e-5·s at the bottom
+    V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0     v = s·(c/255)⁴                      the same steps of √v/s: 0.8 %, 1.5e-5
+
+so V never becomes 0 beside an M that is not. A block whose largest value is under 2⁻¹²⁶ becomes zero; in one that holds a NaN or an
+infinity all values decode to NaN. Codes are uint8 (…, r, n), scales fp32 (…, r, ⌈n / 64⌉). Blockwise coding of Adam's moments:
+Dettmers et al., "8-bit optimizers via block-wise quantization", arXiv 2110.02861; the codes here need no table.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 64
+SMALLEST = 2.0**-126
+
+
+def scales_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    """(…, r, n) → (…, r, ⌈n / 64⌉)."""
+    return (*shape[:-1], -(-shape[-1] // BLOCK))
+
+
+def zero_codes(exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
+    """The codes of zero moments, in place; with scales of 0 any others decode to 0 as well."""
+    exp_avg.fill_(128)
+    exp_avg_sq.zero_()
+
+
+def decode(
+    exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """M and V, (…, r, n) in `dtype`."""
+    root = (exp_avg.to(dtype) - 128) / 127
+    fourth_root = exp_avg_sq.to(dtype) / 255
+    return root * root.abs() * _spread(exp_avg_scale, exp_avg), fourth_root.square().square() * _spread(exp_avg_sq_scale, exp_avg_sq)
+
+
+def encode_(m: Tensor, v: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor) -> None:
+    """Writes the codes and scales of M and V, (…, r, n) of any float dtype."""
+    exp_avg_scale.copy_(_peak(m))
+    exp_avg_sq_scale.copy_(_peak(v))
+    exp_avg.copy_((128 + (127 * m.sign() * _share(m, exp_avg_scale).sqrt() + 0.5).floor()).nan_to_num(128))
+    fourth_root = _share(v, exp_avg_sq_scale).sqrt().sqrt()
+    exp_avg_sq.copy_((255 * fourth_root + 0.5).floor().clamp_min(1).where(v > 0, 0).nan_to_num(0))
+
+
+def _peak(values: Tensor) -> Tensor:
+    """Largest |value| of each block in fp32: NaN in a block that is not finite, 0 where it is under the smallest normal number."""
+    padded = torch.nn.functional.pad(values.abs(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    peak = padded.amax(-1).to(torch.float32)
+    return peak.where(peak >= SMALLEST, 0 * peak).where(peak.isfinite(), torch.nan)
+
+
+def _share(values: Tensor, scale: Tensor) -> Tensor:
+    """|value| / s in [0, 1], 0 where s is 0."""
+    spread = _spread(scale, values)
+    return (values.abs() / spread).clamp(max=1).where(spread != 0, 0)
+
+
+def _spread(scale: Tensor, like: Tensor) -> Tensor:
+    """A scale for each element."""
+    return scale.repeat_interleave(BLOCK, -1)[..., : like.shape[-1]]
