@@ -3,10 +3,11 @@
 A block's scale s is its largest |value|. A code is linear in a root of the value, so that the values of a block may span several
 orders of magnitude:
 
-    M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋     m = s·sign(c − 128)·((c − 128)/127)²     relative steps of 1.6 % at the top, 6e-5·s at the bottom
-    V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0     v = s·(c/255)⁴                      the same steps of √v/s: 0.8 %, 1.5e-5
+    M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋             m = s·sign(c − 128)·((c − 128)/127)²
+    V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0       v = s·(c/255)⁴
 
-so V never becomes 0 beside an M that is not. A block whose largest value is under 2⁻¹²⁶ becomes zero; in one that holds a NaN or an
+Neighbouring codes of M are 1.6 % apart at the top and 6e-5·s at the bottom, those of √V 0.8 % and 1.5e-5·√s. V > 0 keeps
+a code of 1 at least, so that N stays finite. A block whose largest value is under 2⁻¹²⁶ becomes zero; in one that holds a NaN or an
 infinity all values decode to NaN. Codes are uint8 (…, r, n), scales fp32 (…, r, ⌈n / 64⌉). Blockwise coding of Adam's moments:
 Dettmers et al., "8-bit optimizers via block-wise quantization", arXiv 2110.02861; the codes here need no table.
 """

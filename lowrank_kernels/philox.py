@@ -86,7 +86,8 @@ def rounding_bits(seed: Tensor, rows: int, columns: int, step: int | Tensor) -> 
     row = torch.arange(rows, device=device)[:, None]
     step = torch.as_tensor(step, device=device).to(torch.int64) & MASK32
     counter = (block, row, torch.full_like(step, ROUNDING), step)
-    halves = torch.stack([half for word in philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32)) for half in (word & 0xFFFF, word >> 16)], -1)
+    words = philox4x32(counter, (seed & MASK32, (seed >> 32) & MASK32))
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
     return halves.flatten(-2)[:, :columns]
 
 

@@ -53,9 +53,7 @@ def updated_weight(
     return (1 - lr * weight_decay) * weight.to(dtype) - (lr * scale) * orient(update, right)
 
 
-def back_project_(
-    weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool
-) -> None:
+def back_project_(weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool) -> None:
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place: decay first, one rounding. weight as stored; basis (…, m, r); normalised (…, r, n)."""
     weight.copy_(updated_weight(weight, basis, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right))
 

@@ -5,11 +5,26 @@ loads its own (`tl.load(bases_at + matrix).to(tl.pointer_type(dtype))`). The tab
 """
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 MAX_MATRICES = 65535  # second dimension of a CUDA grid
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a whole step's table: for each list of the bucket B addresses, (B,) int64 on the device. None: the list is absent."""
+
+    weights: Tensor
+    grads: Tensor
+    bases: Tensor
+    exp_avgs: Tensor
+    exp_avg_sqs: Tensor
+    exp_avg_scales: Tensor | None = None
+    exp_avg_sq_scales: Tensor | None = None
+    steps: Tensor | None = None
 
 
 def pointer_table(*buckets: list[Tensor]) -> tuple[Tensor, ...]:
