@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import eight_bit, philox
+from . import eight_bit
+from .rounding import round_stochastically
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -58,23 +59,6 @@ def back_project_(weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: floa
     weight.copy_(updated_weight(weight, basis, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right))
 
 
-def round_stochastically(values: Tensor, seed: Tensor, step: int | Tensor) -> Tensor:
-    """bf16 of one matrix (rows, columns), rounded up with the probability that keeps the mean: E[result] = fp32(value), exactly.
-
-    A bf16 is the upper half of an fp32. Element (i, j) adds 16 random bits to the lower half, then drops it:
-
-        word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, step))[j % 8 // 2],  its lower half where j is even, else its upper
-
-    i and j count in the matrix as it is stored. seed: (1,) int64; step: the number of this update. Values that are not finite are
-    rounded to nearest.
-    """
-    rows, columns = values.shape
-    values = values.to(torch.float32).contiguous()
-    bits = philox.rounding_bits(seed, rows, columns, step)
-    rounded = ((values.view(torch.int32) + bits.to(torch.int32)) >> 16).to(torch.int16).view(torch.bfloat16)
-    return torch.where(values.isfinite(), rounded, values.to(torch.bfloat16))
-
-
 def adamw_step_(
     weights: list[Tensor],
     grads: list[Tensor],
@@ -92,9 +76,9 @@ def adamw_step_(
     right: bool,
     found_inf: Tensor | None = None,
     device_lr: Tensor | None = None,
-    device_steps: Sequence[Tensor] = (),
-    exp_avg_scales: Sequence[Tensor] = (),
-    exp_avg_sq_scales: Sequence[Tensor] = (),
+    device_steps: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     rounding_seeds: Tensor | None = None,
 ) -> None:
     """One AdamW step in the subspace for each matrix of a bucket, in place on weights and moments. Nothing moves where found_inf ≠ 0.

@@ -1,12 +1,24 @@
 """One AdamW step in the subspace: R = PᵀG', moments and N, W' = (1 − lr·wd)·W' − lr·α·P·N.
 
-Two passes over the big matrices: one reads G, the other reads and writes W; R and N go through memory between them.
+single_pass.py does it in one launch with R and N on the chip, two_pass.py in three with both in memory. Which one serves a bucket,
+its pointer table and all launch arguments that stay are found once and kept; a step after that compares addresses and launches.
 """
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from . import back_project, moments, project, table
+from ..eight_bit import scales_shape
+from ..precision import tf32_allowed
+from . import configs, single_pass, table, two_pass
+from .dots import FLOATS
+
+KEPT = 1024
+"""Prepared buckets that are kept; of more the one that was not used for longest goes."""
 
 
 def adamw_step_(
@@ -25,45 +37,151 @@ def adamw_step_(
     step: int,
     right: bool,
     found_inf: Tensor | None = None,
+    device_lr: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    rounding_seeds: Tensor | None = None,
 ) -> None:
-    """The step in place on weights and moments of a bucket; shapes, dtypes and errors as project, update_moments_, back_project_.
+    """The step in place on weights and moments of a bucket; see reference.adamw_step_ for the arguments.
 
-    Where found_inf is non-zero, weights and moments keep their bits. No step of it synchronises with the device.
+    Every list holds matrices of one shape, dtype and strides; moments, codes and scales are row-major. Weights, gradients and bases
+    are fp32, bf16 or fp16, independently. Where found_inf is non-zero, weights and moments keep their bits. No step synchronises
+    with the device. Raises ValueError for lists that are no bucket, shapes that do not fit and arguments on another device.
     """
-    project.check(bases, grads, right)
-    back_project.check(weights, bases, right, found_inf)
-    moments.check_states(exp_avgs, exp_avg_sqs, step, found_inf)
-    table.check_same_length(weights=weights, grads=grads, exp_avgs=exp_avgs)
-    table.check_same_device(weights=weights, grads=grads, exp_avgs=exp_avgs)
-    rank, n = bases[0].shape[1], grads[0].shape[0 if right else 1]
-    if weights[0].shape != grads[0].shape or exp_avgs[0].shape != (rank, n):
+    lists = {"weights": weights, "grads": grads, "bases": bases, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    optional = {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales, "steps": device_steps}
+    lists |= {name: tensors for name, tensors in optional.items() if tensors}
+    if not weights:
+        raise ValueError("weights is empty: a bucket holds at least one matrix")
+    device = weights[0].device
+    if step < 1 and device_steps is None:
+        raise ValueError(f"step counts from 1, got {step}")
+    table.check_found_inf(found_inf, device)
+    _check_one_float("device_lr", device_lr, device)
+    _check_seeds(rounding_seeds, weights)
+    launch = _prepared(lists, right, rounding_seeds is not None)
+    launch(
+        lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, scale=scale, step=step,
+        found_inf=found_inf, device_lr=device_lr, rounding_seeds=rounding_seeds,
+    )  # fmt: skip
+
+
+class _Prepared:
+    """What of a bucket's step stays the same: its table, and a launch for its shapes."""
+
+    def __init__(self, lists: dict[str, list[Tensor]], right: bool, stochastic: bool) -> None:
+        _check(lists, right)
+        self.right, self.stochastic, self.device = right, stochastic, lists["weights"][0].device
+        self.layouts = _layouts(lists)
+        self.table = table.CachedTable(list(lists.values()))
+        self.aligned = self._aligned(lists)
+        self.launch = self._choose(lists)
+
+    def _aligned(self, lists: dict[str, list[Tensor]]) -> bool:
+        """True when every matrix starts at a multiple of 16 bytes; a step's count is read as one float."""
+        return all(aligned for name, aligned in zip(lists, self.table.aligned, strict=True) if name != "steps")
+
+    def _choose(self, lists: dict[str, list[Tensor]]) -> Callable[..., None]:
+        rows = table.Rows(**dict(zip(lists, self.table.rows, strict=True)))
+        weight, grad, basis, exp_avg = (lists[name][0] for name in ("weights", "grads", "bases", "exp_avgs"))
+        options = {"count": len(lists["weights"]), "right": self.right, "aligned": self.aligned, "stochastic": self.stochastic}
+        path = choose_path(rows, weight, grad, basis, exp_avg, **options)
+        return path.prepare(rows, weight, grad, basis, exp_avg, **options)
+
+    def follow(self, lists: dict[str, list[Tensor]]) -> bool:
+        """Whether it still serves these tensors, after its table followed them. New ones are checked as all were at first."""
+        buckets = list(lists.values())
+        fresh = self.table.new_objects(buckets)
+        if fresh:
+            if _layouts(lists) != self.layouts:
+                return False
+            names = list(lists)
+            _check_buckets({names[index]: buckets[index] for index in fresh}, self.device)
+        self.table.refill(buckets, fresh)
+        return self._aligned(lists) == self.aligned
+
+
+_kept: OrderedDict[tuple, _Prepared] = OrderedDict()
+
+
+def _prepared(lists: dict[str, list[Tensor]], right: bool, stochastic: bool) -> Callable[..., None]:
+    weight = lists["weights"][0]
+    stream = 0
+    if weight.is_cuda:
+        if torch.cuda.is_current_stream_capturing():  # a graph needs a table of its own, which no later step refills
+            return _Prepared(lists, right, stochastic).launch
+        stream = torch.cuda.current_stream(weight.device).cuda_stream
+    key = (weight.data_ptr(), len(lists["weights"]), tuple(lists), right, stochastic, tf32_allowed(), weight.device, stream)
+    if (found := _kept.get(key)) is None or not found.follow(lists):
+        found = _kept[key] = _Prepared(lists, right, stochastic)
+        if len(_kept) > KEPT:
+            _kept.popitem(last=False)
+    _kept.move_to_end(key)
+    return found.launch
+
+
+def choose_path(rows: table.Rows, weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, **options):
+    """The module whose `prepare` serves the bucket: single_pass where it has tiles for it and enough programs to fill the device."""
+    if single_pass.serves(rows, weight, grad, basis, exp_avg, **options):
+        return single_pass
+    return two_pass
+
+
+def _layouts(lists: dict[str, list[Tensor]]) -> list[tuple]:
+    return [(tensors[0].shape, tensors[0].stride(), tensors[0].dtype, tensors[0].device) for tensors in lists.values()]
+
+
+def _check(lists: dict[str, list[Tensor]], right: bool) -> None:
+    table.check_same_length(**lists)
+    weight, grad, basis, exp_avg, exp_avg_sq = (lists[name][0] for name in ("weights", "grads", "bases", "exp_avgs", "exp_avg_sqs"))
+    _check_buckets(lists, weight.device)
+    table.check_same_device(**lists)
+    if weight.shape != grad.shape:
+        raise ValueError(f"weights {tuple(weight.shape)} and grads {tuple(grad.shape)} must share a shape")
+    m, n = weight.shape[::-1] if right else weight.shape
+    if basis.shape[0] != m:
+        side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
+        raise ValueError(f"a basis (m, r) must fit a {side} weight {shape}, got {tuple(basis.shape)} and {tuple(weight.shape)}")
+    rank = basis.shape[1]
+    for name in ("exp_avgs", "exp_avg_sqs"):
+        if (shape := tuple(lists[name][0].shape)) != (rank, n):
+            raise ValueError(f"{name} {shape} must be (r, n) = {(rank, n)}")
+    coded = exp_avg.dtype == torch.uint8
+    if exp_avg.dtype != exp_avg_sq.dtype:
+        raise ValueError(f"exp_avgs and exp_avg_sqs must share a dtype, got {exp_avg.dtype} and {exp_avg_sq.dtype}")
+    if coded != ("exp_avg_scales" in lists) or coded != ("exp_avg_sq_scales" in lists):
+        raise ValueError("8-bit moments (torch.uint8) come with exp_avg_scales and exp_avg_sq_scales, others without")
+    for name in ("exp_avg_scales", "exp_avg_sq_scales") if coded else ():
+        if (shape := tuple(lists[name][0].shape)) != (expected := scales_shape((rank, n))):
+            raise ValueError(f"{name} {shape} must be (r, ⌈n / 64⌉) = {expected}")
+
+
+def _check_buckets(lists: dict[str, list[Tensor]], device: torch.device) -> None:
+    for name, tensors in lists.items():
+        if name == "steps":
+            for count in tensors:
+                _check_one_float("device_steps", count, device)
+        elif name in ("weights", "grads", "bases"):
+            table.check_bucket(name, tensors, FLOATS)
+        elif name in ("exp_avgs", "exp_avg_sqs"):
+            table.check_bucket(name, tensors, (torch.float32, torch.uint8), row_major=True)
+        else:
+            table.check_bucket(name, tensors, (torch.float32,), row_major=True)
+
+
+def _check_one_float(name: str, value: Tensor | None, device: torch.device) -> None:
+    if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != device):
+        raise ValueError(f"{name} must be one float32 on {device}, got shape {tuple(value.shape)}, {value.dtype} on {value.device}")
+
+
+def _check_seeds(seeds: Tensor | None, weights: list[Tensor]) -> None:
+    if seeds is None:
+        return
+    if seeds.shape != (len(weights),) or seeds.dtype != torch.int64 or seeds.device != weights[0].device:
         raise ValueError(
-            f"weights {tuple(weights[0].shape)} and grads {tuple(grads[0].shape)} must share a shape, and exp_avgs "
-            f"{tuple(exp_avgs[0].shape)} must be (r, n) = {(rank, n)}"
+            f"rounding_seeds must be ({len(weights)},) int64 on {weights[0].device}, got {tuple(seeds.shape)}, {seeds.dtype} on "
+            f"{seeds.device}"
         )
-    path = _choose_path()
-    path(
-        weights, grads, bases, exp_avgs, exp_avg_sqs, lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay,
-        scale=scale, step=step, right=right, found_inf=found_inf,
-    )  # fmt: skip
-
-
-def _choose_path():
-    """The implementation of a step; every one has the signature of adamw_step_."""
-    return _two_pass_
-
-
-def _two_pass_(weights, grads, bases, exp_avgs, exp_avg_sqs, *, lr, beta1, beta2, eps, weight_decay, scale, step, right, found_inf) -> None:
-    """Three launches on one pointer table."""
-    weights_at, grads_at, bases_at, exp_avgs_at, exp_avg_sqs_at = table.pointer_table(weights, grads, bases, exp_avgs, exp_avg_sqs)
-    projected = project.launch(bases_at, grads_at, bases, grads, right)
-    # The dot rounds N to the bases' dtype; stored in 16 bits it costs each strip of W half the traffic.
-    out = projected if bases[0].dtype == torch.float32 else torch.empty_like(projected, dtype=bases[0].dtype)
-    normalised = moments.launch(
-        exp_avgs_at, exp_avg_sqs_at, exp_avgs, exp_avg_sqs, projected,
-        beta1=beta1, beta2=beta2, eps=eps, step=step, found_inf=found_inf, out=out,
-    )  # fmt: skip
-    back_project.launch(
-        weights_at, bases_at, weights, bases, normalised,
-        lr=lr, scale=scale, weight_decay=weight_decay, right=right, found_inf=found_inf,
-    )  # fmt: skip
+    if weights[0].dtype != torch.bfloat16:
+        raise ValueError(f"rounding_seeds are for bfloat16 weights, got {weights[0].dtype}; leave them out to round to nearest")

@@ -8,9 +8,14 @@ part of its native product. Figures, and what lost: benchmarks/NOTES.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from .. import eight_bit
+from ..rounding import round_stochastically
 
 ONEDNN_FROM_FLOPS = 2**23
 """Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer call."""
@@ -82,7 +87,8 @@ def update_moments_(
 ) -> Tensor:
     """Moments in place; returns N (batch, r, n)."""
     negated = torch.empty_like(projected)
-    return _update_moments_(exp_avgs, exp_avg_sqs, projected, negated, beta1=beta1, beta2=beta2, eps=eps, step=step).neg_()
+    steps = [step] * len(exp_avgs)
+    return _update_moments_(exp_avgs, exp_avg_sqs, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps).neg_()
 
 
 def _update_moments_(
@@ -94,7 +100,7 @@ def _update_moments_(
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
+    steps: Sequence[float],
 ) -> Tensor:
     """Moments in place; −N into `negated`: AdamW with lr 1 moves weights of zero to exactly that."""
     negated.zero_()
@@ -104,7 +110,7 @@ def _update_moments_(
         exp_avgs,
         exp_avg_sqs,
         [],
-        list(torch.full((len(exp_avgs),), step - 1.0, dtype=torch.float32, device="cpu").unbind()),
+        list((torch.tensor(steps, dtype=torch.float32, device="cpu") - 1).unbind()),
         fused=True,
         amsgrad=False,
         beta1=beta1,
@@ -152,17 +158,56 @@ def adamw_step_(
     step: int,
     right: bool,
     found_inf: Tensor | None = None,
+    device_lr: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    rounding_seeds: Tensor | None = None,
 ) -> None:
     """One AdamW step in the subspace for each matrix of a bucket; see reference.adamw_step_."""
-    if found_inf is not None and found_inf.item():  # on a CPU reading it costs nothing
+    if found_inf is not None and found_inf.item():  # on a CPU reading it costs nothing, nor do the next two
         return
+    lr = lr if device_lr is None else device_lr.item()
+    steps = [count.item() + 1 for count in device_steps or ()] or [step] * len(weights)
     chunk = min(len(weights), max(1, CHUNK_ELEMENTS // exp_avgs[0].numel()))
     workspace = _Workspace(chunk, bases[0], grads[0], right)
     for start in range(0, len(weights), chunk):
         part = slice(start, start + chunk)
         projected = _project(bases[part], grads[part], right, workspace)
         negated = workspace.negated[: len(projected)]
-        _update_moments_(exp_avgs[part], exp_avg_sqs[part], projected, negated, beta1=beta1, beta2=beta2, eps=eps, step=step)
+        codes = []
+        if exp_avg_scales:
+            codes = list(zip(exp_avgs[part], exp_avg_sqs[part], exp_avg_scales[part], exp_avg_sq_scales[part], strict=True))
+        decoded = [eight_bit.decode(*state, projected.dtype) for state in codes]
+        moments = [list(values) for values in zip(*decoded, strict=True)] or [exp_avgs[part], exp_avg_sqs[part]]
+        _update_moments_(*moments, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps[part])
+        for values, state in zip(decoded, codes, strict=True):
+            eight_bit.encode_(*values, *state)
+        if rounding_seeds is not None:
+            seeds = rounding_seeds[part].split(1)
+            _back_project_stochastically_(
+                weights[part], bases[part], negated, seeds, steps[part], lr=lr, scale=-scale, weight_decay=weight_decay, right=right
+            )
+            continue
         if workspace.products.dtype == weights[0].dtype != negated.dtype:
             negated = workspace.products[: len(projected)].copy_(negated)  # in the dtype of the product to come
         back_project_(weights[part], bases[part], negated, lr=lr, scale=-scale, weight_decay=weight_decay, right=right)
+
+
+def _back_project_stochastically_(
+    weights: list[Tensor],
+    bases: list[Tensor],
+    normalised: Tensor,
+    seeds: Sequence[Tensor],
+    steps: Sequence[float],
+    *,
+    lr: float,
+    scale: float,
+    weight_decay: float,
+    right: bool,
+) -> None:
+    """back_project_ for bf16 weights that are rounded stochastically, in fp32: a product rounded to nearest would not keep the mean."""
+    for weight, basis, update, seed, step in zip(weights, bases, normalised, seeds, steps, strict=True):
+        left, right_factor = (update.mT, basis.float().mT) if right else (basis.float(), update)
+        exact = weight.float().mul_(1 - lr * weight_decay).add_(_product(left, right_factor), alpha=-lr * scale)
+        weight.copy_(round_stochastically(exact, seed, int(step)))

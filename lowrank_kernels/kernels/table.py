@@ -1,11 +1,17 @@
 """Pointer tables: what lets one launch serve a whole bucket.
 
 A bucket is a list of B matrices of equal shape, dtype and strides. Its addresses live in an int64 tensor on the device; a program
-loads its own (`tl.load(bases_at + matrix).to(tl.pointer_type(dtype))`). The table of a whole step is copied once.
+loads its own (`tl.load(bases_at + matrix).to(tl.pointer_type(dtype))`). The table of a whole step is copied once, kept, and after
+that only rows with an address that moved are copied again.
 """
 
+from __future__ import annotations
+
 import contextlib
+import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -27,22 +33,97 @@ class Rows:
     steps: Tensor | None = None
 
 
-def pointer_table(*buckets: list[Tensor]) -> tuple[Tensor, ...]:
-    """One int64 row of B addresses a bucket, on the bucket's device, by a single asynchronous copy.
-
-    The pinned source is not reused while the copy is in flight: PyTorch's caching host allocator frees a block only after the
-    streams that read it have passed.
-    """
+def pointer_table(*buckets: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """One int64 row of B addresses a bucket, on the bucket's device, by a single asynchronous copy."""
     device = buckets[0][0].device
-    addresses = [[tensor.data_ptr() for tensor in bucket] for bucket in buckets]
+    return _source([_addresses(bucket) for bucket in buckets], device).to(device, non_blocking=True).unbind()
+
+
+def _addresses(bucket: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in bucket]
+
+
+def _source(addresses: list, device: torch.device) -> Tensor:
+    """The addresses where an asynchronous copy to the device may read them.
+
+    The pinned memory is not reused while the copy is in flight: PyTorch's caching host allocator frees a block only after the
+    streams that read it have passed. A captured copy reads its source at every replay, so that one is kept for good.
+    """
     if device.type != "cuda":
-        return torch.tensor(addresses, dtype=torch.int64).unbind()
-    return torch.tensor(addresses, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True).unbind()
+        return torch.tensor(addresses, dtype=torch.int64)
+    if torch.cuda.is_current_stream_capturing():
+        return _reserve.take(addresses)
+    _reserve.top_up()
+    return torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+
+
+class _Reserve:
+    """Pinned memory for captured copies, allocated beforehand: pinning memory is not allowed while a stream is being captured."""
+
+    ELEMENTS = 2**17  # 1 MiB; a table of a model with 224 matrices takes 1120 to 1792
+
+    def __init__(self) -> None:
+        self._free: Tensor | None = None
+
+    def top_up(self) -> None:
+        if self._free is None or self._free.numel() < self.ELEMENTS // 2:
+            self._free = torch.empty(self.ELEMENTS, dtype=torch.int64, pin_memory=True)
+
+    def take(self, addresses: list) -> Tensor:
+        table = torch.tensor(addresses, dtype=torch.int64)
+        if self._free is None or self._free.numel() < table.numel():
+            raise RuntimeError(
+                "no pinned memory is left to capture this step in a CUDA graph; take one step outside of the graph first, "
+                "which sets some aside"
+            )
+        part, self._free = self._free[: table.numel()], self._free[table.numel() :]
+        _captured.append(part)
+        return part.view(table.shape).copy_(table)
+
+
+_reserve = _Reserve()
+_captured: list[Tensor] = []
+"""Sources of captured copies: a graph reads them as long as it lives, and does not tell when it dies."""
+
+
+class CachedTable:
+    """The table of several buckets of equal length, kept from one step to the next. It holds no tensor of a bucket alive."""
+
+    def __init__(self, buckets: Sequence[Sequence[Tensor]]) -> None:
+        self._seen = [[weakref.ref(tensor) for tensor in bucket] for bucket in buckets]
+        self._addresses = [_addresses(bucket) for bucket in buckets]
+        self.rows = pointer_table(*buckets)
+        self.aligned = [_multiples_of_16(row) for row in self._addresses]
+        """For each bucket whether every address is a multiple of 16 bytes."""
+
+    def new_objects(self, buckets: Sequence[Sequence[Tensor]]) -> list[int]:
+        """The buckets with a tensor that was not there before: their shapes, strides and dtypes are to be checked again."""
+        return [
+            index
+            for index, (seen, bucket) in enumerate(zip(self._seen, buckets, strict=True))
+            if not all(map(is_, [ref() for ref in seen], bucket))
+        ]
+
+    def refill(self, buckets: Sequence[Sequence[Tensor]], new_objects: list[int]) -> None:
+        """Copies the rows with an address that moved, asynchronously."""
+        for index in new_objects:
+            self._seen[index] = [weakref.ref(tensor) for tensor in buckets[index]]
+        addresses = [_addresses(bucket) for bucket in buckets]
+        moved = [index for index, (now, before) in enumerate(zip(addresses, self._addresses, strict=True)) if now != before]
+        self._addresses = addresses
+        for index in moved:
+            row = self.rows[index]
+            row.copy_(_source(addresses[index], row.device), non_blocking=True)
+            self.aligned[index] = _multiples_of_16(addresses[index])
 
 
 def aligned(*buckets: list[Tensor]) -> bool:
     """True when every address is a multiple of 16 bytes. An address that a kernel loads from memory carries no such fact."""
-    return all(tensor.data_ptr() % 16 == 0 for bucket in buckets for tensor in bucket)
+    return all(_multiples_of_16(_addresses(bucket)) for bucket in buckets)
+
+
+def _multiples_of_16(addresses: list[int]) -> bool:
+    return not any(address % 16 for address in addresses)
 
 
 def wide(*matrices: Tensor) -> bool:
@@ -52,7 +133,9 @@ def wide(*matrices: Tensor) -> bool:
 
 def on_device(device: torch.device):
     """Triton launches on the current device; make that the bucket's."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ...], row_major: bool = False) -> None:

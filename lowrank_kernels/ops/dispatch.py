@@ -33,9 +33,7 @@ def register(name: str, device_type: str, implementation: Callable) -> None:
 
 def written(*tensors: torch.Tensor) -> None:
     """Tells autograd that a kernel wrote these, so that a backward pass through their old values raises, as after any in-place op."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
 
 
 def outside_training(function: Callable) -> Callable:

@@ -6,6 +6,8 @@ in one (batch, r, n) tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -99,14 +101,24 @@ def _adamw_step_fake(
 
 
 def _adamw_step_cuda(
-    weights: list[Tensor], grads: list[Tensor], bases: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], **scalars
+    weights: list[Tensor],
+    grads: list[Tensor],
+    bases: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    **rest,
 ) -> None:
-    if not dispatch.triton_covers(weights[0], grads[0], bases[0], exp_avgs[0]):
-        return reference.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **scalars)
+    states = [*exp_avgs, *exp_avg_sqs, *(exp_avg_scales or ()), *(exp_avg_sq_scales or ())]
+    rest |= {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales}
+    if not dispatch.triton_covers(weights[0], grads[0], bases[0], exp_avg_scales[0] if exp_avg_scales else exp_avgs[0]):
+        return reference.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **rest)
     from ..kernels import adamw_step
 
-    adamw_step.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **scalars)
-    dispatch.written(*weights, *exp_avgs, *exp_avg_sqs)
+    adamw_step.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **rest)
+    dispatch.written(*weights, *states)
 
 
 project = dispatch.define("project", "(Tensor[] bases, Tensor[] grads, bool right) -> Tensor", _project_fake, _project_default)
@@ -125,7 +137,9 @@ back_project_ = dispatch.define(
 adamw_step_ = dispatch.define(
     "adamw_step_",
     "(Tensor(a!)[] weights, Tensor[] grads, Tensor[] bases, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, *, float lr, "
-    "float beta1, float beta2, float eps, float weight_decay, float scale, int step, bool right, Tensor? found_inf=None) -> ()",
+    "float beta1, float beta2, float eps, float weight_decay, float scale, int step, bool right, Tensor? found_inf=None, "
+    "Tensor? device_lr=None, Tensor[]? device_steps=None, Tensor(d!)[]? exp_avg_scales=None, Tensor(e!)[]? exp_avg_sq_scales=None, "
+    "Tensor? rounding_seeds=None) -> ()",
     _adamw_step_fake,
     reference.adamw_step_,
 )

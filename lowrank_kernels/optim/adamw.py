@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .. import ops
+from .. import eight_bit, ops
 from .base import LowRankOptimizer
-from .buckets import Bucket, Member, new_moments
+from .buckets import Bucket, Member
 
 
 class LowRankAdamW(LowRankOptimizer):
@@ -53,8 +55,6 @@ class LowRankAdamW(LowRankOptimizer):
     correction, as in torch.optim.AdamW; with eps = 0 and weight_decay = 0 the two rules agree.
     """
 
-    state_keys = ("exp_avg", "exp_avg_sq")
-
     def __init__(
         self,
         params: Iterable[Any],
@@ -62,21 +62,40 @@ class LowRankAdamW(LowRankOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        capturable: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, lr, betas, eps, weight_decay, capturable)
+
+    def state_shapes(self, group: dict[str, Any], rank: int, n: int) -> dict[str, tuple[int, int]]:
+        shapes = {"exp_avg": (rank, n), "exp_avg_sq": (rank, n)}
+        if group["state_bits"] == 8:
+            shapes |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), eight_bit.scales_shape((rank, n)))
+        return shapes
 
     def new_state(self, member: Member, bucket: Bucket) -> dict[str, Tensor]:
-        return {key: new_moments(member, bucket.rank, bucket.right) for key in self.state_keys}
+        """Zeros. 8-bit codes are uint8 and their scales fp32; other moments fp32, fp64 for fp64 weights."""
+        rows, columns = member.weights[0].shape
+        shapes = self.state_shapes(bucket.hyper, bucket.rank, rows if bucket.right else columns)
+        batch = (len(member.weights),) if member.param.dim() == 3 else ()
+        wide = torch.float64 if member.param.dtype == torch.float64 else torch.float32
+        coded = bucket.hyper["state_bits"] == 8
+        state = {}
+        for key, shape in shapes.items():
+            dtype = torch.float32 if key.endswith("scale") else torch.uint8 if coded else wide
+            state[key] = torch.zeros(math.prod((*batch, *shape)), dtype=dtype, device=bucket.device).view(*batch, *shape)
+        return state
 
     def step_bucket(self, bucket: Bucket, bases: list[Tensor], found_inf: Tensor | None) -> None:
         hyper = bucket.hyper
+        on_device = isinstance(hyper["lr"], Tensor)
+        coded = hyper["state_bits"] == 8
         ops.adamw_step_(
             bucket.weights,
             bucket.grads,
             bases,
             bucket.states("exp_avg"),
             bucket.states("exp_avg_sq"),
-            lr=hyper["lr"],
+            lr=0.0 if on_device else hyper["lr"],
             beta1=hyper["betas"][0],
             beta2=hyper["betas"][1],
             eps=hyper["eps"],
@@ -85,6 +104,11 @@ class LowRankAdamW(LowRankOptimizer):
             step=bucket.step + 1,
             right=bucket.right,
             found_inf=found_inf,
+            device_lr=hyper["lr"].to(bucket.device, torch.float32, non_blocking=True) if on_device else None,
+            device_steps=bucket.steps(),
+            exp_avg_scales=bucket.states("exp_avg_scale") if coded else None,
+            exp_avg_sq_scales=bucket.states("exp_avg_sq_scale") if coded else None,
+            rounding_seeds=bucket.rounding_seeds(),
         )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch.optim import Optimizer
 
 from .. import ops, subspaces
 from ..ops.dispatch import outside_training
-from . import buckets, groups
+from . import buckets, groups, scaler
 from .buckets import Bucket
 from .dense import dense_adamw_step_
 
@@ -33,20 +32,29 @@ class LowRankOptimizer(Optimizer):
     selection: str | None = None
     """The selection that the class stands for, or None where each group chooses."""
 
-    state_keys: tuple[str, ...]
-    """The tensors beside the basis in a projected parameter's state; load_state_dict keeps their dtype."""
-
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
 
-    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        self._unsettled: list[tuple[torch.cuda.Event, Tensor, list[Tensor]]] = []
+    def __init__(
+        self, params: Iterable[Any], lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float, capturable: bool
+    ) -> None:
+        self._forget()
         self._clamp_warned: set[tuple[int, int]] = set()
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable))
+
+    def _forget(self) -> None:
+        """What was found out about the states, which may all be others now."""
+        self._plan: buckets.Plan | None = None
+        self._counts: dict[Tensor, tuple[Tensor, int]] = {}
+        self._skipped = scaler.SkippedSteps()
 
     # What a subclass provides.
 
+    def state_shapes(self, group: dict[str, Any], rank: int, n: int) -> dict[str, tuple[int, int]]:
+        """The tensors beside the basis in a projected parameter's state, and the shape that each has for one matrix."""
+        raise NotImplementedError
+
     def new_state(self, member: buckets.Member, bucket: Bucket) -> dict[str, Tensor]:
-        """The subclass's state of a parameter before its first update."""
+        """These tensors before the first update."""
         raise NotImplementedError
 
     def step_bucket(self, bucket: Bucket, bases: list[Tensor], found_inf: Tensor | None) -> None:
@@ -81,7 +89,10 @@ class LowRankOptimizer(Optimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns the closure's loss, if one is given."""
+        """One update of every parameter that has a gradient. Returns the closure's loss, if one is given.
+
+        Inside a CUDA graph, which takes capturable=True, it is the update alone; `refresh` says how bases come into it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -89,46 +100,112 @@ class LowRankOptimizer(Optimizer):
         self._update()
         return loss
 
+    @torch.compiler.disable
+    @outside_training
+    def refresh(self) -> None:
+        """What a replay of a CUDA graph that holds step() leaves to the host: call it once before each replay.
+
+        Chooses the bases that are due before that update, from the gradients as they stand, which the graph last left there (or, where
+        the backward pass is a graph of its own, has just computed), into the same memory. Counts the update. Raises RuntimeError
+        without capturable=True, and before the first step.
+        """
+        low_rank = [entry for entry in self._indexed_groups() if groups.is_low_rank(entry[1])]
+        for index, group, _ in low_rank:
+            if not group["capturable"]:
+                raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
+        plan = self._plan_of(low_rank)
+        try:
+            for bucket in plan.buckets:
+                if not bucket.members[0].state:
+                    raise RuntimeError("refresh() came before the first step; take one outside of the graph, which makes the states")
+                bucket.count_on_device()
+                due = bucket.due()
+                for member, basis in zip(due.members, self._refresh(due, None) if due.members else (), strict=True):
+                    member.state["basis"].copy_(basis)
+                bucket.step += 1
+        finally:
+            plan.release()
+
     @outside_training
     def _update(self) -> None:
-        self._settle()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for index, group in enumerate(self.param_groups):
-            groups.check_values(group, index, self.selection)
-            for param_index, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    buckets.check_grad(group, index, param_index)
         indexed = self._indexed_groups()
-        work = buckets.build([entry for entry in indexed if groups.is_low_rank(entry[1])], self.state)
-        for _, group, _ in indexed:
+        low_rank = [entry for entry in indexed if groups.is_low_rank(entry[1])]
+        for index, group, _ in indexed:
+            groups.check_values(group, index, self.selection)
             if not groups.is_low_rank(group):
-                dense_adamw_step_(group, self.state, grad_scale, found_inf)
-        for bucket in work:
-            self._step_low_rank(bucket, grad_scale, found_inf)
-            if found_inf is not None:
-                self._note_unsettled(bucket, found_inf)
+                for param_index, param in enumerate(group["params"]):
+                    if param.grad is not None:
+                        buckets.check_grad(group, index, param_index)
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if not capturing:
+            self._take_back(self._skipped.known(wait=False))
+        plan = self._plan_of(low_rank)
+        if any(bucket.may_be_due(len(self._skipped)) for bucket in plan.buckets) and self._skipped and not capturing:
+            # Whether a basis is due hangs on it.
+            self._take_back(self._skipped.known(wait=True))
+            plan = self._plan_of(low_rank)
+        stepped: list[Tensor] = []
+        try:
+            for _, group, _ in indexed:
+                if not groups.is_low_rank(group):
+                    dense_adamw_step_(group, self.state, grad_scale, found_inf)
+            for bucket in plan.buckets:
+                self._step_low_rank(bucket, grad_scale, found_inf, capturing)
+                stepped += [member.param for member in bucket.members]
+        finally:
+            plan.release()
+            if found_inf is not None and stepped and not capturing:
+                self._take_back(self._skipped.note(found_inf, stepped))
 
-    def _step_low_rank(self, bucket: Bucket, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _plan_of(self, low_rank: buckets.Groups) -> buckets.Plan:
+        if self._plan is None or not self._plan.follow(low_rank, self.state):
+            self._drop_plan()
+            self._plan = buckets.Plan(low_rank, self.state, self._counts)
+        return self._plan
+
+    def _drop_plan(self) -> None:
+        if self._plan is not None:
+            self._counts |= self._plan.counts()
+            self._plan = None
+
+    def _step_low_rank(self, bucket: Bucket, grad_scale: Tensor | None, found_inf: Tensor | None, capturing: bool) -> None:
+        if capturing:
+            _check_capture(bucket)
         if found_inf is not None:
-            found_inf = _to_device_of(bucket, found_inf)
-        with _unscaled(bucket, grad_scale):
+            found_inf = scaler.to_device_of(bucket, found_inf)
+        with scaler.unscaled(bucket, grad_scale):
             for member in bucket.members:
                 if not member.state:
                     member.state = {"step": 0, **self.new_state(member, bucket)}
-            due = bucket.due()
+            if bucket.hyper["capturable"] or (found_inf is not None and found_inf.is_cuda):
+                bucket.count_on_device()
+            due = None if capturing else bucket.due()
             # Before anything moves: what may still run out of memory.
-            fresh = self._refresh(due, found_inf) if due.members else {}
-            bases = [fresh[member.index] if member.index in fresh else member.state["basis"] for member in bucket.members]
-            self.step_bucket(bucket, [matrix for basis in bases for matrix in buckets.split(basis)], found_inf)
-        for member, basis in zip(bucket.members, bases, strict=True):
-            member.state["basis"] = basis
-            member.state["step"] += 1
+            fresh = self._refresh(due, found_inf) if due and due.members else []
+            chosen = dict(zip((member.index for member in due.members), fresh, strict=True)) if fresh else {}
+            bases = (
+                bucket.states("basis")
+                if not fresh
+                else [
+                    matrix
+                    for member in bucket.members
+                    for matrix in buckets.split(chosen[member.index] if member.index in chosen else member.state["basis"])
+                ]
+            )
+            self.step_bucket(bucket, bases, found_inf)
+        for member in bucket.members:
+            if member.index in chosen:
+                if bucket.hyper["capturable"] and "basis" in member.state:  # a graph may hold its address
+                    member.state["basis"].copy_(chosen[member.index])
+                else:
+                    member.state["basis"] = chosen[member.index]
             if member.write_back is not None:
                 member.param.copy_(member.write_back.view(member.param.shape))
-            self.state[member.param] = member.state
+        bucket.advance(found_inf, self.state, capturing)
 
-    def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> dict[int, Tensor]:
-        """A new basis, (m, r) or (experts, m, r), for each member, by its index in the optimizer."""
+    def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> list[Tensor]:
+        """A new basis, (m, r) or (experts, m, r), for each member."""
         hyper = bucket.hyper
         chosen = ops.choose_bases(
             bucket.grads,
@@ -146,52 +223,38 @@ class LowRankOptimizer(Optimizer):
             found_inf=found_inf,
         )
         remaining = iter(chosen)
-        return {
-            member.index: subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param))
-            for member in bucket.members
-        }
-
-    # Steps that a GradScaler skipped.
-
-    def _note_unsettled(self, bucket: Bucket, found_inf: Tensor) -> None:
-        params = [member.param for member in bucket.members]
-        if found_inf.is_cuda:
-            flag = torch.empty(found_inf.shape, dtype=found_inf.dtype, device="cpu", pin_memory=True)
-            flag.copy_(found_inf, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(found_inf.device))
-            self._unsettled.append((event, flag, params))
-        elif found_inf.item():
-            self._take_back(params)
-
-    def _settle(self) -> None:
-        """Takes back the count of steps that turned out to be skipped. Waits, if at all, for the previous step only."""
-        while self._unsettled:
-            event, flag, params = self._unsettled.pop()
-            event.synchronize()
-            if flag.item():
-                self._take_back(params)
+        return [subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param)) for member in bucket.members]
 
     def _take_back(self, params: list[Tensor]) -> None:
+        """One update less for each: it turned out to be skipped. A count on the device knows that by itself."""
+        if not params:
+            return
+        self._drop_plan()
         for param in params:
-            if "step" in self.state.get(param, {}):  # unless the user has cleared it
-                self.state[param]["step"] -= 1
+            state = self.state.get(param, {})
+            if isinstance(state.get("step"), int):  # unless the user has cleared it
+                state["step"] -= 1
+            elif param in self._counts:
+                tensor, count = self._counts[param]
+                self._counts[param] = tensor, count - 1
 
     # State.
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._take_back(self._skipped.known(wait=True))
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_unsettled", [])
+        self._forget()
         self.__dict__.setdefault("_clamp_warned", set())
+        for group in self.param_groups:
+            group.setdefault("capturable", False)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so that torch.load(..., weights_only=True) takes it."""
-        self._settle()
+        self._take_back(self._skipped.known(wait=True))
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -200,13 +263,13 @@ class LowRankOptimizer(Optimizer):
 
         Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
         """
-        self._settle()
+        self._take_back(self._skipped.known(wait=True))
         final: dict[str, Any] = {}
 
         def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:  # after the user's own hooks, which may replace the dict
             # A checkpoint may be older than a key.
-            defaults = groups.LOW_RANK_DEFAULTS
-            completed = [defaults | group if groups.is_low_rank(group) else group for group in incoming["param_groups"]]
+            defaults = {"capturable": False}, {"capturable": False} | groups.LOW_RANK_DEFAULTS
+            completed = [defaults[groups.is_low_rank(group)] | group for group in incoming["param_groups"]]
             final.update(incoming, param_groups=completed)
             self._check_loaded(final)
             return final
@@ -223,6 +286,7 @@ class LowRankOptimizer(Optimizer):
         finally:
             for handle in handles:
                 handle.remove()
+            self._forget()
 
     def _check_loaded(self, incoming: dict[str, Any]) -> None:
         for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):
@@ -245,8 +309,9 @@ class LowRankOptimizer(Optimizer):
         m, n = reversed(shape) if groups.is_right(shape, saved["proj_type"]) else shape
         rank = min(saved["rank"], m, n)
         batch = param.shape[:1] if param.dim() == 3 else ()
-        expected = {"basis": (*batch, m, rank), **{key: (*batch, rank, n) for key in self.state_keys}}
-        for key, wanted in expected.items():
+        expected = {"basis": (m, rank), **self.state_shapes(saved, rank, n)}
+        for key, matrix in expected.items():
+            wanted = (*batch, *matrix)
             found = tuple(state[key].shape) if key in state else None
             if found != wanted:
                 raise ValueError(
@@ -268,34 +333,8 @@ class LowRankOptimizer(Optimizer):
                         self.state[param][key] = self.state[param][key].clone()
 
 
-def _to_device_of(bucket: Bucket, flag: Tensor) -> Tensor:
-    """Asynchronously to a GPU; a copy to the CPU must have arrived before it is read."""
-    device = bucket.members[0].param.device
-    return flag.to(device, torch.float32, non_blocking=device.type == "cuda")
-
-
-@contextlib.contextmanager
-def _unscaled(bucket: Bucket, grad_scale: Tensor | None) -> Iterator[None]:
-    """The bucket's gradients divided by the scale inside, and left so after a step that was made, as torch's fused AdamW does.
-
-    16-bit gradients are divided in fp32 copies: their own quotients would underflow. A failed step leaves all as they were.
-    """
-    if grad_scale is None:
-        yield
-        return
-    grad_scale = _to_device_of(bucket, grad_scale)
-    if bucket.grads[0].dtype.itemsize < 4:
-        for member in bucket.members:
-            member.grads = [grad.float() / grad_scale for grad in member.grads]
-        yield
-    else:
-        grads = bucket.grads
-        torch._foreach_div_(grads, grad_scale)
-        try:
-            yield
-        except BaseException:
-            torch._foreach_mul_(grads, grad_scale)
-            raise
-    for member in bucket.members:
-        if member.grads[0].data_ptr() != member.param.grad.data_ptr():
-            member.param.grad.copy_(buckets.join(member.grads, member.param).reshape(member.param.shape))
+def _check_capture(bucket: Bucket) -> None:
+    if not bucket.hyper["capturable"]:
+        raise RuntimeError("step() is being captured in a CUDA graph; build the optimizer with capturable=True")
+    if not bucket.members[0].state:
+        raise RuntimeError("step() is being captured before the first step, which makes the states; take one outside of the graph")

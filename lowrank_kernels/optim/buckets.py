@@ -1,18 +1,28 @@
-"""Parameters of equal shape, dtype, device, strides, progress and hyperparameters form a bucket, which takes one op call a step."""
+"""Parameters of equal shape, dtype, device, strides, progress and hyperparameters form a bucket, which takes one op call a step.
+
+What the buckets of a step are is found once; `Plan.follow` then tells whether the next step has the same ones.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import philox
 from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, describe, is_right, matrix_shape, refresh_offset
 
-HYPERPARAMETERS = (*ADAMW_KEYS, "rank", *LOW_RANK_DEFAULTS)
+Groups = Sequence[tuple[int, dict[str, Any], int]]
+"""(group index, group, index of its first parameter in the optimizer)."""
+
+SCALARS = ("lr", "betas", "eps", "weight_decay", "scale")
+"""Hyperparameters that may change from step to step without any other bucket coming of it."""
+FIXED = tuple(key for key in (*ADAMW_KEYS, "rank", *LOW_RANK_DEFAULTS) if key not in SCALARS)
 
 
 @dataclass
@@ -24,45 +34,105 @@ class Member:
     refresh_offset: int
     state: dict[str, Any]
     weights: list[Tensor]
-    grads: list[Tensor]
     write_back: Tensor | None
 
 
 @dataclass
 class Bucket:
-    """Members that share everything a launch needs. `hyper` holds their group's values; rank is already clamped."""
+    """Members that share everything a launch needs. `hyper` holds their group's values; rank is already clamped.
+
+    step: the updates that its members have had, as far as the host knows. counted_on_device: state["step"] is a tensor there.
+    grads: this step's, one for each matrix.
+    """
 
     hyper: dict[str, Any]
     right: bool
     rank: int
     step: int
+    counted_on_device: bool = False
     members: list[Member] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    _lists: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
 
     @property
+    def device(self) -> torch.device:
+        return self.members[0].param.device
+
+    @functools.cached_property
     def weights(self) -> list[Tensor]:
         return [matrix for member in self.members for matrix in member.weights]
 
-    @property
-    def grads(self) -> list[Tensor]:
-        return [matrix for member in self.members for matrix in member.grads]
-
-    @property
-    def places(self) -> list[tuple[int, int]]:
+    @functools.cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
         """(parameter index, number of the matrix in the parameter) of each matrix: what its random draws are keyed by."""
-        return [(member.index, number) for member in self.members for number in range(len(member.weights))]
+        return tuple((member.index, number) for member in self.members for number in range(len(member.weights)))
+
+    @functools.cached_property
+    def _offsets(self) -> set[int]:
+        return {member.refresh_offset for member in self.members}
 
     @property
     def refresh_number(self) -> int:
         """⌈step / gap⌉, which all draws hang on: 0 at the first step, and one more at each refresh of a parameter, whatever its offset."""
         return -(-self.step // self.hyper["update_proj_gap"])
 
+    def may_be_due(self, skipped: int) -> bool:
+        """Whether a member needs a new basis before this update, if up to `skipped` of those counted were none."""
+        gap = self.hyper["update_proj_gap"]
+        return any(step <= 0 or step % gap in self._offsets for step in range(self.step - skipped, self.step + 1))
+
     def due(self) -> Bucket:
         """The members that need a new basis before this update: all at their first one, afterwards those whose turn it is."""
         turn = self.step % self.hyper["update_proj_gap"]
-        return replace(self, members=[member for member in self.members if self.step == 0 or member.refresh_offset == turn])
+        chosen, grads, first = [], [], 0
+        if self.may_be_due(0):
+            for member in self.members:
+                if self.step == 0 or member.refresh_offset == turn:
+                    chosen.append(member)
+                    grads += self.grads[first : first + len(member.weights)]
+                first += len(member.weights)
+        return Bucket(self.hyper, self.right, self.rank, self.step, self.counted_on_device, chosen, grads)
 
     def states(self, key: str) -> list[Tensor]:
-        return [matrix for member in self.members for matrix in split(member.state[key])]
+        """One tensor for each matrix; the list of the last call while the states are the same tensors."""
+        whole = [member.state[key] for member in self.members]
+        kept = self._lists.get(key)
+        if kept is None or not all(map(is_, whole, kept[0])):
+            kept = self._lists[key] = whole, [matrix for tensor in whole for matrix in split(tensor)]
+        return kept[1]
+
+    def count_on_device(self) -> None:
+        """Turns the counts into tensors on the device."""
+        if not self.counted_on_device:
+            for member in self.members:
+                member.state["step"] = torch.full((), float(self.step), dtype=torch.float32, device=self.device)
+            self.counted_on_device = True
+
+    def advance(self, found_inf: Tensor | None, states: dict[Tensor, dict[str, Any]], capturing: bool) -> None:
+        """One update more. The host counts it before it knows of found_inf, and not at all what only a replay will make."""
+        if self.counted_on_device:
+            counts = [member.state["step"] for member in self.members]
+            torch._foreach_add_(counts, 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).reshape(()))
+        self.step += not capturing
+        for member in self.members:
+            if not self.counted_on_device:
+                member.state["step"] = self.step
+            states[member.param] = member.state
+
+    def steps(self) -> list[Tensor] | None:
+        """For each matrix its parameter's count, where that is on the device."""
+        if not self.counted_on_device:
+            return None
+        return [member.state["step"] for member in self.members for _ in member.weights]
+
+    def rounding_seeds(self) -> Tensor | None:
+        """(B,) int64, a function of (seed, place), where weights are rounded stochastically."""
+        return _rounding_seeds(self.hyper["seed"], self.places, self.device) if self.hyper["rounding"] == "stochastic" else None
+
+
+@functools.lru_cache(maxsize=1024)
+def _rounding_seeds(seed: int, places: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    return philox.seed_tensor([philox.derive_seed(seed, *place) for place in places], device)
 
 
 def split(tensor: Tensor) -> list[Tensor]:
@@ -73,6 +143,11 @@ def split(tensor: Tensor) -> list[Tensor]:
 def join(matrices: list[Tensor], param: Tensor) -> Tensor:
     """The inverse of `split` for a state of `param`."""
     return torch.stack(matrices) if param.dim() == 3 else matrices[0]
+
+
+def matrices_of(tensor: Tensor) -> list[Tensor]:
+    """The matrices that a parameter or its gradient stands for, views where its strides allow it."""
+    return split(tensor) if tensor.dim() < 4 else [tensor.flatten(1)]
 
 
 def check_grad(group: dict[str, Any], group_index: int, param_index: int) -> None:
@@ -86,45 +161,125 @@ def check_grad(group: dict[str, Any], group_index: int, param_index: int) -> Non
         raise TypeError(f"the gradient is {grad.dtype} in {where}; a low-rank group takes real floating-point gradients")
 
 
-def build(groups: Iterable[tuple[int, dict[str, Any], int]], states: dict[Tensor, dict[str, Any]]) -> list[Bucket]:
-    """Buckets of the low-rank groups given as (group index, group, index of its first parameter), in order of first appearance."""
-    buckets: dict[Any, Bucket] = {}
-    numbers: dict[Any, int] = {}  # of equal hyperparameters, so that a bucket's key is short
-    for group_index, group, first in groups:
-        hyper = {key: group[key] for key in HYPERPARAMETERS}
-        hyper["lr"] = float(hyper["lr"])
-        hyper_number = numbers.setdefault(tuple(hyper.values()), len(numbers))
-        sides: dict[torch.Size, tuple[bool, int]] = {}
+class Plan:
+    """The buckets of the low-rank groups, in order of first appearance, and what they were found from."""
+
+    def __init__(self, groups: Groups, states: dict[Tensor, dict[str, Any]], counts: dict[Tensor, tuple[Tensor, int]]) -> None:
+        """counts: for a state["step"] on the device what the host counted; where that is missing it is read, which waits."""
+        hypers, self._numbers = _hyperparameters(groups)
+        self._fixed = _fixed(groups)
+        self._params = _params(groups)
+        self._unique = list(dict.fromkeys(self._params))
+        self._missing = [param.grad is None for param in self._unique]
+        self._members: list[tuple[Member, Bucket]] = []
+        self._reusable = True
+        buckets: dict[Any, Bucket] = {}
         seen = set()
-        for param_index, param in enumerate(group["params"]):
-            if (grad := param.grad) is None or param in seen:
-                continue
-            seen.add(param)
-            if (side := sides.get(param.shape)) is None:
-                shape = matrix_shape(param)
-                side = sides[param.shape] = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
-            right, rank = side
-            weight, copied = param.detach(), False
-            if param.dim() == 2:
-                weights, grads = [weight], [grad]
-            elif param.dim() == 3:
-                weights, grads = split(weight), split(grad)
-            else:
-                weights, grads = [weight.flatten(1)], [grad.flatten(1)]
+        for (group_index, group, first), number in zip(groups, self._numbers, strict=True):
+            sides: dict[torch.Size, tuple[bool, int]] = {}
+            for param_index, param in enumerate(group["params"]):
+                if (grad := param.grad) is None or param in seen:
+                    continue
+                seen.add(param)
+                check_grad(group, group_index, param_index)
+                if (side := sides.get(param.shape)) is None:
+                    shape = matrix_shape(param)
+                    side = sides[param.shape] = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
+                right, rank = side
+                weight = param.detach()
+                weights, grads = matrices_of(weight), matrices_of(grad)
                 copied = weights[0].data_ptr() != weight.data_ptr()
-            state = states.get(param) or {}
-            if state:
-                _check_state(state, weights[0], right, rank, group, group_index, param_index)
-            # A first step that was skipped leaves a state with a basis at step 0; it has no bucket in common with none.
-            progress = (state["step"], True) if state else (0, False)
-            first_weight, first_grad = weights[0], grads[0]
-            layout = (first_weight.stride(), first_grad.stride(), weight.dtype, grad.dtype, weight.device)
-            key = (hyper_number, first_weight.shape, layout, progress)
-            if (bucket := buckets.get(key)) is None:
-                bucket = buckets[key] = Bucket(hyper, right, rank, progress[0])
-            offset = refresh_offset(group, param_index)
-            bucket.members.append(Member(param, first + param_index, offset, state, weights, grads, first_weight if copied else None))
-    return list(buckets.values())
+                self._reusable &= not copied
+                state = states.get(param) or {}
+                if state:
+                    _check_state(state, weights[0], right, rank, group, group_index, param_index)
+                # A first step that was skipped leaves a state with a basis at step 0; it has no bucket in common with none.
+                count, on_device = _count(state, counts.get(param)), isinstance(state.get("step"), Tensor)
+                layout = (weights[0].stride(), grads[0].stride(), weight.dtype, grad.dtype, weight.device)
+                key = (number, weights[0].shape, layout, count, bool(state), on_device)
+                if (bucket := buckets.get(key)) is None:
+                    bucket = buckets[key] = Bucket(hypers[number], right, rank, count, on_device)
+                offset = refresh_offset(group, param_index)
+                member = Member(param, first + param_index, offset, state, weights, weights[0] if copied else None)
+                bucket.members.append(member)
+                bucket.grads += grads
+                self._members.append((member, bucket))
+        self.buckets = list(buckets.values())
+        self._bucket_numbers = {id(bucket): key[0] for key, bucket in buckets.items()}
+        present = [member.param for member, _ in self._members]
+        self._weight_layouts = _layouts(present), [param.data_ptr() for param in present]
+        self._grad_layouts = _layouts([param.grad for param in present])
+
+    def follow(self, groups: Groups, states: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether this step has the same buckets; they then hold its gradients and hyperparameters."""
+        hypers, numbers = _hyperparameters(groups)
+        params = _params(groups)
+        if not self._reusable or numbers != self._numbers or _fixed(groups) != self._fixed:
+            return False
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
+            return False
+        if [param.grad is None for param in self._unique] != self._missing:
+            return False
+        present = [member.param for member, _ in self._members]
+        grads = [param.grad for param in present]
+        if _layouts(grads) != self._grad_layouts or (_layouts(present), [param.data_ptr() for param in present]) != self._weight_layouts:
+            return False
+        for member, bucket in self._members:
+            if states.get(member.param) is not member.state or (not bucket.counted_on_device and member.state.get("step") != bucket.step):
+                return False
+        for bucket in self.buckets:
+            bucket.hyper = hypers[self._bucket_numbers[id(bucket)]]
+            bucket.grads = []
+        for (_, bucket), grad in zip(self._members, grads, strict=True):
+            if grad.dim() == 2:
+                bucket.grads.append(grad)
+            else:
+                bucket.grads += matrices_of(grad)
+        return True
+
+    def release(self) -> None:
+        """Lets go of the gradients, whose memory may be wanted."""
+        for bucket in self.buckets:
+            bucket.grads = []
+
+    def counts(self) -> dict[Tensor, tuple[Tensor, int]]:
+        """What the host counted of the counts on the device: parameter → (its state["step"], the number)."""
+        return {member.param: (member.state["step"], bucket.step) for member, bucket in self._members if bucket.counted_on_device}
+
+
+def _params(groups: Groups) -> list[Tensor]:
+    return [param for _, group, _ in groups for param in group["params"]]
+
+
+def _fixed(groups: Groups) -> list[tuple]:
+    return [(index, first, *(group[key] for key in FIXED)) for index, group, first in groups]
+
+
+def _layouts(tensors: Iterable[Tensor]) -> list[tuple]:
+    """layout before stride(), which a sparse tensor has not."""
+    return [(t.layout, t.dtype, t.layout is torch.strided and t.stride()) for t in tensors]
+
+
+def _hyperparameters(groups: Groups) -> tuple[list[dict[str, Any]], list[int]]:
+    """The different sets of values that the groups have, and the number of each group's. An lr on a GPU stays a tensor."""
+    hypers: list[dict[str, Any]] = []
+    seen: dict[tuple, int] = {}
+    numbers = []
+    for _, group, _ in groups:
+        hyper = {key: group[key] for key in (*SCALARS, *FIXED)}
+        if not (isinstance(hyper["lr"], Tensor) and hyper["lr"].is_cuda):
+            hyper["lr"] = float(hyper["lr"])
+        numbers.append(seen.setdefault(tuple(hyper.values()), len(seen)))
+        if numbers[-1] == len(hypers):
+            hypers.append(hyper)
+    return hypers, numbers
+
+
+def _count(state: dict[str, Any], counted: tuple[Tensor, int] | None) -> int:
+    step = state.get("step", 0)
+    if not isinstance(step, Tensor):
+        return step
+    return counted[1] if counted is not None and counted[0] is step else int(step.item())
 
 
 def _check_state(
@@ -137,13 +292,10 @@ def _check_state(
             f"the state's basis is {tuple(state['basis'].shape[-2:])} but rank={group['rank']}, proj_type={group['proj_type']!r} need "
             f"{expected} ({where}); they cannot change after the first step: restore them, or delete optimizer.state[param] to restart it"
         )
-
-
-def new_moments(member: Member, rank: int, right: bool) -> Tensor:
-    """Zeros (r, n), or (experts, r, n): fp32, fp64 for fp64 weights."""
-    rows, columns = member.weights[0].shape
-    shape = (rank, rows if right else columns)
-    if member.param.dim() == 3:
-        shape = (len(member.weights), *shape)
-    dtype = torch.float64 if member.param.dtype == torch.float64 else torch.float32
-    return torch.zeros(math.prod(shape), dtype=dtype, device=member.param.device).view(shape)
+    bits = 8 if "exp_avg" in state and state["exp_avg"].dtype == torch.uint8 else 32
+    if bits != group["state_bits"]:
+        where = describe(group, group_index, param_index)
+        raise ValueError(
+            f"the state has {bits}-bit moments but state_bits={group['state_bits']} ({where}); it cannot change after the first step: "
+            "restore it, or delete optimizer.state[param] to restart it"
+        )

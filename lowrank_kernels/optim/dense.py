@@ -49,6 +49,7 @@ def _adamw_(
         [],
         [state["step"] for state in current],
         fused=fused or None,
+        capturable=group["capturable"] and not fused,  # a fused kernel is, anyway
         grad_scale=grad_scale,
         found_inf=found_inf,
         has_complex=any(torch.is_complex(param) for param in params),

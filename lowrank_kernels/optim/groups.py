@@ -17,6 +17,8 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "update_proj_gap": 200,
     "stagger": False,
     "scale": 0.25,
+    "state_bits": 32,
+    "rounding": "nearest",
     "proj_type": "std",
     "selection": "importance",
     "svd": "randomized",
@@ -25,7 +27,9 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 PROJ_TYPES = ("std", "reverse_std", "left", "right")
-ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay")
+STATE_BITS = (32, 8)
+ROUNDINGS = ("nearest", "stochastic")
+ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay", "capturable")
 # What torch and its schedulers write into a group, and names that training scripts commonly give one.
 FOREIGN_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "lr_scale")
 
@@ -125,12 +129,17 @@ def _is_number(value: Any, kind: type = Real) -> bool:
 def _check_adamw(group: dict[str, Any], group_index: int) -> None:
     where = describe(group, group_index)
     lr = group["lr"]
+    if not isinstance(group["capturable"], bool):
+        raise TypeError(f"capturable must be True or False, got {group['capturable']!r} ({where})")
     if isinstance(lr, Tensor):
-        if lr.numel() != 1 or lr.device.type != "cpu":
+        on_gpu = lr.device.type != "cpu"
+        if lr.numel() != 1 or not lr.is_floating_point() or (on_gpu and not group["capturable"]):
             raise ValueError(
-                f"lr must be a float or a one-element tensor on the CPU, got {tuple(lr.shape)} on {lr.device} ({where}); "
-                "reading it from a GPU would stall every step"
+                f"lr must be a float or a one-element tensor on the CPU, got {tuple(lr.shape)}, {lr.dtype} on {lr.device} ({where}); "
+                "with capturable=True it may be on the GPU, where kernels read it, since reading it here would stall every step"
             )
+        if on_gpu:
+            lr = 0.0  # not looked at
     elif not _is_number(lr):
         raise TypeError(f"lr must be a float, got {lr!r} ({where})")
     else:
@@ -170,6 +179,9 @@ def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
         group[key] = int(value)
         if value < least:
             raise ValueError(f"{key} must be {kind}, got {value} ({where})")
+    if group["state_bits"] not in STATE_BITS or isinstance(group["state_bits"], bool):
+        raise ValueError(f"state_bits must be 32 or 8, got {group['state_bits']!r} ({where})")
+    group["state_bits"] = int(group["state_bits"])
     if not isinstance(group["stagger"], bool):
         raise TypeError(f"stagger must be True or False, got {group['stagger']!r} ({where})")
     if not _is_number(group["seed"], Integral):
@@ -180,7 +192,12 @@ def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
     group["scale"] = float(group["scale"])
     if not math.isfinite(group["scale"]):
         raise ValueError(f"scale must be finite, got {group['scale']} ({where})")
-    for key, choices in (("proj_type", PROJ_TYPES), ("selection", tuple(SELECTIONS)), ("svd", SVDS)):
+    for key, choices in (
+        ("proj_type", PROJ_TYPES),
+        ("selection", tuple(SELECTIONS)),
+        ("svd", SVDS),
+        ("rounding", ROUNDINGS),
+    ):
         if group[key] not in choices:
             nearest = difflib.get_close_matches(str(group[key]), choices, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -200,4 +217,8 @@ def _check_param(group: dict[str, Any], group_index: int, param_index: int) -> N
         raise TypeError(
             f"a low-rank group takes plain dense tensors, got {type(param).__name__} with layout {param.layout} ({where}); "
             "sharded and sparse parameters are not supported there yet"
+        )
+    if group["rounding"] == "stochastic" and param.dtype != torch.bfloat16:
+        raise ValueError(
+            f"rounding='stochastic' is for bfloat16 parameters, got {param.dtype} ({where}); put it in a group without"
         )

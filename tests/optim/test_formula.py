@@ -125,7 +125,7 @@ def test_what_a_refresh_is_asked_for(monkeypatch):
         optimizer.step()
     assert [(count, again) for count, again, _ in calls] == [(4, False), (4, True)]
     for number, (_, _, arguments) in enumerate(calls):
-        assert arguments["places"] == [(1, 0), (2, 0), (2, 1), (3, 0)]
+        assert list(arguments["places"]) == [(1, 0), (2, 0), (2, 1), (3, 0)]
         assert arguments["refresh_number"] == number and arguments["found_inf"] is not None
         assert {key: arguments[key] for key in ("rank", "oversample", "power_iters", "seed", "selection", "svd")} == {
             key: options[key] for key in ("rank", "oversample", "power_iters", "seed", "selection", "svd")
