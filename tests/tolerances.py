@@ -49,17 +49,81 @@ def project_error(basis: Tensor, grad: Tensor, operand_unit: float = 0.0) -> Ten
 
 
 def moments_error(
-    exp_avg: Tensor, exp_avg_sq: Tensor, projected: Tensor, beta1: float, beta2: float, projected_error: Tensor | float = 0.0
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    projected: Tensor,
+    beta1: float,
+    beta2: float,
+    projected_error: Tensor | float = 0.0,
+    state_errors: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
-    """E of M and V after the update, for states M, V before it and R known to `projected_error`.
+    """E of M and V after the update, for states M, V before it known to `state_errors`, and R known to `projected_error`.
 
     M: β1 and 1 − β1 rounded to fp32 (u), two products (u), one sum (u): 3u·(β1|M| + (1 − β1)|R|). V: R² (u) besides: 4u·V, all its
-    terms being positive. An error of R enters M times 1 − β1 and V times (1 − β2)·(2|R| + error).
+    terms being positive. An error of R enters M times 1 − β1 and V times (1 − β2)·(2|R| + error), one of a state times its β.
     """
     unit, r = UNIT[torch.float32], projected.double().abs()
     of_m = 3 * unit * (beta1 * exp_avg.double().abs() + (1 - beta1) * r) + (1 - beta1) * projected_error + 3 * TINY
     of_v = 4 * unit * (beta2 * exp_avg_sq.double() + (1 - beta2) * r**2) + (1 - beta2) * (2 * r + projected_error) * projected_error
-    return of_m, of_v + 4 * TINY
+    return of_m + beta1 * state_errors[0], of_v + beta2 * state_errors[1] + 4 * TINY
+
+
+BIAS_CORRECTION_ERROR = 8 * UNIT[torch.float32]
+"""Relative error of 1 − βᵗ = −expm1(x), x = t·ln β, on the device: ln β and the product are rounded (2u, times |x·eˣ/(eˣ − 1)| ≤ 1).
+
+For −1 < x: each step of Horner's rule, s ← c + x·s, leaves |x| of the error so far, and rounds a product and a sum. The last sum lies in
+[0.63, 1], so together 2.4u, relative to it 4u, and the product with x rounds once more. For x ≤ −1: exp(x) ≤ 0.37 is off by 4u (2⁻²², the
+device's exp2) and 2u·|x| (the product with log2 e), together at most 2.3u, relative to 1 − exp(x) ≥ 0.63 with its own rounding 5u.
+"""
+
+
+def decoded_error(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
+    """E of M and V decoded in fp32 from 8-bit codes, for their exact values.
+
+    M: c − 128 is exact, 1/127 rounded (u), two products (u each, one of them squaring what came before: 2·2u + u), s: 6u. V: 1/255 and
+    product (2u), squared twice (2·(2·2u + u) + u = 11u), s: 12u.
+    """
+    unit = UNIT[torch.float32]
+    return 6 * unit * exp_avg.double().abs() + TINY, 12 * unit * exp_avg_sq.double() + TINY
+
+
+def exact_codes(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """128 + 127·sign(m)·√(|m|/s) and 255·(v/s)^¼ in fp64, which the codes round to nearest; and the scales s of each block of 64."""
+    m, v = exp_avg.double(), exp_avg_sq.double()
+    (m_peak, v_peak), (m_spread, v_spread) = zip(_block_peaks(m), _block_peaks(v), strict=True)
+    return 128 + 127 * m.sign() * (m.abs() / m_spread).sqrt(), 255 * (v / v_spread).sqrt().sqrt(), m_peak, v_peak
+
+
+def codes_error(exp_avg: Tensor, exp_avg_sq: Tensor, errors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """E of exact_codes, for moments known to `errors`: a code may be ½ further away from the real number, a scale not at all.
+
+    A block's largest value is off by no more than its largest error. With δ = (E + |m|/s·E(s)) / (s − E(s)), the error of a share |m|/s,
+    a root of it is off by δ/√(|m|/s) while the sign is certain (|m| > E) and √(2δ) else, a fourth root by min(δ/(v/s)^¾, δ^¼). In fp32:
+    1/s (4u, the device's division), two products (2u, one being exact), roots (2u each, the device's): at most 7u of the code, and one
+    of 256·u in the sum that rounds it.
+    """
+    found = []
+    for values, error, levels in zip((exp_avg, exp_avg_sq), errors, (127, 255), strict=True):
+        values, error = values.double().abs(), error.double()
+        (_, peak), (of_peak, of_spread) = _block_peaks(values), _block_peaks(error)
+        share = values / peak
+        delta = (error + share * of_spread) / (peak - of_spread)
+        if levels == 127:
+            size = share.sqrt()
+            of_root = torch.where(values > error, delta / size, (2 * delta).sqrt())
+        else:
+            size = share**0.25
+            of_root = torch.where(size > 0, torch.minimum(delta / size**3, delta**0.25), delta**0.25)
+        found.append((levels * (of_root + 7 * UNIT[torch.float32] * size) + 256 * UNIT[torch.float32], of_peak))
+    (of_m, of_m_scale), (of_v, of_v_scale) = found
+    return of_m, of_v, of_m_scale, of_v_scale
+
+
+def _block_peaks(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest |value| of each block of 64 neighbours, and the same for each of its elements."""
+    n = values.shape[-1]
+    peaks = torch.nn.functional.pad(values.abs(), (0, -n % 64)).unflatten(-1, (-1, 64)).amax(-1)
+    return peaks, peaks.repeat_interleave(64, -1)[..., :n]
 
 
 def normalised_error(
@@ -72,11 +136,13 @@ def normalised_error(
     eps: float,
     step: int,
     store: float = 0.0,
+    correction: float = UNIT[torch.float32],
 ) -> Tensor:
     """E of N, for the exact M and V after the update and the errors of the computed ones.
 
     M̂ = M / (1 − β1ᵗ): correction rounded (u), division (u). √V̂: the same two, halved by the root, and the root (u). Sum with ε: ε
-    rounded (u), sum (u). Quotient (u), and `store` for a narrower output. Together 2 + 2 + 2 + 1 = 7u·|N|. Errors of M and V enter as
+    rounded (u), sum (u). Quotient (u), and `store` for a narrower output. Together 2 + 2 + 2 + 1 = 7u·|N|. Corrections that are off by
+    more than u, `correction`, add themselves, halved by the root in one of the two. Errors of M and V enter as
     E(M)/(D·c1) and |M̂|·E(√V̂)/D², where D = √V̂ + ε, E(√V̂) = min(E(V̂)/√V̂, √E(V̂)).
     """
     c1, c2 = 1 - beta1**step, 1 - beta2**step
@@ -86,7 +152,7 @@ def normalised_error(
     denominator = root + eps
     smallest = torch.maximum(denominator - of_root, torch.full_like(root, eps))
     size = m_hat.abs() / denominator
-    own = (7 * UNIT[torch.float32] + store) * size
+    own = (7 * UNIT[torch.float32] + 1.5 * (correction - UNIT[torch.float32]) + store) * size
     return own + of_m / c1 / smallest + m_hat.abs() * of_root / (denominator * smallest) + 4 * TINY
 
 
@@ -102,12 +168,14 @@ def back_project_error(
     operand_unit: float = 0.0,
     basis_unit: float = 0.0,
     normalised_error: Tensor | float = 0.0,
+    device_lr: bool = False,
 ) -> Tensor:
     """E of W' after the update; weight is W' (m, n) before it, basis (m, r), normalised (r, n).
 
     The dot: r products and sums, (r + 1)·u·|P||N|. N rounded to the dtype of P (`operand_unit`) and both rounded to tf32
-    (`basis_unit` for P) add themselves. Coefficients rounded (u), two products (u), one difference (u): 3u of either term. The store
-    adds its own of the result.
+    (`basis_unit` for P) add themselves. Coefficients rounded (u), two products (u), one difference (u): 3u of either term. Made from a
+    learning rate on the device in fp32, 1 − lr·wd is off by 2u·lr·wd more (wd, product), lr·α by u (α, product). The store adds its own
+    of the result.
     """
     unit, terms = UNIT[torch.float32], basis.shape[-1] + 1
     p, n = basis.double(), normalised.double()
@@ -117,6 +185,8 @@ def back_project_error(
     kept = abs(1 - lr * weight_decay) * weight.double().abs()
     moved = abs(lr * scale)
     in_fp32 = 3 * unit * (kept + moved * size) + moved * of_dot
+    if device_lr:
+        in_fp32 += unit * (2 * abs(lr * weight_decay) * weight.double().abs() + moved * size)
     result = ((1 - lr * weight_decay) * weight.double() - lr * scale * (p @ n)).abs()
     smallest = {torch.float16: 2.0**-24}.get(weight.dtype, TINY)
     return in_fp32 + store * (result + in_fp32) + smallest

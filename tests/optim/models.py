@@ -23,11 +23,11 @@ class Net(nn.Module):
         return self.down(x)
 
 
-def build(dtype=torch.float32, optimizer=lrk.LowRankAdamW, lr=1e-2, weight_decay=0.1, device="cpu", **options):
+def build(dtype=torch.float32, optimizer=lrk.LowRankAdamW, lr=1e-2, weight_decay=0.1, device="cpu", capturable=False, **options):
     torch.manual_seed(0)
     model = Net(dtype).to(device)
     groups = lrk.param_groups(model, **({"rank": 6, "update_proj_gap": 4} | options))
-    return model, optimizer(groups, lr=lr, weight_decay=weight_decay)
+    return model, optimizer(groups, lr=lr, weight_decay=weight_decay, capturable=capturable)
 
 
 def batch(step, dtype=torch.float32, device="cpu"):

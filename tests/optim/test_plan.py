@@ -1,0 +1,168 @@
+"""Buckets are found once and serve while nothing changes: whatever a user changes must still be seen at the next step."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import batch, build, same_bits, train
+from torch import nn
+
+import lowrank_kernels as lrk
+from lowrank_kernels.optim import buckets
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """Every Plan that is made."""
+    made = []
+    init = buckets.Plan.__init__
+
+    def counting(self, *arguments):
+        init(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(buckets.Plan, "__init__", counting)
+    return made
+
+
+def halve(model, optimizer):
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.5
+
+
+def part_the_groups(model, optimizer):
+    """The dense group's rate alone: what was one set of values in two low-rank groups must not stay so."""
+    optimizer.param_groups[-1]["lr"] *= 0.25
+
+
+def shorter_gap(model, optimizer):
+    optimizer.param_groups[1]["update_proj_gap"] = 2
+
+
+def swap_data(model, optimizer):
+    model.layers[0].weight.data = model.layers[0].weight.data.clone()
+
+
+def swap_data_for_its_transpose(model, optimizer):
+    weight = model.layers[0].weight
+    weight.data = weight.data.t()
+
+
+def new_moments(model, optimizer):
+    optimizer.state[model.layers[1].weight]["exp_avg"] = torch.full((6, 40), 0.25)
+
+
+def another_count(model, optimizer):
+    optimizer.state[model.layers[1].weight]["step"] = 40
+
+
+def forget_one(model, optimizer):
+    del optimizer.state[model.layers[1].weight]
+
+
+def forget_all(model, optimizer):
+    optimizer.state.clear()
+
+
+def freeze(model, optimizer):
+    model.layers[2].weight.requires_grad_(False)
+
+
+def reload(model, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def add_group(model, optimizer):
+    optimizer.add_param_group({"params": [model.head], "rank": 3, "update_proj_gap": 4, "weight_decay": 0.1})
+
+
+def reverse_params(model, optimizer):
+    optimizer.param_groups[1]["params"].reverse()
+
+
+CHANGES = [
+    halve, part_the_groups, shorter_gap, swap_data, swap_data_for_its_transpose, new_moments, another_count, forget_one, forget_all,
+    freeze, reload, add_group, reverse_params,
+]  # fmt: skip
+
+
+def run(change, capturable, plan_each_step, monkeypatch):
+    model, optimizer = build(capturable=capturable)
+    model.head = nn.Parameter(torch.randn(10, 40))
+    if change is part_the_groups:
+        optimizer.add_param_group({"params": [model.head], "rank": 6, "update_proj_gap": 4, "weight_decay": 0.1})
+    for step in range(9):
+        if step == 6:
+            change(model, optimizer)
+        x, y = batch(step)
+        (model(x) - y + 0.01 * model.head.mean()).square().mean().backward()
+        if plan_each_step:
+            optimizer._drop_plan()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict(), optimizer.state_dict()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_is_seen(change, capturable, monkeypatch):
+    if capturable and change is another_count:
+
+        def change(model, optimizer):
+            optimizer.state[model.layers[1].weight]["step"] = torch.tensor(40.0)
+
+    kept, found_anew = (run(change, capturable, anew, monkeypatch) for anew in (False, True))
+    assert same_bits(kept, found_anew)
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"state_bits": 8}, {"stagger": True}], ids=str)
+def test_steady_steps_find_nothing_anew(plans, options):
+    model, optimizer = build(**options)
+    train(model, optimizer, 3)
+    made = len(plans)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    train(model, optimizer, 9, start=3, scheduler=scheduler)
+    assert made <= 2 and len(plans) == made
+
+
+def test_experts_and_kernels_of_four_dimensions_are_kept_too(plans):
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(3, 8, 12)), nn.Parameter(torch.randn(8, 3, 2, 2))]
+    optimizer = lrk.LowRankAdamW([{"params": params, "rank": 2}])
+    twin = [nn.Parameter(param.detach().clone()) for param in params]
+    anew = lrk.LowRankAdamW([{"params": twin, "rank": 2}])
+    for _ in range(4):
+        for param, other in zip(params, twin, strict=True):
+            param.grad = torch.randn_like(param)
+            other.grad = param.grad.clone()
+        optimizer.step()
+        anew._drop_plan()
+        anew.step()
+    assert same_bits([p.detach() for p in params], [p.detach() for p in twin])
+    assert len(plans) == 1 + 4
+
+
+def test_gradients_are_let_go():
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    gradient = weakref.ref(model.up.weight.grad)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    assert gradient() is None
+
+
+def test_a_sparse_gradient_is_refused_after_dense_ones_too():
+    parameter = nn.Parameter(torch.randn(8, 6))
+    optimizer = lrk.LowRankAdamW([{"params": [parameter], "rank": 2}])
+    parameter.grad = torch.randn(8, 6)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    parameter.grad = torch.randn(8, 6).to_sparse()
+    with pytest.raises(TypeError, match="the gradient is sparse"):
+        optimizer.step()
+    assert same_bits(before, optimizer.state_dict())
