@@ -119,9 +119,8 @@ class LowRankOptimizer(Optimizer):
                 if not bucket.members[0].state:
                     raise RuntimeError("refresh() came before the first step; take one outside of the graph, which makes the states")
                 bucket.count_on_device()
-                due = bucket.due()
-                for member, basis in zip(due.members, self._refresh(due, None) if due.members else (), strict=True):
-                    member.state["basis"].copy_(basis)
+                if due := bucket.due():
+                    _keep(self._refresh(due, None), bucket)
                 bucket.step += 1
         finally:
             plan.release()
@@ -175,37 +174,29 @@ class LowRankOptimizer(Optimizer):
         if found_inf is not None:
             found_inf = scaler.to_device_of(bucket, found_inf)
         with scaler.unscaled(bucket, grad_scale):
-            for member in bucket.members:
-                if not member.state:
-                    member.state = {"step": 0, **self.new_state(member, bucket)}
+            if bucket.step == 0:
+                for member in bucket.members:
+                    if not member.state:
+                        member.state |= {"step": 0, **self.new_state(member, bucket)}
             if bucket.hyper["capturable"] or (found_inf is not None and found_inf.is_cuda):
                 bucket.count_on_device()
             due = None if capturing else bucket.due()
             # Before anything moves: what may still run out of memory.
-            fresh = self._refresh(due, found_inf) if due and due.members else []
-            chosen = dict(zip((member.index for member in due.members), fresh, strict=True)) if fresh else {}
-            bases = (
-                bucket.states("basis")
-                if not fresh
-                else [
-                    matrix
-                    for member in bucket.members
-                    for matrix in buckets.split(chosen[member.index] if member.index in chosen else member.state["basis"])
-                ]
-            )
+            fresh = self._refresh(due, found_inf) if due else {}
+            if fresh:
+                whole = [fresh[member.index] if member.index in fresh else member.state["basis"] for member in bucket.members]
+                bases = [matrix for basis in whole for matrix in buckets.split(basis)]
+            else:
+                bases = bucket.states("basis")
             self.step_bucket(bucket, bases, found_inf)
-        for member in bucket.members:
-            if member.index in chosen:
-                if bucket.hyper["capturable"] and "basis" in member.state:  # a graph may hold its address
-                    member.state["basis"].copy_(chosen[member.index])
-                else:
-                    member.state["basis"] = chosen[member.index]
-            if member.write_back is not None:
-                member.param.copy_(member.write_back.view(member.param.shape))
+        if fresh:
+            _keep(fresh, bucket)
+        for member in bucket.copied:
+            member.param.copy_(member.write_back.view(member.param.shape))
         bucket.advance(found_inf, self.state, capturing)
 
-    def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> list[Tensor]:
-        """A new basis, (m, r) or (experts, m, r), for each member."""
+    def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> dict[int, Tensor]:
+        """A new basis, (m, r) or (experts, m, r), for each member, by its index in the optimizer."""
         hyper = bucket.hyper
         chosen = ops.choose_bases(
             bucket.grads,
@@ -223,7 +214,10 @@ class LowRankOptimizer(Optimizer):
             found_inf=found_inf,
         )
         remaining = iter(chosen)
-        return [subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param)) for member in bucket.members]
+        return {
+            member.index: subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param))
+            for member in bucket.members
+        }
 
     def _take_back(self, params: list[Tensor]) -> None:
         """One update less for each: it turned out to be skipped. A count on the device knows that by itself."""
@@ -338,3 +332,13 @@ def _check_capture(bucket: Bucket) -> None:
         raise RuntimeError("step() is being captured in a CUDA graph; build the optimizer with capturable=True")
     if not bucket.members[0].state:
         raise RuntimeError("step() is being captured before the first step, which makes the states; take one outside of the graph")
+
+
+def _keep(fresh: dict[int, Tensor], bucket: Bucket) -> None:
+    """New bases into the states, into the same memory where a graph may hold its address."""
+    for member in bucket.members:
+        if member.index in fresh:
+            if bucket.hyper["capturable"] and "basis" in member.state:
+                member.state["basis"].copy_(fresh[member.index])
+            else:
+                member.state["basis"] = fresh[member.index]

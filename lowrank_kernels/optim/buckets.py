@@ -6,7 +6,7 @@ What the buckets of a step are is found once; `Plan.follow` then tells whether t
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -34,7 +34,7 @@ class Member:
     refresh_offset: int
     state: dict[str, Any]
     weights: list[Tensor]
-    write_back: Tensor | None
+    write_back: Tensor | None  # weights[0], where its strides made it a copy
 
 
 @dataclass
@@ -63,6 +63,11 @@ class Bucket:
         return [matrix for member in self.members for matrix in member.weights]
 
     @functools.cached_property
+    def copied(self) -> list[Member]:
+        """Members whose matrix is a copy that is to be written back."""
+        return [member for member in self.members if member.write_back is not None]
+
+    @functools.cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """(parameter index, number of the matrix in the parameter) of each matrix: what its random draws are keyed by."""
         return tuple((member.index, number) for member in self.members for number in range(len(member.weights)))
@@ -81,17 +86,18 @@ class Bucket:
         gap = self.hyper["update_proj_gap"]
         return any(step <= 0 or step % gap in self._offsets for step in range(self.step - skipped, self.step + 1))
 
-    def due(self) -> Bucket:
+    def due(self) -> Bucket | None:
         """The members that need a new basis before this update: all at their first one, afterwards those whose turn it is."""
+        if not self.may_be_due(0):
+            return None
         turn = self.step % self.hyper["update_proj_gap"]
-        chosen, grads, first = [], [], 0
-        if self.may_be_due(0):
-            for member in self.members:
-                if self.step == 0 or member.refresh_offset == turn:
-                    chosen.append(member)
-                    grads += self.grads[first : first + len(member.weights)]
-                first += len(member.weights)
-        return Bucket(self.hyper, self.right, self.rank, self.step, self.counted_on_device, chosen, grads)
+        found, first = Bucket(self.hyper, self.right, self.rank, self.step, self.counted_on_device), 0
+        for member in self.members:
+            if self.step == 0 or member.refresh_offset == turn:
+                found.members.append(member)
+                found.grads += self.grads[first : first + len(member.weights)]
+            first += len(member.weights)
+        return found
 
     def states(self, key: str) -> list[Tensor]:
         """One tensor for each matrix; the list of the last call while the states are the same tensors."""
@@ -113,11 +119,12 @@ class Bucket:
         if self.counted_on_device:
             counts = [member.state["step"] for member in self.members]
             torch._foreach_add_(counts, 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).reshape(()))
+        if self.step == 0:
+            states |= {member.param: member.state for member in self.members}
         self.step += not capturing
-        for member in self.members:
-            if not self.counted_on_device:
+        if not self.counted_on_device:
+            for member in self.members:
                 member.state["step"] = self.step
-            states[member.param] = member.state
 
     def steps(self) -> list[Tensor] | None:
         """For each matrix its parameter's count, where that is on the device."""
@@ -171,7 +178,7 @@ class Plan:
         self._params = _params(groups)
         self._unique = list(dict.fromkeys(self._params))
         self._missing = [param.grad is None for param in self._unique]
-        self._members: list[tuple[Member, Bucket]] = []
+        members: list[tuple[Member, Bucket]] = []
         self._reusable = True
         buckets: dict[Any, Bucket] = {}
         seen = set()
@@ -203,38 +210,42 @@ class Plan:
                 member = Member(param, first + param_index, offset, state, weights, weights[0] if copied else None)
                 bucket.members.append(member)
                 bucket.grads += grads
-                self._members.append((member, bucket))
+                members.append((member, bucket))
         self.buckets = list(buckets.values())
-        self._bucket_numbers = {id(bucket): key[0] for key, bucket in buckets.items()}
-        present = [member.param for member, _ in self._members]
+        self._numbers_of_buckets = [key[0] for key in buckets]
+        present = [member.param for member, _ in members]
+        self._present = present
+        self._states = [member.state for member, _ in members]
+        self._slots = [[slot for slot, (_, owner) in enumerate(members) if owner is bucket] for bucket in self.buckets]
         self._weight_layouts = _layouts(present), [param.data_ptr() for param in present]
         self._grad_layouts = _layouts([param.grad for param in present])
 
     def follow(self, groups: Groups, states: dict[Tensor, dict[str, Any]]) -> bool:
-        """Whether this step has the same buckets; they then hold its gradients and hyperparameters."""
+        """Whether this step has the same buckets; they then hold its gradients and hyperparameters.
+
+        What a step costs the host is mostly this: some ten lookups for each parameter, in loops that Python runs fast.
+        """
         hypers, numbers = _hyperparameters(groups)
-        params = _params(groups)
+        params, present = _params(groups), self._present
         if not self._reusable or numbers != self._numbers or _fixed(groups) != self._fixed:
             return False
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
         if [param.grad is None for param in self._unique] != self._missing:
             return False
-        present = [member.param for member, _ in self._members]
+        if not all(map(is_, map(states.get, present), self._states)):
+            return False
         grads = [param.grad for param in present]
         if _layouts(grads) != self._grad_layouts or (_layouts(present), [param.data_ptr() for param in present]) != self._weight_layouts:
             return False
-        for member, bucket in self._members:
-            if states.get(member.param) is not member.state or (not bucket.counted_on_device and member.state.get("step") != bucket.step):
+        for bucket, slots in zip(self.buckets, self._slots, strict=True):
+            if not bucket.counted_on_device and any(self._states[slot]["step"] != bucket.step for slot in slots):
                 return False
-        for bucket in self.buckets:
-            bucket.hyper = hypers[self._bucket_numbers[id(bucket)]]
-            bucket.grads = []
-        for (_, bucket), grad in zip(self._members, grads, strict=True):
-            if grad.dim() == 2:
-                bucket.grads.append(grad)
-            else:
-                bucket.grads += matrices_of(grad)
+        for bucket, slots, number in zip(self.buckets, self._slots, self._numbers_of_buckets, strict=True):
+            bucket.hyper = hypers[number]
+            bucket.grads = [grads[slot] for slot in slots]
+            if len(bucket.weights) != len(slots) or any(grad.dim() != 2 for grad in bucket.grads):
+                bucket.grads = [matrix for grad in bucket.grads for matrix in matrices_of(grad)]
         return True
 
     def release(self) -> None:
@@ -244,7 +255,8 @@ class Plan:
 
     def counts(self) -> dict[Tensor, tuple[Tensor, int]]:
         """What the host counted of the counts on the device: parameter → (its state["step"], the number)."""
-        return {member.param: (member.state["step"], bucket.step) for member, bucket in self._members if bucket.counted_on_device}
+        on_device = [bucket for bucket in self.buckets if bucket.counted_on_device]
+        return {member.param: (member.state["step"], bucket.step) for bucket in on_device for member in bucket.members}
 
 
 def _params(groups: Groups) -> list[Tensor]:
@@ -255,9 +267,12 @@ def _fixed(groups: Groups) -> list[tuple]:
     return [(index, first, *(group[key] for key in FIXED)) for index, group, first in groups]
 
 
-def _layouts(tensors: Iterable[Tensor]) -> list[tuple]:
-    """layout before stride(), which a sparse tensor has not."""
-    return [(t.layout, t.dtype, t.layout is torch.strided and t.stride()) for t in tensors]
+def _layouts(tensors: Sequence[Tensor]) -> tuple[list[tuple[int, ...]], list[torch.dtype]] | None:
+    """Strides and dtypes; None where one of them is sparse and has no strides."""
+    try:
+        return [tensor.stride() for tensor in tensors], [tensor.dtype for tensor in tensors]
+    except RuntimeError:
+        return None
 
 
 def _hyperparameters(groups: Groups) -> tuple[list[dict[str, Any]], list[int]]:

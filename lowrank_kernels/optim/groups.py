@@ -219,6 +219,4 @@ def _check_param(group: dict[str, Any], group_index: int, param_index: int) -> N
             "sharded and sparse parameters are not supported there yet"
         )
     if group["rounding"] == "stochastic" and param.dtype != torch.bfloat16:
-        raise ValueError(
-            f"rounding='stochastic' is for bfloat16 parameters, got {param.dtype} ({where}); put it in a group without"
-        )
+        raise ValueError(f"rounding='stochastic' is for bfloat16 parameters, got {param.dtype} ({where}); put it in a group without")
