@@ -8,6 +8,8 @@ import torch
 from models import batch, build, same_bits, train
 
 import lowrank_kernels as lrk
+from lowrank_kernels.optim import base
+from lowrank_kernels.optim import scaler as scaler_module
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
 
@@ -165,6 +167,48 @@ def test_a_scaler_skips_a_step_as_if_it_had_not_been(bad_steps):
             good += 1
     assert same_bits(plain[0].state_dict(), model.state_dict())
     assert optimizer.state[model.up.weight]["step"] == good
+
+
+class Late(scaler_module.SkippedSteps):
+    """As on a GPU: what became of a step is known two steps later, or at once where it is waited for."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits = 0
+
+    def note(self, found_inf, params):
+        for age, _, _ in self._unknown:
+            age[0] += 1
+        self._unknown.append(([0], found_inf.clone(), params))
+        return []
+
+    def known(self, wait):
+        self.waits += wait and len(self) > 0
+        skipped = []
+        while self._unknown and (wait or self._unknown[0][0][0] >= 2):
+            _, flag, params = self._unknown.pop(0)
+            skipped += params if flag.item() else []
+        return skipped
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("bad_steps", [(0,), (1,), (3, 4), (2, 3, 7, 8, 9, 12)])
+def test_a_skip_that_is_known_late_changes_nothing(monkeypatch, bad_steps, stagger):
+    ends = []
+    for kind in (scaler_module.SkippedSteps, Late):
+        monkeypatch.setattr(base.scaler, "SkippedSteps", kind)
+        model, optimizer = build(capturable=True, update_proj_gap=5, stagger=stagger)
+        for step in range(20):
+            backward(model, step)
+            optimizer.found_inf = torch.tensor(float(step in bad_steps))
+            optimizer.step()
+            optimizer.zero_grad()
+        if kind is Late and not stagger:
+            # At each refresh, and where one more update would have made one: of 20 steps not the others.
+            assert optimizer._skipped.waits <= 12
+        ends.append((model.state_dict(), optimizer.state_dict()))
+        assert optimizer.state[model.up.weight]["step"] == 20 - len(bad_steps)
+    assert same_bits(*ends)
 
 
 @pytest.mark.gpu
