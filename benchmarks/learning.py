@@ -41,8 +41,10 @@ from stopping import stop_on_signal  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SCRATCH = ROOT / "runs" / "learning"
-GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", "rank", "update_proj_gap", "scale", "svd")
-LOW_RANK_ONLY = ("rank", "update_proj_gap", "scale", "svd")
+LOW_RANK_ONLY = ("rank", "update_proj_gap", "scale", "svd", "state_bits", "rounding")
+GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", *LOW_RANK_ONLY)
+NEWER = ("state_bits", "rounding")
+"""Settings that the first results do not have: a key names them only where they are not the default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Run:
         """Equal for runs that are the same experiment: the number of threads changes last bits, not what is learnt."""
         settings = dataclasses.asdict(self.settings)
         del settings["threads"]
-        if not METHODS[self.method].has_basis:
-            for name in LOW_RANK_ONLY:
+        for name in LOW_RANK_ONLY:
+            if not METHODS[self.method].has_basis or (name in NEWER and settings[name] == getattr(Settings(), name)):
                 del settings[name]
         return json.dumps([self.method, self.lr, settings], sort_keys=True)
 
@@ -177,7 +179,9 @@ def report(records: list[dict[str, Any]], name: str) -> None:
     def described(record: dict[str, Any]) -> dict[str, Any]:
         hidden = {"seed", "threads", "data_digest", "eval_sequences", "eval_every", "warmup"}
         shown = {key: value for key, value in record["settings"].items() if key not in hidden}
-        if not METHODS[record["optimizer"]].has_basis:
+        if METHODS[record["optimizer"]].has_basis:
+            shown = {name: getattr(Settings(), name) for name in NEWER} | shown
+        else:
             shown |= dict.fromkeys(LOW_RANK_ONLY)
         return {**shown, "lr": record["lr"], "optimizer": record["optimizer"]}
 

@@ -31,9 +31,8 @@ def _low_rank(class_name: str) -> Callable[[nn.Module, float, Settings], torch.o
     def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
         import lowrank_kernels as lrk  # here, so that adamw alone needs nothing but torch
 
-        groups = lrk.param_groups(
-            model, rank=settings.rank, update_proj_gap=settings.update_proj_gap, scale=settings.scale, svd=settings.svd, seed=settings.seed
-        )
+        keys = ("rank", "update_proj_gap", "scale", "svd", "state_bits", "rounding", "seed")
+        groups = lrk.param_groups(model, **{key: getattr(settings, key) for key in keys})
         return getattr(lrk, class_name)(groups, lr=lr, weight_decay=settings.weight_decay)
 
     return build

@@ -84,6 +84,8 @@ def parser() -> argparse.ArgumentParser:
     option(how, "update_proj_gap", int, "steps between subspace refreshes")
     option(how, "scale", float, "factor on the low-rank update")
     option(how, "svd", str, "how a refresh finds its subspace", choices=["randomized", "exact"])
+    option(how, "state_bits", int, "of each of the low-rank optimizers' moments: 32 or 8", choices=[32, 8])
+    option(how, "rounding", str, "of weights in bf16 that a low-rank optimizer moves", choices=["nearest", "stochastic"])
 
     where = result.add_argument_group("where and how often")
     where.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights and their gradients (fp32)")

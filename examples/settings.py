@@ -37,6 +37,8 @@ class Settings:
     update_proj_gap: int = 50  # steps
     scale: float = 0.25
     svd: str = "randomized"
+    state_bits: int = 32  # of the low-rank optimizers' moments
+    rounding: str = "nearest"
 
     dtype: str = "fp32"
     device: str = "cpu"

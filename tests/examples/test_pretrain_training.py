@@ -129,3 +129,20 @@ def test_metrics_forget_what_came_after_a_position(tmp_path):
     assert read_metrics(path) == [{"step": 1}, {"step": 20}]
     with pytest.raises(RuntimeError, match="was changed since"):
         Metrics(path, position=10_000)
+
+
+@pytest.mark.parametrize("method", ["galore", "i3s"])
+def test_8_bit_states_learn_as_32_bit_ones_do(tmp_path, method):
+    """Held-out loss within a percent after two refreshes; longer runs stand in benchmarks/results/learning/state-bits.jsonl."""
+    corpus = text.load(None)
+    losses = {}
+    for bits in (32, 8):
+        settings = Settings(steps=80, warmup=8, batch_size=8, seq_len=64, update_proj_gap=30, eval_every=80, state_bits=bits)
+        files = training.Files.of(tmp_path / str(bits), method)
+        files_of = dict(checkpoint_every=1000, resume=False, should_stop=lambda: False)
+        (tmp_path / str(bits)).mkdir()
+        rows = training.train(dataclasses.replace(settings, data_digest=corpus.digest), method, 2e-2, corpus, files, **files_of)
+        losses[bits] = next(row["val_loss"] for row in rows if row["event"] == "eval" and row["step"] == 80)
+    assert losses[8] < 0.7 * math.log(256), "it learns"
+    assert losses[8] == pytest.approx(losses[32], rel=0.01)
+    assert losses[8] != losses[32], "or the setting did not arrive"
