@@ -1,4 +1,4 @@
-# make demo | test | lint | bench: make .venv if it is missing, install what they need, build the extension, and run.
+# make demo | test | lint | bench | aot | fuzz: make .venv if it is missing, install what they need, build the extension, and run.
 # make sanitize: the extension's tests under AddressSanitizer and UBSan.
 # make gpu: runs with the Python given as PYTHON, as it is: no virtual environment, nothing installed.
 # LOWRANK_KERNELS_BUILD=0 | 1: without the extension, or with it or not at all; setup.py has the details.
@@ -13,6 +13,9 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # One thread a worker: two pools of threads on two cores mostly wait for each other.
 WORKERS ?= 2
+# Of make fuzz.
+CASES ?= 10000
+SEED ?=
 # nvcc crashes beside a preloaded sanitizer, so tests/csrc/test_nvcc.py is not among these.
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
@@ -21,7 +24,7 @@ GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_ope
 # Small matrices through every CUDA kernel of csrc/, for compute-sanitizer, which makes them slow.
 RACE_TESTS := tests/test_range_finder.py -k "shapes_that_hurt or err_alike or not_finite"
 
-.PHONY: demo test lint bench sanitize gpu clean FORCE
+.PHONY: demo test lint bench aot fuzz sanitize gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
@@ -35,6 +38,15 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.extra-bench
 	$(RUN) -m benchmarks $(ARGS)
+
+# What the compiler makes of every kernel configuration, for GPUs that need not be here, and the tests of its budgets.
+aot: $(VENV)/.extra-test
+	$(RUN) -m benchmarks.aot $(ARGS)
+	$(RUN) -m pytest -q tests/kernels/test_aot.py
+
+# Random cases of the step against the reference: CASES of them, from SEED on (default: a random one, which is printed).
+fuzz: $(VENV)/.extra-test
+	OMP_NUM_THREADS=1 $(RUN) -m tests.fuzz --cases $(CASES) --workers $(WORKERS) $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # Python is not built with the sanitizer, so its runtime has to be loaded first, and libstdc++ with it: it looks up what throws exceptions
 # when it starts. Python never frees a part of what it allocates, so leaks are not reported. Nothing is captured: a report ends the process.

@@ -1,0 +1,269 @@
+"""python -m tests.fuzz: random cases of the step, each against the reference in fp64 within the bounds derived in tolerances.py.
+
+Every case is a function of its seed alone: shapes, ranks, dtypes, strides, hyperparameters, kinds of gradient, 8-bit moments, stochastic
+rounding, counts and rates on the device, skipped steps; on the CPU path and, in Triton's interpreter or on a GPU, on the single-pass and
+the two-pass kernels. A failing case prints the one line that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+import os
+import random
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "kernels")]
+
+import buckets  # noqa: E402
+import tolerances  # noqa: E402
+from buckets import DEVICE, DTYPES, LAYOUTS, orient  # noqa: E402
+from coded import assert_codes, code_frames_intact, coded_states  # noqa: E402
+from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within  # noqa: E402
+
+from lowrank_kernels import eight_bit, ops, philox, reference  # noqa: E402
+from lowrank_kernels.kernels import adamw_step, cpu, single_pass, two_pass  # noqa: E402
+from lowrank_kernels.kernels.dots import INTERPRETED  # noqa: E402
+
+PATHS = ("cpu", "single_pass", "two_pass") if DEVICE == "cpu" else ("single_pass", "two_pass")
+GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a seed stands for. Weights, gradients and bases have dtypes and layouts of their own on the two-pass path and the CPU."""
+
+    path: str
+    m: int
+    n: int
+    rank: int
+    count: int
+    right: bool
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    layouts: tuple[str, str, str]
+    gradient: str
+    gradient_scale: float
+    fresh: bool
+    state_bits: int
+    stochastic: bool
+    on_device: bool
+    found_inf: float | None
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    scale: float
+    step: int
+
+
+def draw(seed: int) -> Case:
+    pick = random.Random(seed)
+
+    def size(largest: int) -> int:
+        return max(1, round(math.exp(pick.uniform(0, math.log(largest)))))
+
+    path = pick.choice(PATHS)
+    m, n = size(150), size(200)
+    dtype = pick.choice(DTYPES)
+    mixed = path != "single_pass" and pick.random() < 0.3
+    dtypes = tuple(pick.choice(DTYPES) if mixed else dtype for _ in range(3))
+    fresh = pick.random() < 0.2
+    # In fp16 a gradient of 1e4 times noise is near infinity; R² must stay finite in fp32.
+    decades = 3 if torch.float16 in dtypes else 14
+    return Case(
+        path=path,
+        m=m,
+        n=n,
+        rank=pick.choice((1, size(128), min(m, size(128)), min(m, n, 128))),
+        count=pick.choice((1, 1, 2, 3)),
+        right=pick.random() < 0.5,
+        dtypes=dtypes,
+        layouts=tuple(pick.choice(LAYOUTS) if pick.random() < 0.4 else "rows" for _ in range(3)),
+        gradient=pick.choice(GRADIENTS),
+        gradient_scale=10 ** pick.uniform(-decades, decades) if pick.random() < 0.3 else 1.0,
+        fresh=fresh,
+        state_bits=pick.choice((32, 32, 8)),
+        stochastic=dtypes[0] == torch.bfloat16 and pick.random() < 0.5,
+        on_device=pick.random() < 0.3,
+        found_inf=pick.choice((None, None, None, 0.0, 1.0)),
+        lr=pick.choice((0.0, 10 ** pick.uniform(-5, 0))),
+        # M of a CPU is β1·M + … as M + (1 − β1)·(R − M), which loses digits for a β1 near 0 that nobody uses.
+        beta1=pick.choice((0.0, 0.5, 0.9, 0.95, pick.uniform(0.5, 1))),
+        # With no memory in V, N may pass 65504, which bases of fp16 cannot be multiplied with.
+        beta2=pick.choice((0.9, 0.99, 0.999, 0.9999) if torch.float16 in dtypes else (0.0, 0.9, 0.99, 0.999, 0.9999)),
+        eps=pick.choice((1e-12, 1e-8, 1e-8, 1e-3, 1.0)),
+        weight_decay=pick.choice((0.0, 0.0, 0.01, 0.1, 1.0)),
+        scale=pick.choice((0.25, 1.0, 10 ** pick.uniform(-2, 1))),
+        step=1 if fresh else size(10**6),
+    )
+
+
+NAMES = ("weights", "grads", "bases", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
+Lists = dict[str, list[torch.Tensor]]
+
+
+def make(case: Case) -> Lists:
+    count, m, n, rank, right = case.count, case.m, case.n, case.rank, case.right
+    of_weight, of_grad, of_basis = case.layouts
+    weights = buckets.stored(count, m, n, right, case.dtypes[0], of_weight)
+    grads = buckets.stored(count, m, n, right, case.dtypes[1], of_grad, case.gradient_scale)
+    for grad in grads:
+        if case.gradient == "zero":
+            grad.zero_()
+        elif case.gradient == "rank one":
+            grad.copy_(grad[:1] * torch.linspace(-1, 1, grad.shape[0], device=DEVICE)[:, None].to(grad.dtype))
+        elif case.gradient == "one row":
+            grad[1:] *= 1e-3
+    bases = buckets.matrices(count, m, rank, case.dtypes[2], of_basis, scale=m**-0.5)
+    moments = (
+        coded_states(count, rank, n, case.gradient_scale) if case.state_bits == 8 else buckets.states(count, rank, n, case.gradient_scale)
+    )
+    if case.fresh:
+        for tensors in moments:
+            for tensor in tensors:
+                tensor.zero_()
+    return dict(zip(NAMES, (weights, grads, bases, *moments), strict=False))
+
+
+def run(case: Case, lists: Lists, seeds: torch.Tensor | None) -> None:
+    options = {"found_inf": None if case.found_inf is None else torch.tensor([case.found_inf], device=DEVICE), "rounding_seeds": seeds}
+    step = {"lr": case.lr, "step": case.step}
+    if case.on_device:
+        step = {"lr": -1.0, "step": 0}
+        options["device_lr"] = torch.tensor([case.lr], device=DEVICE)
+        options["device_steps"] = [torch.tensor(case.step - 1.0, device=DEVICE) for _ in range(case.count)]
+    if case.state_bits == 8:
+        options |= {name: lists[name] for name in NAMES[5:]}
+    hyper = {name: getattr(case, name) for name in ("beta1", "beta2", "eps", "weight_decay", "scale", "right")}
+    arguments = [lists[name] for name in NAMES[:5]]
+    if case.path == "cpu":
+        ops.adamw_step_(*arguments, **step, **hyper, **options)
+        return
+    path, chosen = {"single_pass": single_pass, "two_pass": two_pass}[case.path], adamw_step.choose_path
+    adamw_step.choose_path = lambda *_, **__: path
+    adamw_step._kept.clear()
+    try:
+        adamw_step.adamw_step_(*arguments, **step, **hyper, **options)
+    finally:
+        adamw_step.choose_path = chosen
+
+
+def check(seed: int) -> Case:
+    """Raises AssertionError, or whatever the step raised."""
+    case = draw(seed)
+    torch.manual_seed(seed)
+    lists = make(case)
+    seeds = philox.seed_tensor([seed + index for index in range(case.count)], DEVICE) if case.stochastic else None
+    before = {name: [tensor.clone() for tensor in tensors] for name, tensors in lists.items()}
+    run(case, lists, seeds)
+    for name, tensors in lists.items():
+        inputs = name in ("grads", "bases")
+        if inputs or case.found_inf:
+            same = all(torch.equal(a, b) for a, b in zip(tensors, before[name], strict=True))
+            assert same, f"{name} changed, " + ("an input" if inputs else "though found_inf is set")
+        intact = code_frames_intact if tensors[0].dtype == torch.uint8 else buckets.frames_intact
+        assert intact(tensors), f"something was written around {name}"
+    if not case.found_inf:
+        for index in range(case.count):
+            _check_matrix(case, index, before, lists, seeds)
+    return case
+
+
+def _check_matrix(case: Case, index: int, before: Lists, lists: Lists, seeds: torch.Tensor | None) -> None:
+    """As test_two_pass.py: an error of R grows into one of N and that into one of W."""
+    right = case.right
+    w, g, p = (before[name][index].double() for name in NAMES[:3])
+    of_weight, of_grad, of_basis = case.dtypes
+    of_states = (0.0, 0.0)
+    if case.state_bits == 8:
+        m, v = eight_bit.decode(*(before[name][index] for name in NAMES[3:]), torch.float64)
+        of_states = tolerances.decoded_error(m, v)
+    else:
+        m, v = (before[name][index].double() for name in NAMES[3:5])
+    r = reference.project(p, g, right)
+    adam = {"beta1": case.beta1, "beta2": case.beta2, "eps": case.eps, "step": case.step}
+    betas = {"beta1": case.beta1, "beta2": case.beta2}
+    of_r = tolerances.project_error(p, orient(g, right))
+    store = tolerances.store_unit(of_weight, INTERPRETED and case.path != "cpu")
+    if case.path == "cpu":
+        if cpu.NATIVE_BF16 and of_grad == of_basis == torch.bfloat16:
+            of_r = of_r + UNIT[torch.bfloat16] * r.abs()  # R comes out of the product in bf16
+        native = cpu.NATIVE_BF16 and of_weight == of_basis == torch.bfloat16 and not case.stochastic
+        operand_unit = UNIT[torch.bfloat16] if native else 0.0
+    else:
+        operand_unit = 0.0 if of_basis == torch.float32 else 2 * UNIT[of_basis]
+    errors = tolerances.moments_error(m, v, r, **betas, projected_error=of_r, state_errors=of_states)
+    n = reference.update_moments_(m, v, r, **adam)
+    on_kernels = case.on_device and case.path != "cpu"
+    of_n = tolerances.normalised_error(m, v, errors, **adam, correction=BIAS_CORRECTION_ERROR if on_kernels else UNIT[torch.float32])
+    lr = torch.tensor(case.lr).item() if case.on_device else case.lr
+    update = {"lr": lr, "scale": case.scale, "weight_decay": case.weight_decay}
+    bound = tolerances.back_project_error(
+        orient(w, right).to(of_weight), p, n, **update, store=0.0 if case.stochastic else store,
+        operand_unit=operand_unit, normalised_error=of_n, device_lr=on_kernels,
+    )  # fmt: skip
+    expected = reference.updated_weight(w, p, n, **update, right=right)
+    weight = lists["weights"][index]
+    if seeds is None:
+        assert_within(orient(weight, right), orient(expected, right), bound, "W")
+    else:
+        least, greatest = tolerances.rounded_between(expected, orient(bound, right), seeds[index : index + 1], case.step)
+        assert ((least <= weight) & (weight <= greatest)).all(), "W is not the stochastic rounding of anything within the bounds"
+    if case.state_bits == 8:
+        assert_codes(tuple(lists[name][index] for name in NAMES[3:]), m, v, errors)
+    else:
+        assert_within(lists["exp_avgs"][index], m, errors[0], "M")
+        assert_within(lists["exp_avg_sqs"][index], v, errors[1], "V")
+
+
+def attempt(seed: int) -> tuple[int, str, str | None]:
+    """(seed, path, what went wrong or None)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of overflow in the interpreter
+            return seed, check(seed).path, None
+    except Exception:
+        return seed, draw(seed).path, f"{draw(seed)}\n{traceback.format_exc(limit=-3)}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__.partition("\n")[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument(
+        "--seed", type=int, default=random.SystemRandom().randrange(2**31), help="of the first case; the next ones count up"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() if DEVICE == "cpu" else 1)
+    arguments = parser.parse_args()
+    seeds = range(arguments.seed, arguments.seed + arguments.cases)
+    print(f"{arguments.cases} cases with seeds {seeds.start} to {seeds.stop - 1}, {', '.join(PATHS)} on {DEVICE}", flush=True)
+    started, failed, counts = time.monotonic(), 0, dict.fromkeys(PATHS, 0)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(
+        arguments.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        chunk = max(1, min(50, arguments.cases // (4 * arguments.workers)))
+        for done, (seed, path, problem) in enumerate(pool.map(attempt, seeds, chunksize=chunk), 1):
+            counts[path] += 1
+            if problem is not None:
+                failed += 1
+                print(f"FAILED: repeat with  python -m tests.fuzz --cases 1 --seed {seed}\n{problem}", flush=True)
+            if done % 1000 == 0:
+                print(f"{done} of {arguments.cases}, {failed} failed, {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{arguments.cases} cases ({', '.join(f'{path} {count}' for path, count in counts.items())}): {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
