@@ -10,9 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests import fuzz  # noqa: E402
-
 from lowrank_kernels.kernels import adamw_step, cpu  # noqa: E402
+from tests import fuzz  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -27,10 +27,12 @@ class LowRankAdamW(LowRankOptimizer):
     Args:
         params: parameters, (name, parameter) pairs or groups. A group with `rank` is projected, one without is torch's own fused
             AdamW. `lowrank_kernels.param_groups` makes both from a model.
-        lr: step size; a float, or a one-element CPU tensor.
+        lr: step size; a float, or a one-element tensor, on the CPU unless `capturable`.
         betas: β1, β2 in [0, 1).
         eps: ε ≥ 0, added to the root of the bias-corrected second moment.
         weight_decay: wd ≥ 0, decoupled, applied before the update.
+        capturable: step() may be part of a CUDA graph (False). state["step"] is then a tensor on the parameter's device, and lr may be
+            one, which kernels read at each replay. `refresh` says how bases come into it.
 
     Keys of a low-rank group:
         rank: r ≥ 1, required; clamped to the shorter side of each matrix with one warning a shape.
@@ -39,6 +41,10 @@ class LowRankAdamW(LowRankOptimizer):
             parameters, parameter i refreshes where step mod gap is ⌊i·gap / k⌋, at most ⌈k / gap⌉ of them at a step. The first
             step gives every one its first basis, so its first period is the shorter one.
         scale: α on the back-projected update (0.25).
+        state_bits: 32, or 8 for moments as codes of one byte with an fp32 scale for each block of 64 (format: eight_bit.py): the state
+            has exp_avg_scale and exp_avg_sq_scale besides, and takes 2·r·(n + 4·⌈n/64⌉) bytes and a basis.
+        rounding: of the weight when it is stored: "nearest" (default), or for bf16 parameters "stochastic", up or down at random so that
+            the mean stays, as a function of (seed, index of the parameter, number of the update, element).
         proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".
         selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).
         svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).

@@ -19,14 +19,17 @@ from .dense import dense_adamw_step_
 class LowRankOptimizer(Optimizer):
     """Groups with `rank` are projected and updated by the subclass, bucket by bucket; the others are ordinary AdamW.
 
-    A projected parameter's state is {"step": int, "basis": (m, r) in its dtype, …the subclass's tensors}, a dense one's is
-    torch.optim.AdamW's. `step` counts the updates that were made. A basis is chosen before the first update and wherever
+    A projected parameter's state is {"step": number, "basis": (m, r) in its dtype, …the subclass's tensors}, a dense one's is
+    torch.optim.AdamW's. `step` counts the updates that were made: an int, or with capturable=True, and after a GradScaler's step on a
+    GPU, one fp32 on the parameter's device. A basis is chosen before the first update and wherever
     step % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share of the period. A step that raises
     leaves the bucket in which it happened, and those after it, as they were.
 
-    With a GradScaler the step is skipped on the device. On a GPU the host learns of it at the start of the next step, for which it
-    waits if that flag is still under way, and so `step` may read one too many until then (state_dict() waits as well). Gradients
-    that the scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32 copies, a bucket at a time.
+    With a GradScaler the step is skipped on the device. On a GPU the host learns of it later, and waits for it only where a basis may be
+    due. Gradients that the scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32 copies, a bucket at a time.
+
+    What serves from one step to the next, buckets and the lists that operators take, is kept in a Plan (buckets.py), which notices what
+    a user changes in between.
     """
 
     selection: str | None = None
@@ -140,8 +143,7 @@ class LowRankOptimizer(Optimizer):
         if not capturing:
             self._take_back(self._skipped.known(wait=False))
         plan = self._plan_of(low_rank)
-        if any(bucket.may_be_due(len(self._skipped)) for bucket in plan.buckets) and self._skipped and not capturing:
-            # Whether a basis is due hangs on it.
+        if self._skipped and not capturing and any(bucket.needs_count(len(self._skipped)) for bucket in plan.buckets):
             self._take_back(self._skipped.known(wait=True))
             plan = self._plan_of(low_rank)
         stepped: list[Tensor] = []

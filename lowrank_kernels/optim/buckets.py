@@ -86,6 +86,10 @@ class Bucket:
         gap = self.hyper["update_proj_gap"]
         return any(step <= 0 or step % gap in self._offsets for step in range(self.step - skipped, self.step + 1))
 
+    def needs_count(self, skipped: int) -> bool:
+        """Whether this update hangs on how many of the last `skipped` ones were made: by a basis, or by a count that the host alone has."""
+        return self.may_be_due(skipped) or not self.counted_on_device
+
     def due(self) -> Bucket | None:
         """The members that need a new basis before this update: all at their first one, afterwards those whose turn it is."""
         if not self.may_be_due(0):
