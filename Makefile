@@ -20,7 +20,7 @@ SEED ?=
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 # Those that run on a GPU; the others would only be collected, and need more packages for it.
-GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_operators.py tests/kernels tests/subspaces tests/optim
+GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_operators.py tests/kernels tests/subspaces tests/optim tests/test_fuzz.py
 # Small matrices through every CUDA kernel of csrc/, for compute-sanitizer, which makes them slow.
 RACE_TESTS := tests/test_range_finder.py -k "shapes_that_hurt or err_alike or not_finite"
 
@@ -63,6 +63,7 @@ gpu:
 	$(PYTHON) -m pytest -m gpu -x $(SIDE_BY_SIDE) $(GPU_TESTS) $(ARGS)
 	$(foreach tool,$(if $(shell command -v compute-sanitizer),memcheck racecheck),compute-sanitizer --tool $(tool) --error-exitcode 1 \
 		$(PYTHON) -m pytest -m gpu -x -q $(RACE_TESTS) &&) true
+	$(PYTHON) -m tests.fuzz --cases 2000
 	$(PYTHON) -m benchmarks --seconds 180
 
 clean:
