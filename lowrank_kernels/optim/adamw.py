@@ -110,7 +110,7 @@ class LowRankAdamW(LowRankOptimizer):
             step=bucket.step + 1,
             right=bucket.right,
             found_inf=found_inf,
-            device_lr=hyper["lr"].to(bucket.device, torch.float32, non_blocking=True) if on_device else None,
+            device_lr=bucket.to_device(hyper["lr"]) if on_device else None,
             device_steps=bucket.steps(),
             exp_avg_scales=bucket.states("exp_avg_scale") if coded else None,
             exp_avg_sq_scales=bucket.states("exp_avg_sq_scale") if coded else None,

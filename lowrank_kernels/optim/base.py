@@ -110,13 +110,17 @@ class LowRankOptimizer(Optimizer):
 
         Chooses the bases that are due before that update, from the gradients as they stand, which the graph last left there (or, where
         the backward pass is a graph of its own, has just computed), into the same memory. Counts the update. Raises RuntimeError
-        without capturable=True, and before the first step.
+        without capturable=True, before the first step, and where no parameter has a gradient.
         """
         low_rank = [entry for entry in self._indexed_groups() if groups.is_low_rank(entry[1])]
         for index, group, _ in low_rank:
             if not group["capturable"]:
                 raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
         plan = self._plan_of(low_rank)
+        if low_rank and not plan.buckets:
+            raise RuntimeError(
+                "refresh() found no gradient to choose bases from; leave those of the graph where they are (capture no zero_grad() after step())"
+            )
         try:
             for bucket in plan.buckets:
                 if not bucket.members[0].state:
@@ -174,7 +178,7 @@ class LowRankOptimizer(Optimizer):
         if capturing:
             _check_capture(bucket)
         if found_inf is not None:
-            found_inf = scaler.to_device_of(bucket, found_inf)
+            found_inf = bucket.to_device(found_inf)
         with scaler.unscaled(bucket, grad_scale):
             if bucket.step == 0:
                 for member in bucket.members:

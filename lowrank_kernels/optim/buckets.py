@@ -58,6 +58,10 @@ class Bucket:
     def device(self) -> torch.device:
         return self.members[0].param.device
 
+    def to_device(self, scalar: Tensor) -> Tensor:
+        """In fp32; asynchronously to a GPU, while a copy to the CPU must have arrived before it is read."""
+        return scalar.to(self.device, torch.float32, non_blocking=self.device.type == "cuda")
+
     @functools.cached_property
     def weights(self) -> list[Tensor]:
         return [matrix for member in self.members for matrix in member.weights]

@@ -11,11 +11,6 @@ from torch import Tensor
 from .buckets import Bucket, join
 
 
-def to_device_of(bucket: Bucket, flag: Tensor) -> Tensor:
-    """Asynchronously to a GPU; a copy to the CPU must have arrived before it is read."""
-    return flag.to(bucket.device, torch.float32, non_blocking=bucket.device.type == "cuda")
-
-
 @contextlib.contextmanager
 def unscaled(bucket: Bucket, grad_scale: Tensor | None) -> Iterator[None]:
     """The bucket's gradients divided by the scale inside, and left so after a step that was made, as torch's fused AdamW does.
@@ -25,7 +20,7 @@ def unscaled(bucket: Bucket, grad_scale: Tensor | None) -> Iterator[None]:
     if grad_scale is None:
         yield
         return
-    grad_scale = to_device_of(bucket, grad_scale)
+    grad_scale = bucket.to_device(grad_scale)
     if bucket.grads[0].dtype.itemsize < 4:
         bucket.grads = [grad.float() / grad_scale for grad in bucket.grads]
         yield

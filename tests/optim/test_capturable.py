@@ -144,6 +144,10 @@ def test_errors_help(capture):
         optimizer.step()
     low_rank = {f"{name}.weight" for name in ("up", "down", "layers.0", "layers.1", "layers.2")}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items() if name in low_rank)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with pytest.raises(RuntimeError, match="refresh.* found no gradient to choose bases from"):
+        optimizer.refresh()
     with pytest.raises(TypeError, match="capturable must be True or False, got 1"):
         build(capturable=1)
 
