@@ -119,7 +119,8 @@ class LowRankOptimizer(Optimizer):
         plan = self._plan_of(low_rank)
         if low_rank and not plan.buckets:
             raise RuntimeError(
-                "refresh() found no gradient to choose bases from; leave those of the graph where they are (capture no zero_grad() after step())"
+                "refresh() found no gradient to choose bases from; leave those of the graph where they are, "
+                "without a zero_grad() after step()"
             )
         try:
             for bucket in plan.buckets:
