@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of every kernel configuration, for GPUs that need not be here: registers, spills, access widths.
 
-    python -m benchmarks.aot            # a table of all configurations
-    python -m benchmarks.aot --json     # the same as JSON
+    python -m benchmarks.aot                # a table of all configurations
+    python -m benchmarks.aot --out FILE     # the same in a file
+    python -m benchmarks.aot --json         # the same as JSON
 
 The launchers run for real on unfilled CPU tensors; only the driver is replaced, by one that names a target, and
 the launch itself, which stops after compilation. So what is examined is what a launch would run: the arguments' specialisation, the
@@ -11,6 +12,7 @@ constexprs and the choice of configuration are the launchers' own. The disassemb
 import argparse
 import concurrent.futures
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,7 +27,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lowrank_kernels.kernels import back_project, configs, moments, project
+from lowrank_kernels.eight_bit import scales_shape
+from lowrank_kernels.kernels import back_project, configs, moments, project, single_pass
+from lowrank_kernels.kernels.table import Rows, pointer_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -34,6 +38,8 @@ SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # 
 SMALL_TILE_TARGETS = (80, 90, 100, 120)  # what the rows for unknown architectures and narrow accesses are compiled for
 WIDE_EXTENT, NARROW_EXTENT = 4096, 1001  # m and n
 TABLES = {"project": configs.PROJECT, "back_project": configs.BACK_PROJECT}
+OPTIONS = ("8-bit", "stochastic", "on device")  # moments, rounding, counts and learning rate
+ROW = torch.empty(1, dtype=torch.int64)  # of a table that nothing reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Case:
     found_inf: bool = False
     normalised: str = "fp32"
     wide: bool = True
+    options: tuple[str, ...] = ()  # of OPTIONS
 
 
 @dataclasses.dataclass
@@ -64,6 +71,7 @@ class Report:
     found_inf: bool
     normalised: str
     wide: bool
+    options: list[str]
     config: dict
     wanted_config: dict
     registers: int
@@ -82,7 +90,8 @@ class Report:
 
 def all_configs() -> set:
     """(kernel, architecture or None, config) of every row there is."""
-    rows = {("moments", None, configs.MOMENTS)}
+    rows = {("moments", None, configs.MOMENTS), ("moments", None, configs.MOMENTS_8BIT)}
+    rows |= {("single_pass", arch, row) for arch, kinds in configs.SINGLE_PASS.items() if arch for rows_ in kinds.values() for row in rows_}
     for kernel, tables in TABLES.items():
         rows |= {(kernel, arch, row) for arch, kinds in tables.items() for kind in kinds.values() for row in kind}
     return rows
@@ -105,7 +114,29 @@ def cases() -> list[Case]:
                             found += _variants(Case(kernel, target, dtype, kind, row, row.rank_covered, right), arch)
     for target in SHARED_LIMIT:
         for normalised in ("fp32", "bf16"):
-            found.append(Case("moments", target, "fp32", "elementwise", configs.MOMENTS, 128, False, normalised == "bf16", normalised))
+            case = Case("moments", target, "fp32", "elementwise", configs.MOMENTS, 128, False, normalised == "bf16", normalised)
+            found += [case, dataclasses.replace(case, options=("on device",))]
+            case = dataclasses.replace(case, config=configs.MOMENTS_8BIT, options=("8-bit",))
+            found += [case, dataclasses.replace(case, options=("8-bit", "on device")), dataclasses.replace(case, wide=False)]
+    return single_pass_cases() + found  # what takes longest goes first
+
+
+def single_pass_cases() -> list[Case]:
+    """Every row × side, the largest also with 8-bit moments and all other options; on sm_90 a row with each of these alone, and in fp16."""
+    found = []
+    for arch, kinds in configs.SINGLE_PASS.items():
+        for (kind, moments_dtype), rows in kinds.items() if arch else ():
+            dtype, others = ("bf16", OPTIONS[1:]) if kind == "16bit" else ("fp32", OPTIONS[2:])  # bf16 alone is rounded stochastically
+            largest = rows[-2:] if (arch, kind) == (90, "16bit") else rows[-1:] if arch == 90 or kind == "16bit" else ()
+            for row, right in itertools.product(largest if moments_dtype == "8-bit" else rows, (False, True)):
+                case = Case("single_pass", arch, dtype, kind, row, row.BLOCK_R, right, found_inf=True)
+                if moments_dtype == "8-bit":
+                    found.append(dataclasses.replace(case, options=("8-bit", *others)))
+                    continue
+                found.append(case)
+                if (arch, kind, row.BLOCK_R) == (90, "16bit", 128):
+                    found += [dataclasses.replace(case, options=(option,)) for option in others]
+                    found.append(dataclasses.replace(case, dtype="fp16"))
     return found
 
 
@@ -116,9 +147,13 @@ def _variants(case: Case, arch: int | None) -> list[Case]:
     if case.kernel == "back_project":
         found = [dataclasses.replace(variant, found_inf=True, normalised=variant.dtype) for variant in found]
         if case.dtype == "bf16":
-            found.append(case)
+            optioned = dataclasses.replace(case, found_inf=True, normalised="bf16", options=("stochastic", "on device"))
+            found += [case, optioned]
+            if arch == 90:
+                found += [dataclasses.replace(optioned, options=(option,)) for option in optioned.options]
     if arch is None:
         narrow = [dataclasses.replace(case, wide=False, rank=case.rank - 1)]
+        narrow += [dataclasses.replace(variant, wide=False, rank=case.rank - 1) for variant in found if variant.options]
         found = narrow if case.arch in configs.PROJECT else narrow + found
     return found
 
@@ -142,18 +177,51 @@ class _Target:
 def _launch(case: Case) -> None:
     dtype, m, n = DTYPES[case.dtype], *(2 * [WIDE_EXTENT if case.wide else NARROW_EXTENT])
     bases, matrices = [torch.empty(m, case.rank, dtype=dtype)], [torch.empty(m, n, dtype=dtype)]
-    states = [torch.empty(case.rank, n)]
     batch = torch.empty(1, case.rank, n, dtype=DTYPES[case.normalised])
     found_inf = torch.empty(1) if case.found_inf else None
     if case.kernel == "project":
         project.project(bases, matrices, case.right)
+    elif case.kernel == "single_pass":
+        _launch_single_pass(case, bases[0], matrices[0], n, found_inf)
     elif case.kernel == "moments":
-        moments.update_moments_(
-            states, [torch.empty(case.rank, n)], torch.empty(1, case.rank, n),
-            beta1=0.9, beta2=0.999, eps=1e-8, step=1, found_inf=found_inf, out=batch,
-        )  # fmt: skip
+        _launch_moments(case, batch, found_inf)
     else:
-        back_project.back_project_(matrices, bases, batch, lr=1e-2, scale=0.25, weight_decay=0.1, right=case.right, found_inf=found_inf)
+        _launch_back_project(case, bases[0], matrices[0], batch, found_inf)
+
+
+def _launch_moments(case: Case, batch: torch.Tensor, found_inf: torch.Tensor | None) -> None:
+    coded, _, on_device = (option in case.options for option in OPTIONS)
+    state = torch.empty(batch.shape[1:], dtype=torch.uint8 if coded else torch.float32)
+    scales = {"exp_avg_scales_at": ROW, "exp_avg_sq_scales_at": ROW} if coded else {}
+    launch = moments.prepare(ROW, ROW, state, aligned=True, steps_at=ROW if on_device else None, **scales)
+    launch(torch.empty(batch.shape), batch, beta1=0.9, beta2=0.999, eps=1e-8, step=3, found_inf=found_inf)
+
+
+def _launch_back_project(
+    case: Case, basis: torch.Tensor, weight: torch.Tensor, normalised: torch.Tensor, found_inf: torch.Tensor | None
+) -> None:
+    _, stochastic, on_device = (option in case.options for option in OPTIONS)
+    launch = back_project.prepare(ROW, ROW, weight, basis, right=case.right, aligned=True, steps_at=ROW if on_device else None)
+    launch(
+        normalised, lr=1e-2, scale=0.25, weight_decay=0.1, found_inf=found_inf, step=3,
+        device_lr=torch.empty(()) if on_device else None, rounding_seeds=torch.empty(1, dtype=torch.int64) if stochastic else None,
+    )  # fmt: skip
+
+
+def _launch_single_pass(case: Case, basis: torch.Tensor, matrix: torch.Tensor, n: int, found_inf: torch.Tensor | None) -> None:
+    coded, stochastic, on_device = (option in case.options for option in OPTIONS)
+    state = torch.empty(case.rank, n, dtype=torch.uint8 if coded else torch.float32)
+    lists = {"weights": matrix, "grads": matrix, "bases": basis, "exp_avgs": state, "exp_avg_sqs": state}
+    if coded:
+        lists["exp_avg_scales"] = lists["exp_avg_sq_scales"] = torch.empty(scales_shape(state.shape))
+    if on_device:
+        lists["steps"] = torch.empty(())
+    rows = Rows(**dict(zip(lists, pointer_table(*([tensor] for tensor in lists.values())), strict=True)))
+    options = {"count": 1, "right": case.right, "aligned": True, "stochastic": stochastic}
+    single_pass.prepare(rows, matrix, matrix, basis, state, **options)(
+        lr=1e-2, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, scale=0.25, step=3, found_inf=found_inf,
+        device_lr=torch.empty(()) if on_device else None, rounding_seeds=torch.empty(1, dtype=torch.int64) if stochastic else None,
+    )  # fmt: skip
 
 
 def compile_case(case: Case) -> Report:
@@ -186,6 +254,7 @@ def compile_case(case: Case) -> Report:
         found_inf=case.found_inf,
         normalised=case.normalised,
         wide=case.wide,
+        options=list(case.options),
         config=config,
         wanted_config=vars(case.config),
         registers=usage["REG"],
@@ -256,8 +325,31 @@ def versions() -> str:
     return f"torch {torch.__version__}, triton {triton.__version__}, ptxas {ptxas} (sm_100 and later {blackwell}), cuobjdump {cuobjdump}"
 
 
+def text(reports: list[Report]) -> str:
+    """What `--out` writes."""
+    return f"""{versions()}
+config: the blocks in the order of configs.py, warps, stages; N: dtype in which N is stored, - where it stays on the chip
+{table(reports)}
+"""
+
+
 def table(reports: list[Report]) -> str:
-    header = ("kernel", "arch", "side", "dtype", "kind", "N", "shape", "config", "regs", "shared", "spills", "tensor cores", "global")
+    header = (
+        "kernel",
+        "arch",
+        "side",
+        "dtype",
+        "kind",
+        "N",
+        "shape",
+        "options",
+        "config",
+        "regs",
+        "shared",
+        "spills",
+        "tensor cores",
+        "global",
+    )
     lines = [header]
     for report in reports:
         numbers = [str(value) for name, value in report.config.items() if name != "enable_fp_fusion"]
@@ -265,8 +357,9 @@ def table(reports: list[Report]) -> str:
         for name, count in report.global_accesses.items():
             widths[access_bits(name) // 8] += count
         lines.append((
-            report.kernel, f"sm_{report.arch}", report.side, report.dtype, report.kind, report.normalised,
-            "wide" if report.wide else "narrow", "/".join(numbers), str(report.registers),
+            report.kernel, f"sm_{report.arch}", report.side, report.dtype, report.kind,
+            "-" if report.kernel in ("project", "single_pass") else report.normalised, "wide" if report.wide else "narrow",
+            ", ".join(report.options) or "-", "/".join(numbers), str(report.registers),
             f"{report.shared_bytes / 1024:.0f}K", str(sum(report.local_accesses.values())),
             " ".join(report.tensor_cores) or "-", " ".join(f"{bytes_}B x{count}" for bytes_, count in sorted(widths.items())),
         ))  # fmt: skip
@@ -277,6 +370,7 @@ def table(reports: list[Report]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel configuration ahead of time and print what it uses.")
     parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--out", type=Path, help="write the table to this file as well")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -284,10 +378,11 @@ def main() -> None:
     reports = compile_all(arguments.workers)
     if arguments.json:
         print(json.dumps([dataclasses.asdict(report) for report in reports]))
-    else:
-        print(versions())
-        print("config: the blocks in the order of configs.py, warps, stages; N: dtype in which N is stored")
-        print(table(reports))
+        return
+    print(text(reports), end="")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text(reports))
 
 
 if __name__ == "__main__":

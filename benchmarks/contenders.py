@@ -1,165 +1,192 @@
-"""What is compared: this package and the strongest things a user could pick instead, each skipped with a reason where it is missing.
+"""What a step is compared with: the strongest things a user could pick instead, each skipped with a reason where it is missing.
 
-A step contender is `build(params, rank) -> step()`. Gradients are set, and no step after the first one refreshes. All contenders of a
-case share the parameters: a large model would not fit several times, and what a weight holds does not change the time of a step. A
-refresh contender finds one basis for each gradient.
+A contender is `build(params, rank) -> Built`: its states exist, and no further step refreshes. Gradients are set. What a weight holds
+does not change the time of a step, so that the contenders of a case may share the parameters: a large model would not fit several times.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import lowrank_kernels as lrk
-from lowrank_kernels import range_finder, reference
+from lowrank_kernels import reference
 
-from . import shapes
+from .cases import Unavailable
+from .shapes import is_right
 
 NEVER = 10**9
 """A gap between refreshes that no benchmark reaches."""
 LR, SCALE = 1e-4, 0.25
 
-Step = Callable[[], object]
+
+@dataclass(frozen=True)
+class Built:
+    """`state` is whatever holds the tensors that stay between steps."""
+
+    step: Callable[[], object]
+    state: Any
 
 
-def ours(params: list[nn.Parameter], rank: int) -> Step:
-    return low_rank_optimizer(params, rank).step
+Build = Callable[[list[nn.Parameter], int], Built]
+
+OURS: dict[str, dict[str, object]] = {
+    "lowrank_kernels": {},
+    "lowrank_kernels, 8-bit states": {"state_bits": 8},
+    "lowrank_kernels, stochastic rounding": {"rounding": "stochastic"},
+    "lowrank_kernels, CUDA graph": {"capturable": True},
+}
+"""Keys of the low-rank group, by contender. The first is what the others and all baselines are compared with."""
 
 
-def low_rank_optimizer(params: list[nn.Parameter], rank: int) -> lrk.LowRankAdamW:
+def low_rank_optimizer(params: list[nn.Parameter], rank: int, keys: dict[str, object]) -> lrk.LowRankAdamW:
     """After its first step, which chose the bases."""
-    group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": SCALE, "power_iters": 0}
+    group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": SCALE, "power_iters": 0, **keys}
     optimizer = lrk.GaLoreAdamW([group], lr=LR)
     optimizer.step()
     return optimizer
 
 
-def formulas(params: list[nn.Parameter], rank: int) -> Step:
-    """The reference's formulas typed in, one matrix after another: what plain PyTorch code does."""
+def ours(keys: dict[str, object]) -> Build:
+    def build(params: list[nn.Parameter], rank: int) -> Built:
+        optimizer = low_rank_optimizer(params, rank, keys)
+        return Built(optimizer.step, optimizer.state)
+
+    return build
+
+
+def ours_in_a_graph(params: list[nn.Parameter], rank: int) -> Built:
+    """The step as a replay of a CUDA graph: no work of the host."""
+    optimizer = low_rank_optimizer(params, rank, OURS["lowrank_kernels, CUDA graph"])
+    optimizer.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return Built(graph.replay, optimizer.state)
+
+
+def step_one_(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int | Tensor, right: bool) -> None:
+    """The reference's formulas for one matrix."""
+    projected = reference.project(basis, grad, right)
+    normalised = reference.update_moments_(exp_avg, exp_avg_sq, projected, beta1=0.9, beta2=0.999, eps=1e-8, step=step)
+    reference.back_project_(weight, basis, normalised, lr=LR, scale=SCALE, weight_decay=0.0, right=right)
+
+
+def formulas(params: list[nn.Parameter], rank: int, step_one: Callable[..., None] = step_one_) -> Built:
+    """One matrix after another: what plain PyTorch code does."""
     states = []
     for param in params:
         m, n = sorted(param.shape)
         r = min(rank, m)
         basis = torch.linalg.qr(torch.randn(m, r, device=param.device))[0].to(param.dtype)
         states.append((basis, *(torch.zeros(r, n, device=param.device) for _ in range(2))))
-    count = 0
+    count = torch.zeros((), device=params[0].device)  # on the device, so that a compiled step is compiled once
 
     @torch.no_grad()
     def step() -> None:
-        nonlocal count
-        count += 1
-        for param, (basis, exp_avg, exp_avg_sq) in zip(params, states, strict=True):
-            right = param.shape[0] >= param.shape[1]
-            projected = reference.project(basis, param.grad, right)
-            update = reference.update_moments_(exp_avg, exp_avg_sq, projected, beta1=0.9, beta2=0.999, eps=1e-8, step=count)
-            reference.back_project_(param, basis, update, lr=LR, scale=SCALE, weight_decay=0.0, right=right)
+        count.add_(1)
+        for param, state in zip(params, states, strict=True):
+            step_one(param, param.grad, *state, count, is_right(*param.shape))
 
-    return step
+    step()
+    return Built(step, states)
 
 
-def galore_torch(params: list[nn.Parameter], rank: int) -> Step:
-    logging.disable(logging.WARNING)  # an import of its dependencies complains of missing extras
-    try:
+def compiled_formulas(params: list[nn.Parameter], rank: int) -> Built:
+    """The same under torch.compile, a graph for each shape."""
+    torch.compiler.reset()  # or the graphs of all cases count towards one limit
+    return formulas(params, rank, torch.compile(step_one_, fullgraph=True, dynamic=False))
+
+
+def galore_torch(params: list[nn.Parameter], rank: int) -> Built:
+    with _quiet():
         from galore_torch import GaLoreAdamW
-    finally:
-        logging.disable(logging.NOTSET)
     group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": SCALE, "proj_type": "std"}
     optimizer = GaLoreAdamW([group], lr=LR, no_deprecation_warning=True)
-    return optimizer.step
+    # Its first step would take an SVD of every matrix, an hour for a large model. Which basis it has changes neither time nor memory.
+    with mock.patch("torch.linalg.svd", _random_factors):
+        optimizer.step()
+    return Built(optimizer.step, optimizer.state)
 
 
-def adamw_fused(params: list[nn.Parameter], rank: int) -> Step:
+def _random_factors(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the thin SVD's shapes, so that a slice of one keeps as much alive."""
+    rows, columns = matrix.shape
+    thin = min(rows, columns)
+    left = torch.randn(rows, thin, dtype=matrix.dtype, device=matrix.device).div_(rows**0.5)
+    right = torch.randn(thin, columns, dtype=matrix.dtype, device=matrix.device).div_(columns**0.5)
+    return left, torch.ones(thin, dtype=matrix.dtype, device=matrix.device), right
+
+
+def apollo_torch(params: list[nn.Parameter], rank: int) -> Built:
+    """By its documented interface only; its licence is not a free one, so it is in no extra of this package."""
+    try:
+        with _quiet():
+            from apollo_torch import APOLLOAdamW
+    except ImportError as missing:
+        raise Unavailable(f"{missing} (pip install apollo-torch, whose licence forbids commercial use)") from missing
+    group = {"params": params, "rank": rank, "proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": NEVER}
+    optimizer = APOLLOAdamW([group | {"proj_type": "std"}], lr=LR)
+    optimizer.step()
+    return Built(optimizer.step, optimizer.state)
+
+
+def adamw_fused(params: list[nn.Parameter], rank: int) -> Built:
     """Full-rank AdamW: the cost of not projecting at all. Its states have the weights' dtype."""
-    return torch.optim.AdamW(params, lr=LR, fused=True).step
+    optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
+    optimizer.step()
+    return Built(optimizer.step, optimizer.state)
 
 
-STEP_CONTENDERS: dict[str, Callable[[list[nn.Parameter], int], Step]] = {
-    "lowrank_kernels": ours,
+def adamw_8bit(params: list[nn.Parameter], rank: int) -> Built:
+    """Full-rank AdamW with 8-bit states."""
+    try:
+        with _quiet():
+            from bitsandbytes.optim import AdamW8bit
+    except ImportError as missing:
+        raise Unavailable(f"{missing} (pip install bitsandbytes)") from missing
+    optimizer = AdamW8bit(params, lr=LR)
+    optimizer.step()
+    return Built(optimizer.step, optimizer.state)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Peers and their dependencies complain of missing extras when they are imported."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+STEP: dict[str, Build] = {
+    **{name: ours_in_a_graph if "CUDA graph" in name else ours(keys) for name, keys in OURS.items()},
     "galore-torch": galore_torch,
+    "apollo-torch": apollo_torch,
     "formulas in PyTorch": formulas,
+    "formulas, torch.compile": compiled_formulas,
     "AdamW(fused=True), full rank": adamw_fused,
+    "bitsandbytes AdamW8bit, full rank": adamw_8bit,
 }
 
 
-def refresh_contenders(grads: list[Tensor], rank: int, exact: bool) -> dict[str, Callable[[], list[Tensor]]]:
-    """Each returns a basis (…, m, r) for each of the gradients (…, m, n). A full SVD only where `exact`: a model takes it an hour."""
-    arguments = (rank, shapes.OVERSAMPLE, shapes.POWER_ITERS)
-    contenders = {
-        "lowrank_kernels": lambda grad: lrk.ops.range_finder(grad, rank, oversample=shapes.OVERSAMPLE, power_iters=shapes.POWER_ITERS),
-        "PyTorch version": lambda grad: range_finder.range_finder(grad, *arguments),
-        "torch.svd_lowrank": lambda grad: torch.svd_lowrank(grad.float(), q=rank, niter=shapes.POWER_ITERS),  # it takes no bf16
-        "torch.linalg.svd": lambda grad: torch.linalg.svd(grad.float(), full_matrices=False),
-    }
-    if not exact:
-        del contenders["torch.linalg.svd"]
-    return {name: lambda find=find: [find(grad)[0][..., :rank] for grad in grads] for name, find in contenders.items()}
+def require(name: str, device: str) -> None:
+    """Unavailable where a contender needs a GPU and there is none."""
+    if "CUDA graph" in name and device == "cpu":
+        raise Unavailable("it needs a GPU")
 
 
-CHECKED = ("lowrank_kernels", "PyTorch version")
-"""Refresh contenders that must reach the bars below; of the others it is recorded what they reach."""
-ORTHONORMAL, ENERGY = 1e-5, 0.95
-
-
-def make_gradients(case: shapes.RefreshCase, device: str) -> list[Tensor]:
-    """(count, m, n) for each chunk, m ≤ n; of a model as it stores them, so transposed where rows are more."""
-    generator = torch.Generator(device).manual_seed(0)
-    grads = []
-    for count, rows, columns in case.chunks():
-        grad = torch.randn(count, rows, columns, generator=generator, device=device)
-        if case.spectrum == "1/i":
-            terms = min(rows, columns, 4 * case.rank)
-            left = torch.randn(count, rows, terms, generator=generator, device=device) / torch.arange(1, terms + 1, device=device)
-            grad = grad.mul_(0.01).baddbmm_(left, torch.randn(count, terms, columns, generator=generator, device=device))
-        grad = grad.to(case.dtype)
-        grad = grad[0] if isinstance(case.model, tuple) else grad
-        grads.append(grad.mT if rows > columns else grad)
-    return grads
-
-
-def first(batch: Tensor) -> Tensor:
-    """The first matrix of a batch (count, m, n), or the only one (m, n), in fp64."""
-    return (batch[0] if batch.dim() > 2 else batch).double()
-
-
-@torch.no_grad()
-def best_energies(grads: list[Tensor], rank: int) -> list[Tensor]:
-    """Σ_{i≤r} σᵢ² of the first matrix of each batch."""
-    return [torch.linalg.eigvalsh(first(grad) @ first(grad).mT)[-rank:].sum() for grad in grads]
-
-
-@torch.no_grad()
-def check_bases(bases: list[Tensor], grads: list[Tensor], best: list[Tensor]) -> tuple[float, float]:
-    """In fp64: the largest ‖PᵀP − I‖₂ of all bases, and the smallest ‖PᵀG‖²_F / `best` of the first one of each batch."""
-    defects, energies = [], []
-    for basis, grad, most in zip(bases, grads, best, strict=True):
-        identity = torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)
-        defects.append(torch.linalg.matrix_norm(basis.double().mT @ basis.double() - identity, ord=2).max().item())
-        energies.append(((first(basis).mT @ first(grad)).square().sum() / most).item())
-    return max(defects), min(energies)
-
-
-def peak_bytes(run: Callable[[], list[Tensor]], on_gpu: bool) -> tuple[list[Tensor], int]:
-    """What `run` returns, and the most bytes that were allocated while it ran, its results included.
-
-    On a CPU by torch's profiler, which sees every allocation and release of torch's allocator on this thread, inside C++ operators too.
-    It does not see what a BLAS, LAPACK or oneDNN packs in buffers of its own, nor tensors made inside worker threads.
-    """
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return run(), torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it prints when it starts and stops
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = run()
-    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    allocated = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
-    return result, max(allocated, default=0)
+def applies(name: str, dtype: torch.dtype) -> bool:
+    """False where a contender would be another one under a second name: only bf16 weights are rounded stochastically."""
+    return "stochastic" not in name or dtype == torch.bfloat16
 
 
 def make_params(weights: list[tuple[int, int]], dtype: torch.dtype, device: str) -> list[nn.Parameter]:
@@ -171,35 +198,3 @@ def make_params(weights: list[tuple[int, int]], dtype: torch.dtype, device: str)
         param.grad = (torch.randn(shape, generator=generator, device=device) * 0.01).to(dtype)
         params.append(param)
     return params
-
-
-@torch.no_grad()
-def check_step(weights: list[tuple[int, int]], rank: int, dtype: torch.dtype, device: str) -> float:
-    """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of one step of ours, the worst over shapes, against fp64 on the basis that it chose."""
-    worst = 0.0
-    for shape in sorted(set(weights)):
-        params = make_params([shape] * 2, dtype, device)
-        optimizer = low_rank_optimizer(params, rank)
-        before = [param.detach().double().clone() for param in params]
-        states = [{key: value.double().clone() for key, value in optimizer.state[p].items() if key != "step"} for p in params]
-        optimizer.param_groups[0]["lr"] = 1.0  # so that the update is not lost in the weight's rounding
-        optimizer.step()
-        for param, weight, state in zip(params, before, states, strict=True):
-            exact = weight.clone()
-            reference.adamw_step_(
-                [exact],
-                [param.grad.double()],
-                [state["basis"]],
-                [state["exp_avg"]],
-                [state["exp_avg_sq"]],
-                lr=1.0,
-                beta1=0.9,
-                beta2=0.999,
-                eps=1e-8,
-                weight_decay=0.0,
-                scale=SCALE,
-                step=2,
-                right=shape[0] >= shape[1],
-            )
-            worst = max(worst, ((param.double() - exact).norm() / (exact - weight).norm()).item())
-    return worst

@@ -1,8 +1,9 @@
-"""What every result carries, where it is kept, and how it is shown."""
+"""What every result carries, where it is kept, and how a table is shown."""
 
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import platform
 import re
@@ -15,6 +16,7 @@ import torch
 import lowrank_kernels as lrk
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = ("triton", "galore-torch", "apollo-torch", "bitsandbytes", "transformers")
 
 
 def device_name(on_gpu: bool) -> str:
@@ -49,9 +51,19 @@ def provenance(on_gpu: bool) -> dict[str, object]:
         "commit": commit(),
         "lowrank_kernels": lrk.__version__,
         "torch": torch.__version__,
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "versions": {name: version for name in PEERS if (version := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def results_file(folder: Path, origin: dict[str, object]) -> Path:
@@ -65,8 +77,13 @@ def append(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None) -> None:
-    """With rich where it is installed, a GPU machine may have nothing but torch. A rule where the first column changes."""
+def short(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
+
+
+def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None, rules: bool = True) -> None:
+    """With rich where it is installed, a GPU machine may have nothing but torch. With `rules`, one where the first column changes."""
     try:
         from rich.console import Console
         from rich.table import Table
@@ -76,5 +93,5 @@ def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], title: st
     table = Table(*header, title=title)
     for index, line in enumerate(lines):
         last = index + 1 == len(lines) or lines[index + 1][0] != line[0]
-        table.add_row(*line, end_section=last)
+        table.add_row(*line, end_section=last and rules)
     Console(width=170).print(table)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_kernels.rounding import round_stochastically
+
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, "tf32": 2.0**-11}
 """Half the distance from 1 to the next number: the relative error of rounding to nearest."""
 
@@ -91,7 +93,8 @@ def exact_codes(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Te
     """128 + 127·sign(m)·√(|m|/s) and 255·(v/s)^¼ in fp64, which the codes round to nearest; and the scales s of each block of 64."""
     m, v = exp_avg.double(), exp_avg_sq.double()
     (m_peak, v_peak), (m_spread, v_spread) = zip(_block_peaks(m), _block_peaks(v), strict=True)
-    return 128 + 127 * m.sign() * (m.abs() / m_spread).sqrt(), 255 * (v / v_spread).sqrt().sqrt(), m_peak, v_peak
+    m_share, v_share = (x.abs() / spread.clamp_min(1e-300) for x, spread in ((m, m_spread), (v, v_spread)))  # 0 in a block of zeros
+    return 128 + 127 * m.sign() * m_share.sqrt(), 255 * v_share.sqrt().sqrt(), m_peak, v_peak
 
 
 def codes_error(exp_avg: Tensor, exp_avg_sq: Tensor, errors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,8 +109,8 @@ def codes_error(exp_avg: Tensor, exp_avg_sq: Tensor, errors: tuple[Tensor, Tenso
     for values, error, levels in zip((exp_avg, exp_avg_sq), errors, (127, 255), strict=True):
         values, error = values.double().abs(), error.double()
         (_, peak), (of_peak, of_spread) = _block_peaks(values), _block_peaks(error)
-        share = values / peak
-        delta = (error + share * of_spread) / (peak - of_spread)
+        share = values / peak.clamp_min(1e-300)
+        delta = (error + share * of_spread) / (peak - of_spread).clamp_min(1e-300)
         if levels == 127:
             size = share.sqrt()
             of_root = torch.where(values > error, delta / size, (2 * delta).sqrt())
@@ -190,3 +193,14 @@ def back_project_error(
     result = ((1 - lr * weight_decay) * weight.double() - lr * scale * (p @ n)).abs()
     smallest = {torch.float16: 2.0**-24}.get(weight.dtype, TINY)
     return in_fp32 + store * (result + in_fp32) + smallest
+
+
+def rounded_between(exact: Tensor, error: Tensor, seed: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """The least and the greatest bf16 that stochastic rounding, with the bits of (seed, step), makes of an fp32 within `error` of exact.
+
+    exact, error: fp64, (rows, columns) as stored; error without a store. With its bits given, rounding is monotone in the value: so
+    these are the results for the ends of the interval, each moved outwards to the next fp32.
+    """
+    least = torch.nextafter((exact - error).float(), exact.new_full((), -torch.inf).float())
+    greatest = torch.nextafter((exact + error).float(), exact.new_full((), torch.inf).float())
+    return round_stochastically(least, seed, step), round_stochastically(greatest, seed, step)

@@ -1,21 +1,27 @@
-"""W' = (1 − lr·wd)·W' − lr·α·P·N: decay first, one rounding on the store.
+"""W' = (1 − lr·wd)·W' − lr·α·P·N: decay first, one rounding on the store, to nearest or stochastically.
 
-W' is W of shape (m, n) on the left side and Wᵀ on the right, where the stored W is (n, m): the two sides differ in strides alone.
+W' is W of shape (m, n) on the left side and Wᵀ on the right, where the stored W is (n, m): the two sides differ in strides, and in
+which way the random bits of a stochastic rounding run.
 """
+
+from collections.abc import Callable
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, table
+from . import adam, configs, rounding, table
 from .dots import FLOATS, TRITON_DTYPES, dot_of, round_operand
 
 
-@triton.jit(do_not_specialize_on_alignment=["weights_at", "bases_at"])
+@triton.jit(
+    do_not_specialize=["step"],
+    do_not_specialize_on_alignment=["weights_at", "bases_at", "steps_at", "found_inf", "device_lr", "seeds"],
+)
 def _back_project_kernel(
-    weights_at, bases_at, normalised, found_inf,
-    m, n, rank, stride_wm, stride_wn, stride_pm, stride_pr, decay, step_size,
-    W_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr,
+    weights_at, bases_at, steps_at, normalised, found_inf, device_lr, seeds,
+    m, n, rank, stride_wm, stride_wn, stride_pm, stride_pr, decay, step_size, step,
+    W_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr, RIGHT: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -25,8 +31,10 @@ def _back_project_kernel(
     # Programs on the same strip of N are neighbours, so that its re-reads hit L2.
     matrix = tl.program_id(1).to(tl.int64)
     row_tiles = tl.cdiv(m, BLOCK_M)
-    offs_m = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) // row_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m = tl.program_id(0) % row_tiles * BLOCK_M
+    first_n = tl.program_id(0) // row_tiles * BLOCK_N
+    offs_m = first_m + tl.arange(0, BLOCK_M)
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
     in_m = offs_m < m
     in_n = offs_n < n
@@ -51,7 +59,11 @@ def _back_project_kernel(
     w_at = weight + offs_m[:, None].to(tl.int64) * stride_wm + offs_n[None, :].to(tl.int64) * stride_wn
     inside = in_m[:, None] & in_n[None, :]
     w = tl.load(w_at, mask=inside, other=0.0).to(tl.float32)
-    w = tl.cast(decay, tl.float32) * w - tl.cast(step_size, tl.float32) * acc
+    decay, step_size = adam.coefficients(device_lr, decay, step_size)
+    w = decay * w - step_size * acc
+    if seeds is not None:
+        t = adam.step_number(steps_at, matrix, step)
+        w = rounding.round_stochastically(w, first_m, first_n, tl.load(seeds + matrix), t, RIGHT)
     tl.store(w_at, w.to(W_DTYPE), mask=inside)
 
 
@@ -76,8 +88,10 @@ def back_project_(
     check(weights, bases, right, found_inf)
     m, rank = bases[0].shape
     table.check_batch("normalised", normalised, bases, FLOATS, shape=(rank, weights[0].shape[0 if right else 1]))
-    rows = table.pointer_table(weights, bases)
-    launch(*rows, weights, bases, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right, found_inf=found_inf)
+    rows, aligned = table.pointer_table(weights, bases), table.aligned(weights, bases)
+    launch = prepare(*rows, weights[0], bases[0], right=right, aligned=aligned)
+    with table.on_device(normalised.device):
+        launch(normalised, lr=lr, scale=scale, weight_decay=weight_decay, found_inf=found_inf)
 
 
 def check(weights: list[Tensor], bases: list[Tensor], right: bool, found_inf: Tensor | None) -> None:
@@ -91,32 +105,42 @@ def check(weights: list[Tensor], bases: list[Tensor], right: bool, found_inf: Te
         raise ValueError(f"a basis (m, r) must fit a {side} weight {shape}, got {tuple(bases[0].shape)} and {tuple(weights[0].shape)}")
 
 
-def launch(
-    weights_at: Tensor,
-    bases_at: Tensor,
-    weights: list[Tensor],
-    bases: list[Tensor],
-    normalised: Tensor,
-    *,
-    lr: float,
-    scale: float,
-    weight_decay: float,
-    right: bool,
-    found_inf: Tensor | None,
-) -> None:
-    """back_project_, given the pointer table and checked buckets."""
-    weight, basis = weights[0].mT if right else weights[0], bases[0]
+def prepare(
+    weights_at: Tensor, bases_at: Tensor, weight: Tensor, basis: Tensor, *, right: bool, aligned: bool, steps_at: Tensor | None = None
+) -> Callable:
+    """The launch for one bucket, given its table: launch(normalised, *, lr, scale, weight_decay, found_inf, …) on the current device.
+
+    weight and basis stand for the shapes, strides and dtypes of all; of them only numbers are kept. The launch takes device_lr, one
+    fp32 on the device, instead of lr; and for bf16 weights rounding_seeds, (B,) int64, which rounds them stochastically, with the
+    number of this update: `step`, or what the fp32 counters at steps_at say.
+    """
+    weight = weight.mT if right else weight
     (m, rank), n = basis.shape, weight.shape[1]
     arch = configs.architecture(basis.device)
     dot = dot_of(basis.dtype, basis.dtype, arch)
-    aligned = table.aligned(weights, bases)
     config = configs.back_project_config(arch, dot.kind, rank, aligned and table.wide(weight, basis))
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)
-    if tiles:
-        with table.on_device(basis.device):
-            _back_project_kernel[(tiles, len(weights))](
-                weights_at, bases_at, normalised, found_inf,
-                m, n, rank, *weight.stride(), *basis.stride(), 1.0 - lr * weight_decay, float(lr * scale),
-                TRITON_DTYPES[weight.dtype], TRITON_DTYPES[basis.dtype], dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, aligned,
-                **vars(config),
-            )  # fmt: skip
+    if not tiles:
+        return lambda *_, **__: None
+    kernel, options = _back_project_kernel[(tiles, weights_at.numel())], vars(config)
+    numbers = m, n, rank, *weight.stride(), *basis.stride()
+    constexprs = (
+        TRITON_DTYPES[weight.dtype], TRITON_DTYPES[basis.dtype], right, dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, aligned,
+    )  # fmt: skip
+
+    def launch(normalised, *, lr, scale, weight_decay, found_inf, device_lr=None, rounding_seeds=None, step=None):
+        if device_lr is None:
+            coefficients = 1.0 - lr * weight_decay, float(lr * scale)
+        else:
+            coefficients = float(weight_decay), float(scale)
+        # What a launch does not read is None to it, so that it is no reason to compile anew.
+        if rounding_seeds is None:
+            counters = count = None
+        else:
+            counters, count = steps_at, None if steps_at is not None else step
+        kernel(
+            weights_at, bases_at, counters, normalised, found_inf, device_lr, rounding_seeds,
+            *numbers, *coefficients, count, *constexprs, **options,
+        )  # fmt: skip
+
+    return launch

@@ -4,6 +4,7 @@ Nothing here was timed yet. Each row compiles clean (no spill, shared memory wit
 16-byte global accesses) for its architecture, which tests/kernels/test_aot.py holds it to.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +45,36 @@ class BackProjectConfig:
 
 @dataclass(frozen=True)
 class MomentsConfig:
-    """A program owns BLOCK consecutive elements of M, V, R and N."""
+    """A program owns ROWS x COLUMNS of M, V, R and N. Moments in fp32 are one long row to it; 8-bit ones come in blocks of 64 columns."""
 
-    BLOCK: int
+    ROWS: int
+    COLUMNS: int
     num_warps: int
     enable_fp_fusion: bool = True
+
+
+@dataclass(frozen=True)
+class SinglePassConfig:
+    """A program owns BLOCK_N columns of a matrix and up to BLOCK_R directions: R is summed over BLOCK_K rows of P and G' at a time, the
+    moments advance in SLICES parts of BLOCK_R / SLICES directions, and W' follows BLOCK_M rows at a time.
+    """
+
+    BLOCK_R: int
+    SLICES: int
+    BLOCK_N: int
+    BLOCK_K: int
+    BLOCK_M: int
+    num_warps: int
+    num_stages: int
+    enable_fp_fusion: bool = True
+
+    @property
+    def rank_covered(self) -> int:
+        return self.BLOCK_R
+
+    def programs(self, n: int, count: int) -> int:
+        """Programs of one launch for `count` matrices with n columns."""
+        return triton.cdiv(n, self.BLOCK_N) * count
 
 
 # Rows rise in the rank they cover; the last one serves every larger rank by looping or by more programs. Programs that share a
@@ -101,7 +127,60 @@ BACK_PROJECT = {
 }
 BACK_PROJECT[100] = BACK_PROJECT[90]
 
-MOMENTS = MomentsConfig(BLOCK=1024, num_warps=4)
+# By kind of dot and dtype of the moments: decoding and encoding 8-bit ones takes registers. A row covers every rank up to BLOCK_R, the
+# last one the largest that fits on the chip. P is read from L2 twice by every program, 4·r bytes a row for 6·BLOCK_N bytes of G and W
+# in 16 bits, which is what a wide BLOCK_N is for. The None rows serve the interpreter alone.
+SINGLE_PASS = {
+    80: {
+        ("16bit", "fp32"): (
+            SinglePassConfig(64, 2, 64, 64, 64, 4, 3),
+            SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
+            SinglePassConfig(256, 8, 64, 64, 64, 8, 3),
+        ),
+        ("tf32", "fp32"): (
+            SinglePassConfig(32, 1, 64, 32, 64, 4, 3),
+            SinglePassConfig(64, 2, 64, 32, 64, 4, 3),
+            SinglePassConfig(128, 2, 64, 32, 64, 8, 3),
+        ),
+    },
+    90: {
+        ("16bit", "fp32"): (
+            SinglePassConfig(32, 1, 64, 64, 64, 4, 3),
+            SinglePassConfig(64, 2, 64, 64, 64, 4, 3),
+            SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
+            SinglePassConfig(256, 16, 128, 32, 64, 8, 3),
+            SinglePassConfig(512, 16, 64, 32, 64, 8, 2),
+        ),
+        ("16bit", "8-bit"): (
+            SinglePassConfig(32, 1, 64, 64, 64, 4, 3),
+            SinglePassConfig(64, 2, 64, 64, 64, 4, 3),
+            SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
+            SinglePassConfig(256, 8, 64, 64, 64, 8, 3),
+            SinglePassConfig(512, 16, 64, 32, 64, 8, 2),
+        ),
+        ("tf32", "fp32"): (
+            SinglePassConfig(32, 1, 64, 32, 64, 4, 3),
+            SinglePassConfig(64, 2, 64, 32, 64, 4, 3),
+            SinglePassConfig(128, 4, 128, 32, 64, 8, 3),
+        ),
+    },
+    None: {
+        ("16bit", "fp32"): (
+            SinglePassConfig(16, 1, 64, 16, 16, 4, 2),
+            SinglePassConfig(64, 2, 128, 32, 16, 4, 2),
+            SinglePassConfig(128, 8, 64, 32, 32, 4, 2),
+        ),
+    },
+}
+SINGLE_PASS[80]["16bit", "8-bit"] = SINGLE_PASS[80]["16bit", "fp32"]
+SINGLE_PASS[80]["tf32", "8-bit"] = SINGLE_PASS[80]["tf32", "fp32"]
+SINGLE_PASS[90]["tf32", "8-bit"] = SINGLE_PASS[90]["tf32", "fp32"]
+# On sm_100 the row for rank 512 spills.
+SINGLE_PASS[100] = {kind: tuple(row for row in rows if row.BLOCK_R < 512) for kind, rows in SINGLE_PASS[90].items()}
+SINGLE_PASS[None] = dict.fromkeys(itertools.product(("16bit", "ieee"), ("fp32", "8-bit")), SINGLE_PASS[None]["16bit", "fp32"])
+
+MOMENTS = MomentsConfig(ROWS=1, COLUMNS=1024, num_warps=4)
+MOMENTS_8BIT = MomentsConfig(ROWS=2, COLUMNS=256, num_warps=4)
 
 
 def architecture(device: torch.device) -> int | str | None:
@@ -126,3 +205,13 @@ def project_config(arch: int | str | None, kind: str, rank: int, wide: bool) -> 
 def back_project_config(arch: int | str | None, kind: str, rank: int, wide: bool) -> BackProjectConfig:
     """As project_config."""
     return _first_that_covers(BACK_PROJECT.get(arch if wide else None, BACK_PROJECT[None])[kind], rank)
+
+
+def single_pass_config(arch: int | str | None, kind: str, rank: int, wide: bool, eight_bit: bool) -> SinglePassConfig | None:
+    """The first row that covers the rank. None, which leaves the bucket to two passes: for larger ranks, fp32 dots without tf32, unknown
+    architectures, and on a GPU shapes whose accesses are narrower than 16 bytes (see project_config).
+    """
+    if arch is not None and not wide:
+        return None
+    rows = SINGLE_PASS.get(arch, {}).get((kind, "8-bit" if eight_bit else "fp32"), ())
+    return next((row for row in rows if row.rank_covered >= rank), None)

@@ -1,46 +1,71 @@
 """M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε).
 
-Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch.optim.AdamW.
+Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch.optim.AdamW. M and V are stored in fp32, or as 8-bit
+codes with a scale for each 64 neighbours along n, see eight_bit.py; N comes from the new moments before they are coded again.
 """
+
+import math
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, table
+from . import adam, configs, eight_bit, table
 from .dots import FLOATS
 
 
-@triton.jit(do_not_specialize_on_alignment=["exp_avgs_at", "exp_avg_sqs_at"])
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "exp_avgs_at", "exp_avg_sqs_at", "exp_avg_scales_at", "exp_avg_sq_scales_at", "steps_at", "found_inf",
+    ]
+)  # fmt: skip
 def _update_moments_kernel(
-    exp_avgs_at, exp_avg_sqs_at, projected, normalised, found_inf,
-    numel, beta1, one_minus_beta1, beta2, one_minus_beta2, bias_correction1, bias_correction2, eps,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    exp_avgs_at, exp_avg_sqs_at, exp_avg_scales_at, exp_avg_sq_scales_at, steps_at, projected, normalised, found_inf,
+    rows, columns, beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
+    EIGHT_BIT: tl.constexpr = exp_avg_scales_at is not None
+    STATE: tl.constexpr = tl.uint8 if EIGHT_BIT else tl.float32
     matrix = tl.program_id(1).to(tl.int64)
-    exp_avg = tl.load(exp_avgs_at + matrix).to(tl.pointer_type(tl.float32))
-    exp_avg_sq = tl.load(exp_avg_sqs_at + matrix).to(tl.pointer_type(tl.float32))
+    exp_avg = tl.load(exp_avgs_at + matrix).to(tl.pointer_type(STATE))
+    exp_avg_sq = tl.load(exp_avg_sqs_at + matrix).to(tl.pointer_type(STATE))
     if ALIGNED:
         exp_avg = tl.multiple_of(exp_avg, 16)
         exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = offs < numel
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < rows) & (column < columns)
+    at = row.to(tl.int64) * columns + column
+    batch_at = matrix * rows * columns + at
+    r = tl.load(projected + batch_at, mask=inside, other=0.0)
+    m = tl.load(exp_avg + at, mask=inside, other=128 if EIGHT_BIT else 0)
+    v = tl.load(exp_avg_sq + at, mask=inside, other=0)
+    if EIGHT_BIT:
+        blocks = tl.cdiv(columns, eight_bit.BLOCK)
+        block = tl.program_id(0) % column_tiles * (COLUMNS // eight_bit.BLOCK) + tl.arange(0, COLUMNS // eight_bit.BLOCK)[None, :]
+        block_inside = (row < rows) & (block < blocks)
+        m_scales_at = tl.load(exp_avg_scales_at + matrix).to(tl.pointer_type(tl.float32)) + (row.to(tl.int64) * blocks + block)
+        v_scales_at = tl.load(exp_avg_sq_scales_at + matrix).to(tl.pointer_type(tl.float32)) + (row.to(tl.int64) * blocks + block)
+        m = eight_bit.decode_m(m, tl.load(m_scales_at, mask=block_inside, other=0.0))
+        v = eight_bit.decode_v(v, tl.load(v_scales_at, mask=block_inside, other=0.0))
 
-    r = tl.load(projected + matrix * numel + offs, mask=inside, other=0.0)
-    m = tl.load(exp_avg + offs, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq + offs, mask=inside, other=0.0)
-    m = tl.cast(beta1, tl.float32) * m + tl.cast(one_minus_beta1, tl.float32) * r
-    v = tl.cast(beta2, tl.float32) * v + tl.cast(one_minus_beta2, tl.float32) * (r * r)
-    tl.store(exp_avg + offs, m, mask=inside)
-    tl.store(exp_avg_sq + offs, v, mask=inside)
-    # Correctly rounded division and root: the fast ones flush subnormals, and the kernel waits for memory anyway.
-    root = tl.sqrt_rn(tl.div_rn(v, tl.cast(bias_correction2, tl.float32)))
-    norm = tl.div_rn(tl.div_rn(m, tl.cast(bias_correction1, tl.float32)), root + tl.cast(eps, tl.float32))
-    tl.store(normalised + matrix * numel + offs, norm.to(normalised.dtype.element_ty), mask=inside)
+    m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
+    correction1, correction2 = adam.bias_corrections(steps_at, matrix, correction1, correction2)
+    norm = adam.normalise(m, v, correction1, correction2, eps)
+    tl.store(normalised + batch_at, norm.to(normalised.dtype.element_ty), mask=inside)
+    if EIGHT_BIT:
+        m, m_scales = eight_bit.encode_m(m, inside)
+        v, v_scales = eight_bit.encode_v(v, inside)
+        tl.store(m_scales_at, m_scales, mask=block_inside)
+        tl.store(v_scales_at, v_scales, mask=block_inside)
+    tl.store(exp_avg + at, m, mask=inside)
+    tl.store(exp_avg_sq + at, v, mask=inside)
 
 
 def update_moments_(
@@ -62,8 +87,11 @@ def update_moments_(
     so M and V keep their bits and N is undefined. Raises ValueError for a list that is not a bucket and for shapes that do not fit.
     """
     check(exp_avgs, exp_avg_sqs, projected, step, found_inf, out)
-    rows = table.pointer_table(exp_avgs, exp_avg_sqs)
-    return launch(*rows, exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=step, found_inf=found_inf, out=out)
+    out = projected if out is None else out
+    launch = prepare(*table.pointer_table(exp_avgs, exp_avg_sqs), exp_avgs[0], aligned=table.aligned(exp_avgs, exp_avg_sqs))
+    with table.on_device(projected.device):
+        launch(projected, out, beta1=beta1, beta2=beta2, eps=eps, step=step, found_inf=found_inf)
+    return out
 
 
 def check(
@@ -87,31 +115,45 @@ def check_states(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: int, f
         raise ValueError(f"step counts from 1, got {step}")
 
 
-def launch(
+def prepare(
     exp_avgs_at: Tensor,
     exp_avg_sqs_at: Tensor,
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    projected: Tensor,
+    exp_avg: Tensor,
     *,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    step: int,
-    found_inf: Tensor | None,
-    out: Tensor | None,
-) -> Tensor:
-    """update_moments_, given the pointer table and checked buckets."""
-    out = projected if out is None else out
-    numel, device = exp_avgs[0].numel(), exp_avgs[0].device
-    tiles = triton.cdiv(numel, configs.MOMENTS.BLOCK)
-    if tiles:
-        # 1 − β is taken in double: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5 of itself.
-        with table.on_device(device):
-            _update_moments_kernel[(tiles, len(exp_avgs))](
-                exp_avgs_at, exp_avg_sqs_at, projected, out, found_inf,
-                numel, float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, 1.0 - beta1**step, 1.0 - beta2**step, float(eps),
-                table.aligned(exp_avgs, exp_avg_sqs),
-                **vars(configs.MOMENTS),
-            )  # fmt: skip
-    return out
+    aligned: bool,
+    exp_avg_scales_at: Tensor | None = None,
+    exp_avg_sq_scales_at: Tensor | None = None,
+    steps_at: Tensor | None = None,
+) -> Callable:
+    """The launch for one bucket: launch(projected, normalised, *, beta1, beta2, eps, step, found_inf), on the current device.
+
+    exp_avg stands for the shape of all; of it only numbers are kept. With scales the moments are 8-bit codes. steps_at: addresses
+    of fp32 counters, instead of `step`.
+    """
+    rows, columns = exp_avg.shape
+    config = configs.MOMENTS if exp_avg_scales_at is None else configs.MOMENTS_8BIT
+    if exp_avg_scales_at is None:  # no neighbours to respect: one row
+        rows, columns = 1, rows * columns
+    tiles = triton.cdiv(rows, config.ROWS) * triton.cdiv(columns, config.COLUMNS)
+    if not tiles:
+        return lambda *_, **__: None
+    kernel, options = _update_moments_kernel[(tiles, exp_avgs_at.numel())], vars(config)
+
+    def launch(projected, normalised, *, beta1, beta2, eps, step, found_inf):
+        # Taken in double: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5 of itself.
+        if steps_at is None:
+            corrections = 1.0 - beta1**step, 1.0 - beta2**step
+        else:
+            corrections = log(beta1), log(beta2)
+        kernel(
+            exp_avgs_at, exp_avg_sqs_at, exp_avg_scales_at, exp_avg_sq_scales_at, steps_at, projected, normalised, found_inf,
+            rows, columns, float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, *corrections, float(eps),
+            aligned, **options,
+        )  # fmt: skip
+
+    return launch
+
+
+def log(beta: float) -> float:
+    """ln β, −∞ for β = 0: what adam.bias_corrections takes beside counters on the device."""
+    return math.log(beta) if beta else -math.inf

@@ -3,6 +3,8 @@
 G' is G of shape (m, n) on the left side and Gᵀ on the right, where the stored G is (n, m): the two sides differ in strides alone.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -59,7 +61,12 @@ def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     list that is not a bucket and for shapes that do not fit.
     """
     check(bases, grads, right)
-    return launch(*table.pointer_table(bases, grads), bases, grads, right)
+    rank, n = bases[0].shape[1], grads[0].shape[0 if right else 1]
+    projected = torch.empty((len(bases), rank, n), dtype=torch.float32, device=bases[0].device)
+    launch = prepare(*table.pointer_table(bases, grads), bases[0], grads[0], right=right, aligned=table.aligned(bases, grads))
+    with table.on_device(projected.device):
+        launch(projected)
+    return projected
 
 
 def check(bases: list[Tensor], grads: list[Tensor], right: bool) -> None:
@@ -72,22 +79,24 @@ def check(bases: list[Tensor], grads: list[Tensor], right: bool) -> None:
         raise ValueError(f"a basis (m, r) must fit a {side} gradient {shape}, got {tuple(bases[0].shape)} and {tuple(grads[0].shape)}")
 
 
-def launch(bases_at: Tensor, grads_at: Tensor, bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
-    """project, given the pointer table and checked buckets."""
-    basis, grad = bases[0], grads[0].mT if right else grads[0]
+def prepare(bases_at: Tensor, grads_at: Tensor, basis: Tensor, grad: Tensor, *, right: bool, aligned: bool) -> Callable[[Tensor], None]:
+    """The launch for one bucket, given its table: launch(projected) on the current device.
+
+    basis and grad stand for the shapes, strides and dtypes of all; of them only numbers are kept.
+    """
+    grad = grad.mT if right else grad
     (m, rank), n = basis.shape, grad.shape[1]
     arch = configs.architecture(basis.device)
     dot = dot_of(basis.dtype, grad.dtype, arch)
-    aligned = table.aligned(bases, grads)
     config = configs.project_config(arch, dot.kind, rank, aligned and table.wide(basis, grad))
-    projected = torch.empty((len(bases), rank, n), dtype=torch.float32, device=basis.device)
     tiles = triton.cdiv(rank, config.BLOCK_R) * triton.cdiv(n, config.BLOCK_N)
-    if tiles:
-        with table.on_device(basis.device):
-            _project_kernel[(tiles, len(bases))](
-                bases_at, grads_at, projected,
-                m, n, rank, *basis.stride(), *grad.stride(),
-                TRITON_DTYPES[basis.dtype], TRITON_DTYPES[grad.dtype], dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, aligned,
-                **vars(config),
-            )  # fmt: skip
-    return projected
+    if not tiles:
+        return lambda projected: None
+    kernel, options = _project_kernel[(tiles, bases_at.numel())], vars(config)
+    numbers = m, n, rank, *basis.stride(), *grad.stride()
+    constexprs = TRITON_DTYPES[basis.dtype], TRITON_DTYPES[grad.dtype], dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, aligned
+
+    def launch(projected: Tensor) -> None:
+        kernel(bases_at, grads_at, projected, *numbers, *constexprs, **options)
+
+    return launch

@@ -1,4 +1,4 @@
-"""The quality study measures what it says, and fails where a bar is missed; the refresh suite checks, counts and chunks."""
+"""The quality study measures what it says, and fails where a bar is missed."""
 
 import math
 import sys
@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import lowrank_kernels as lrk
-from benchmarks import __main__ as suites
-from benchmarks import contenders, quality, shapes
+from benchmarks import quality
 
 
 @pytest.fixture
@@ -175,40 +174,3 @@ def test_warm_starts_pass_the_previous_basis_on(monkeypatch, gradients):
     assert len(rows) == 2 * len(gradients)  # the first gradient of each weight starts cold and is not counted
     assert [start is None for start in starts] == [True, False] * (2 * len(gradients))
     assert {row["family"] for row in rows} == {"gradients, warm start"}
-
-
-def test_peak_bytes_sees_what_an_operator_allocates_inside():
-    grad = torch.randn(96, 200)
-    result, peak = contenders.peak_bytes(lambda: [grad + grad], on_gpu=False)
-    assert peak == result[0].nbytes
-    _, peak = contenders.peak_bytes(lambda: [grad + grad, grad + grad][:1], on_gpu=False)
-    assert peak == 2 * grad.nbytes
-    _, peak = contenders.peak_bytes(lambda: [torch.linalg.svd(grad, full_matrices=False)[0]], on_gpu=False)
-    assert peak > (96 * 96 + 96 + 96 * 200) * 4  # U, σ, Vᵀ and LAPACK's workspace
-
-
-@pytest.fixture
-def tiny_model(monkeypatch):
-    """A LLaMA with both orientations, more chunks than shapes."""
-    monkeypatch.setitem(shapes.LLAMA, "tiny", (32, 48, 3))
-    monkeypatch.setattr(shapes, "CHUNK_BYTES", 5 * 32 * 48 * 4)
-    return shapes.RefreshCase("tiny", 8)
-
-
-def test_refresh_of_a_model_covers_it_in_chunks(tiny_model):
-    chunks = tiny_model.chunks()
-    assert sum(count for count, _, _ in chunks) == 21
-    assert max(count * m * n * 4 for count, m, n in chunks) <= shapes.CHUNK_BYTES
-    assert tiny_model.flops() == sum(4 * 2 * m * n * 16 for m, n in shapes.model_shapes("tiny"))
-    grads = contenders.make_gradients(tiny_model, "cpu")
-    assert all(grad.shape[-2] <= grad.shape[-1] for grad in grads)
-    rows = suites.run_refresh(tiny_model, False, 0.1, {"matmul_tflop_per_s_float32": 0.1})
-    assert [row["contender"] for row in rows] == ["lowrank_kernels", "PyTorch version", "torch.svd_lowrank"]
-    assert all(row["captured_energy"] > 0.95 and row["peak_mb"] > 0 for row in rows)
-    assert rows[0]["percent_of_matmul"] == pytest.approx(rows[0]["tflop_per_s"] / 0.1 * 100)
-
-
-def test_refresh_stops_at_a_bad_basis(monkeypatch):
-    monkeypatch.setattr(lrk.ops, "range_finder", lambda grad, rank, **options: (random_basis(grad.shape[-2], rank), None))
-    with pytest.raises(SystemExit, match="refresh 64x96 r=16 1/i: the basis of lowrank_kernels"):
-        suites.run_refresh(shapes.RefreshCase((64, 96), 16), False, 0.1, {})

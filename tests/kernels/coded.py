@@ -24,7 +24,7 @@ def coded_states(count: int, r: int, n: int, scale: float = 1.0) -> list[list[to
     lists = [[], [], [], []]
     for _ in range(count):
         m, v = scale * torch.randn(r, n, dtype=torch.float64), scale**2 * (0.1 + torch.rand(r, n, dtype=torch.float64))
-        coded = [torch.empty(r, n, dtype=torch.uint8) for _ in range(2)] + [torch.empty(eight_bit.scales_shape((r, n))) for _ in range(2)]
+        coded = [torch.zeros(r, n, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(eight_bit.scales_shape((r, n))) for _ in range(2)]
         eight_bit.encode_(m, v, *coded)
         for tensors, values in zip(lists, coded, strict=True):
             tensors.append(guarded_codes(values) if values.dtype == torch.uint8 else guarded(values.to(DEVICE)))

@@ -3,10 +3,10 @@ import torch
 from buckets import DEVICE, DTYPES, LAYOUTS, SHAPES, bits, frames_intact, matrices, orient, same_bits, stored, tf32_unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import UNIT, assert_within, back_project_error, store_unit
+from tolerances import UNIT, assert_within, back_project_error, rounded_between, store_unit
 
-from lowrank_kernels import reference
-from lowrank_kernels.kernels import configs
+from lowrank_kernels import philox, reference
+from lowrank_kernels.kernels import back_project, configs, table
 from lowrank_kernels.kernels.back_project import back_project_
 from lowrank_kernels.kernels.dots import INTERPRETED
 
@@ -151,6 +151,119 @@ def test_found_inf_of_zero_changes_nothing():
     back_project_(weights, bases, normalised, right=False, **UPDATE)
     back_project_(copies, bases, normalised, right=False, **UPDATE, found_inf=torch.zeros(1, device=DEVICE))
     assert same_bits(bits(weights), bits(copies))
+
+
+def launched(weights, bases, normalised, right, counts=None, **arguments):
+    """The launch, with what back_project_ does not offer; counts: fp32 on the device, one a matrix."""
+    rows = table.pointer_table(weights, bases, *([counts] if counts else []))
+    launch = back_project.prepare(
+        *rows[:2], weights[0], bases[0], right=right, aligned=table.aligned(weights, bases), steps_at=rows[2] if counts else None
+    )
+    launch(normalised, **{"found_inf": None, **arguments})
+
+
+@SIDES
+def test_learning_rate_on_the_device(right):
+    """lr is the fp32 there, and the argument is not looked at."""
+    weights, bases, normalised = stored(2, 70, 66, right, torch.float32), matrices(2, 70, 9, torch.float32), normalised_of(2, 9, 66)
+    before = [weight.double() for weight in weights]
+    device_lr = torch.tensor(UPDATE["lr"], device=DEVICE)
+    launched(weights, bases, normalised, right, **{**UPDATE, "lr": float("nan")}, device_lr=device_lr)
+    tf32 = tf32_unit(torch.float32)
+    update = {**UPDATE, "lr": float(device_lr)}
+    for weight, expected, basis, norm in zip(weights, before, bases, normalised, strict=True):
+        w = orient(expected, right).float()
+        bound = back_project_error(
+            w, basis, norm, **update, store=UNIT[torch.float32], operand_unit=tf32, basis_unit=tf32, device_lr=True
+        )  # fmt: skip
+        reference.back_project_(expected, basis.double(), norm.double(), right=right, **update)
+        assert_within(orient(weight, right), orient(expected, right), bound, "W")
+    assert frames_intact(weights)
+
+
+def check_drawn(weights, bases, normalised, right, seeds, step, counts=None, sharp=0.9, **update):
+    """Rounded stochastically, with the reference's draws: what differs lies within the fp32 error of a threshold."""
+    before = [weight.double() for weight in weights]
+    launched(weights, bases, normalised, right, counts, **update, rounding_seeds=seeds, step=step)
+    tf32 = tf32_unit(bases[0].dtype)
+    for index, (weight, w, basis, norm) in enumerate(zip(weights, before, bases, normalised, strict=True)):
+        rounds_n = bases[0].dtype != torch.float32 and normalised.dtype != bases[0].dtype
+        error = back_project_error(
+            orient(w, right), basis, norm, **update, store=0.0,
+            operand_unit=(2 * UNIT[bases[0].dtype] if rounds_n else 0.0) + tf32, basis_unit=tf32,
+        )  # fmt: skip
+        arguments = {name: update[name] for name in ("lr", "scale", "weight_decay")}
+        exact = reference.updated_weight(w, basis.double(), norm.double(), **arguments, right=right)
+        t = int(counts[index]) + 1 if counts else step
+        least, greatest = rounded_between(exact, orient(error, right), seeds[index : index + 1], t)
+        assert ((least <= weight) & (weight <= greatest)).all()
+        assert (least == greatest).float().mean() >= sharp  # the interval leaves a choice to few
+    assert frames_intact(weights)
+
+
+@SIDES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stochastic_rounding(shape, right):
+    m, n, r = shape
+    seeds = philox.seed_tensor([philox.derive_seed(7, index) for index in range(2)], DEVICE)
+    bases, normalised = matrices(2, m, r, torch.bfloat16), normalised_of(2, r, n, torch.bfloat16)
+    check_drawn(stored(2, m, n, right, torch.bfloat16), bases, normalised, right, seeds, 3, **UPDATE)
+
+
+@SIDES
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_stochastic_rounding_of_any_layout(layout, right):
+    """The draws belong to elements, not to places in memory. fp32 bases, for a change; tf32 widens the intervals."""
+    seeds = philox.seed_tensor([11, 12, 13], DEVICE)
+    weights = stored(3, 67, 70, right, torch.bfloat16, layout)
+    normalised = normalised_of(3, 35, 70)
+    sharp = 0.9 if INTERPRETED else 0.0
+    check_drawn(weights, matrices(3, 67, 35, torch.float32), normalised, right, seeds, 1, sharp=sharp, **UPDATE)
+
+
+@SIDES
+def test_stochastic_rounding_with_steps_counted_on_the_device(right):
+    """Each matrix draws with its own count."""
+    seeds = philox.seed_tensor([5, 5], DEVICE)
+    counts = [torch.full((), float(count), device=DEVICE) for count in (0, 41)]
+    bases, normalised = matrices(2, 70, 9, torch.bfloat16), normalised_of(2, 9, 66, torch.bfloat16)
+    check_drawn(stored(2, 70, 66, right, torch.bfloat16), bases, normalised, right, seeds, None, counts, **UPDATE)
+
+
+@SIDES
+def test_stochastic_rounding_keeps_what_bf16_holds(right):
+    weights, bases = stored(2, 70, 66, right, torch.bfloat16), matrices(2, 70, 9, torch.bfloat16)
+    kept = bits(weights)
+    zeros, seeds = torch.zeros(2, 9, 66, device=DEVICE), philox.seed_tensor([1, 2], DEVICE)
+    launched(weights, bases, zeros, right, lr=0.1, scale=0.25, weight_decay=0.0, rounding_seeds=seeds, step=1)
+    assert same_bits(bits(weights), kept)
+
+
+@SIDES
+@pytest.mark.parametrize(("kind", "row"), rows_of_this_machine(), ids=str)
+def test_stochastic_rounding_of_every_row(kind, row, right, monkeypatch):
+    monkeypatch.setattr(configs, "back_project_config", lambda *args: row)
+    dtype = torch.bfloat16 if kind == "16bit" else torch.float32
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        m, n, r = row.BLOCK_M + 3, row.BLOCK_N + 5, row.BLOCK_K + 7
+        seeds = philox.seed_tensor([9], DEVICE)
+        sharp = 0.9 if INTERPRETED or kind != "tf32" else 0.0
+        weights, bases = stored(1, m, n, right, torch.bfloat16), matrices(1, m, r, dtype)
+        check_drawn(weights, bases, normalised_of(1, r, n, dtype), right, seeds, 2, sharp=sharp, **UPDATE)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_stochastic_rounding_and_found_inf():
+    weights = stored(2, 70, 66, False, torch.bfloat16)
+    kept = bits(weights)
+    normalised, seeds = torch.full((2, 9, 66), float("inf"), device=DEVICE), philox.seed_tensor([1, 2], DEVICE)
+    found_inf = torch.ones((), device=DEVICE)
+    bases = matrices(2, 70, 9, torch.bfloat16)
+    launched(weights, bases, normalised, False, **UPDATE, found_inf=found_inf, rounding_seeds=seeds, step=1)
+    assert same_bits(bits(weights), kept)
 
 
 def test_errors_help():

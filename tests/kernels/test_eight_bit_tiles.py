@@ -18,9 +18,7 @@ TILE = (8, 128)
 
 
 @triton.jit
-def _encode_kernel(
-    exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _encode_kernel(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     block = tl.program_id(1) * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[None, :]
@@ -36,9 +34,7 @@ def _encode_kernel(
 
 
 @triton.jit
-def _decode_kernel(
-    exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _decode_kernel(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     block = tl.program_id(1) * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[None, :]
@@ -132,13 +128,13 @@ def test_what_is_not_finite_poisons_its_block_alone(bad, at):
 def test_zero_and_tiny_blocks():
     """A block of zeros, one whose peak is the largest subnormal, one whose peak is the smallest normal number."""
     m = torch.zeros(1, 192, device=DEVICE)
-    m[0, 64], m[0, 128], m[0, 129] = -(2.0**-126 - 2.0**-149), -(2.0**-126), 2.0**-128
+    m[0, 64], m[0, 128], m[0, 129] = -(2.0**-126 - 2.0**-149), -(2.0**-126), 2.0**-127
     v = m.abs()
     exp_avg, exp_avg_sq, m_scale, v_scale = encode(m, v)
     assert m_scale.tolist() == v_scale.tolist() == [[0.0, 0.0, 2.0**-126]]
     assert (exp_avg[0, :128] == 128).all() and not exp_avg_sq[0, :64].any()
-    assert exp_avg[0, 128:131].tolist() == [1, 128 + 64, 128]  # √¼ of 127 is 63.5
-    assert exp_avg_sq[0, 64:66].tolist() == [1, 0] and exp_avg_sq[0, 128:131].tolist() == [255, 180, 0]  # (¼)^¼ of 255 is 180.3
+    assert exp_avg[0, 128:131].tolist() == [1, 128 + 90, 128]  # √½ of 127 is 89.8
+    assert exp_avg_sq[0, 64:66].tolist() == [1, 0] and exp_avg_sq[0, 128:131].tolist() == [255, 214, 0]  # (½)^¼ of 255 is 214.4
 
 
 def test_positive_v_stays_positive():

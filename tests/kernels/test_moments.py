@@ -1,11 +1,17 @@
+import math
+
 import pytest
 import torch
+import triton
+import triton.language as tl
 from buckets import DEVICE, DTYPES, bits, frames_intact, guarded, same_bits, states
+from coded import assert_codes, code_frames_intact, coded_states
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_within, moments_error, normalised_error, store_unit
+from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within, decoded_error, moments_error, normalised_error, store_unit
 
-from lowrank_kernels import reference
+from lowrank_kernels import eight_bit, reference
+from lowrank_kernels.kernels import adam, moments, table
 from lowrank_kernels.kernels.dots import INTERPRETED
 from lowrank_kernels.kernels.moments import update_moments_
 
@@ -101,6 +107,134 @@ def test_found_inf_of_zero_changes_nothing():
     a = update_moments_(*first, projected.clone(), **ADAM)
     b = update_moments_(*second, projected.clone(), **ADAM, found_inf=torch.zeros(1, device=DEVICE))
     assert same_bits(bits([a, *first[0], *first[1]]), bits([b, *second[0], *second[1]]))
+
+
+def updated(states, projected, out, counts=None, found_inf=None, **adam):
+    """The launch on four lists of 8-bit moments, or on two of fp32 ones; counts: each matrix's own, on the device."""
+    rows = table.pointer_table(*states, *([counts] if counts else []))
+    scales = {"exp_avg_scales_at": rows[2], "exp_avg_sq_scales_at": rows[3]} if len(states) == 4 else {}
+    launch = moments.prepare(
+        *rows[:2], states[0][0], aligned=table.aligned(*states), steps_at=rows[-1] if counts else None, **scales
+    )  # fmt: skip
+    launch(projected, out, **adam, found_inf=found_inf)
+
+
+def check_coded(states, projected, out, counts=None, **adam):
+    """8-bit moments against the reference in fp64 on what the codes say."""
+    exact = [eight_bit.decode(*coded, torch.float64) for coded in zip(*states, strict=True)]
+    r_before = projected.double().clone()
+    updated(states, projected, out, counts, **adam)
+    betas = {"beta1": adam["beta1"], "beta2": adam["beta2"]}
+    store = store_unit(out.dtype, INTERPRETED) if out.dtype != torch.float32 else 0.0
+    for index, ((m, v), coded) in enumerate(zip(exact, zip(*states, strict=True), strict=True)):
+        r, step = r_before[index], int(counts[index]) + 1 if counts else adam["step"]
+        errors = moments_error(m, v, r, **betas, state_errors=decoded_error(m, v))
+        here = {**adam, "step": step}
+        expected = reference.update_moments_(m, v, r, **here)
+        correction = BIAS_CORRECTION_ERROR if counts else UNIT[torch.float32]
+        bound = normalised_error(m, v, errors, **here, store=store, correction=correction)
+        assert_within(out[index], expected, bound + 2.0**-25 * (store > 0), "N")
+        assert_codes(coded, m, v, errors)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 64), (5, 205), (33, 67), (2, 512), (21, 1)], ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_eight_bit(shape, count):
+    states = coded_states(count, *shape)
+    projected = guarded(torch.randn(count, *shape))
+    check_coded(states, projected, projected, **ADAM)
+    assert frames_intact([*states[2], *states[3], projected]) and code_frames_intact(states[0] + states[1])
+
+
+@pytest.mark.parametrize("scale", [1e15, 1e-15])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eight_bit_of_any_size_and_out_of_any_dtype(dtype, scale):
+    projected = scale * torch.randn(2, 9, 150, device=DEVICE)
+    kept = projected.clone()
+    check_coded(coded_states(2, 9, 150, scale), projected, torch.full_like(projected, float("nan"), dtype=dtype), **ADAM)
+    assert torch.equal(projected, kept)
+
+
+def test_eight_bit_aligned():
+    """Addresses, and shapes, that let the compiler move 16 bytes at a time."""
+    states = [[tensor.clone() for tensor in tensors] for tensors in coded_states(2, 16, 320)]
+    check_coded(states, torch.randn(2, 16, 320, device=DEVICE), torch.empty(2, 16, 320, device=DEVICE), **ADAM)
+
+
+def test_fresh_eight_bit_moments():
+    """Scales of 0 stand for moments of 0, whatever the codes are: N = R / (|R| + ε)."""
+    states = coded_states(1, 9, 70)
+    states[2][0].zero_(), states[3][0].zero_()
+    check_coded(states, torch.randn(1, 9, 70, device=DEVICE), torch.empty(1, 9, 70, device=DEVICE), **{**ADAM, "step": 1})
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # R is NaN, as it may be
+def test_eight_bit_nan_stays_in_its_block():
+    states = coded_states(1, 3, 200)
+    clean = [[tensor.clone() for tensor in tensors] for tensors in states]
+    projected = torch.randn(1, 3, 200, device=DEVICE)
+    other = projected.clone()
+    projected[0, 1, 70] = float("nan")
+    for _ in range(2):  # the second time the gradient is clean and the moments are not
+        out, expected = torch.empty_like(projected), torch.empty_like(projected)
+        updated(states, projected, out, **ADAM)
+        updated(clean, other, expected, **ADAM)
+        for tensors in (states, clean):
+            tensors.append(eight_bit.decode(*(tensor[0] for tensor in tensors)))
+        for found, right in zip(states.pop(), clean.pop(), strict=True):
+            assert found[1, 64:128].isnan().all()
+            found[1, 64:128] = right[1, 64:128] = 0
+            assert torch.equal(found, right)
+        projected = other
+    assert out[0, 1, 64:128].isnan().all()
+    out[0, 1, 64:128] = expected[0, 1, 64:128] = 0
+    assert torch.equal(out, expected)
+
+
+def test_eight_bit_found_inf_leaves_the_bits():
+    states = coded_states(2, 9, 150)
+    kept = [[tensor.clone() for tensor in tensors] for tensors in states]
+    projected = torch.full((2, 9, 150), float("inf"), device=DEVICE)
+    updated(states, projected, projected, **ADAM, found_inf=torch.ones((), device=DEVICE))
+    assert all(torch.equal(a, b) for tensors, before in zip(states, kept, strict=True) for a, b in zip(tensors, before, strict=True))
+
+
+@triton.jit
+def _bias_correction_kernel(counts, log_beta, out, numel, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    t = tl.load(counts + offs, mask=offs < numel, other=1.0)
+    tl.store(out + offs, adam.bias_correction(t, tl.cast(log_beta, tl.float32)), mask=offs < numel)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.999999])
+def test_bias_correction_on_the_device(beta):
+    counts = torch.unique(torch.cat([torch.arange(1, 4000), torch.logspace(0, 7, 4000).round()])).float().to(DEVICE)
+    found = torch.full_like(counts, float("nan"))
+    _bias_correction_kernel[(triton.cdiv(len(counts), 1024),)](counts, moments.log(beta), found, len(counts), 1024)
+    exact = -torch.expm1(counts.double() * (math.log(beta) if beta else -math.inf))
+    assert_within(found, exact, BIAS_CORRECTION_ERROR * exact, "1 − βᵗ")
+
+
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.95), (0.5, 0.999999)], ids=str)
+@pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
+def test_steps_counted_on_the_device(coded, betas):
+    """Each matrix by its own counter, which the launch only reads."""
+    counts = [torch.full((), float(count), device=DEVICE) for count in (0, 7, 100_000)]
+    adam = {"beta1": betas[0], "beta2": betas[1], "eps": 1e-8, "step": None}
+    projected = torch.randn(3, 9, 150, device=DEVICE)
+    out = torch.full_like(projected, float("nan"))
+    if coded:
+        check_coded(coded_states(3, 9, 150), projected, out, counts, **adam)
+    else:
+        before = [states(1, 9, 150) for _ in counts]
+        both = [m[0].double() for m, _ in before], [v[0].double() for _, v in before]
+        updated([[m[0] for m, _ in before], [v[0] for _, v in before]], projected, out, counts, **adam)
+        for m, v, r, result, count in zip(*both, projected, out, (1, 8, 100_001), strict=True):
+            errors = moments_error(m, v, r, *betas)
+            here = {**adam, "step": count}
+            expected = reference.update_moments_(m, v, r.double(), **here)
+            assert_within(result, expected, normalised_error(m, v, errors, **here, correction=BIAS_CORRECTION_ERROR), "N")
+    assert [int(count) for count in counts] == [0, 7, 100_000]
 
 
 def test_errors_help():

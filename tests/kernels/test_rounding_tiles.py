@@ -14,9 +14,7 @@ SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 
 
 @triton.jit(do_not_specialize=["t"])
-def _round_kernel(
-    values, rounded, seed, t, m, n, stride_m, stride_n, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
-):
+def _round_kernel(values, rounded, seed, t, m, n, stride_m, stride_n, RIGHT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     first_m, first_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     offs_m, offs_n = first_m + tl.arange(0, BLOCK_M)[:, None], first_n + tl.arange(0, BLOCK_N)[None, :]
     at, inside = offs_m * stride_m + offs_n * stride_n, (offs_m < m) & (offs_n < n)
@@ -46,8 +44,10 @@ def test_the_draws_of_the_reference(shape, tile, right):
 
 @SIDES
 def test_what_is_not_finite(right):
-    values = torch.tensor([[float("inf"), -float("inf"), float("nan"), 3.4e38, -3.4e38, 0.0, -0.0, 1.5]], device=DEVICE)
+    """Adding to the bits of a NaN could carry it over into a number."""
+    patterns = torch.tensor([[0x7F800000, -0x800000, 0x7FC00000, 0x7FFFFFFF, -1, 0x7F7FFFFF, -0x800001]], dtype=torch.int32)
+    values = torch.cat([patterns.view(torch.float32), torch.tensor([[0.0, -0.0, 1.5]])], 1).to(DEVICE)
     found = rounded(values, philox.seed_tensor([5], DEVICE), 1, right, (16, 16))[0]
-    assert found[0] == float("inf") and found[1] == -float("inf") and found[2].isnan()
-    assert found[3] >= 3.38e38 and found[4] <= -3.38e38  # up is infinity, as it is to nearest
-    assert same_bits(bits([found[5:]]), bits([values[0, 5:].bfloat16()]))
+    assert found[0] == float("inf") and found[1] == -float("inf") and found[2:5].isnan().all()
+    assert found[5] >= 3.38e38 and found[6] <= -3.38e38  # up is infinity, as it is to nearest
+    assert same_bits(bits([found[7:]]), bits([values[0, 7:].bfloat16()]))

@@ -1,0 +1,43 @@
+"""What this machine can do: copy bandwidth and matmul rates, measured at the start of every run. Results are shares of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .shapes import dtype_name
+from .timing import interleave
+
+
+def measure(on_gpu: bool, seconds: float = 1.0) -> dict[str, float]:
+    """copy_gb_per_s (bytes read plus written) and matmul_tflop_per_s_<dtype> for fp32 and bf16, of the fastest product there is.
+
+    Sizes far above any cache, and square matrices that fill the machine; `seconds` for each.
+    """
+    device = "cuda" if on_gpu else "cpu"
+    found = {"copy_gb_per_s": _copy_gb_per_s(2**28 if on_gpu else 2**26, device, seconds)}
+    for dtype in (torch.float32, torch.bfloat16):
+        width = 8192 if on_gpu else 1536
+        a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+        timings = interleave(_products(a, b), on_gpu, seconds, least_rounds=3, device_only=on_gpu)
+        found[f"matmul_tflop_per_s_{dtype_name(dtype)}"] = 2 * width**3 / min(timing.p50 for timing in timings.values()) / 1e9
+    return found
+
+
+def _copy_gb_per_s(elements: int, device: str, seconds: float) -> float:
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    on_gpu = device == "cuda"
+    copy = interleave({"copy": lambda: target.copy_(source)}, on_gpu, seconds, device_only=on_gpu)["copy"]
+    return 2 * source.nbytes / copy.p50 / 1e6
+
+
+def _products(a: Tensor, b: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """torch's own product, and on a CPU oneDNN's, which beats the BLAS that torch calls in fp32 on some."""
+    runs = {"torch.mm": lambda: a @ b}
+    onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+    if onednn is not None and a.device.type == "cpu" and a.dtype == torch.float32:
+        runs["oneDNN"] = lambda: onednn(a, b, None, "none", [], "")
+    return runs

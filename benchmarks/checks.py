@@ -1,0 +1,84 @@
+"""A step is checked before it is timed, against the reference in fp64 on the states that it had."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lowrank_kernels import eight_bit, reference
+
+from .contenders import SCALE, low_rank_optimizer, make_params
+from .shapes import is_right
+
+UPDATE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Largest relative error of the update ΔW. N is close to the sign of R, so where |R| is under its rounding error δ (1e-7 of its size in
+fp32, 4e-3 in bf16) N is off by its own size, which is a share δ of all elements: sqrt(1e-7) = 3e-4 of the norm in fp32, less than the
+rounding of the weights in bf16, stochastic (2⁻⁸ of each) or not."""
+MOMENT_ERROR = {32: {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-5}}
+MOMENT_ERROR[8] = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-3}
+"""Largest relative error of M and V, by bits and dtype. fp32: sums of m ≤ 2¹⁴ terms in fp32. In bf16 a CPU's native product rounds R once,
+by 2⁻⁹, which is 2⁻⁸ in R². 8 bits are judged decoded, against the reference's own codes of the exact moments: one is another where a
+moment lies within the error above of the edge between two, and neighbours are 1.6 % apart. At an error of 1e-7 that happens to a share
+of 1e-5 (sqrt(1e-5) · 1.6 % = 5e-5); in bf16 to many, and all of them together are 1.6 % off."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
+
+
+class WrongResult(Exception):
+    """A result that is not what the reference says; nothing of it is timed."""
+
+
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+def exact_step(
+    weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, step: int, lr: float, scale: float, decay: float = 0.0
+) -> tuple[Tensor, list[Tensor]]:
+    """W after one step in fp64, and the moments: as numbers, decoded from the reference's codes where the state holds codes."""
+    weight = weight.double().clone()
+    moments = [state[key].clone() if SCALES[0] in state else state[key].double().clone() for key in MOMENTS]
+    scales = [state[key].clone() for key in SCALES if key in state]
+    reference.adamw_step_(
+        [weight], [grad.double()], [state["basis"].double()], [moments[0]], [moments[1]], lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
+        weight_decay=decay, scale=scale, step=step, right=is_right(*weight.shape),
+        **{f"{key}s": [value] for key, value in zip(SCALES, scales, strict=False)},
+    )  # fmt: skip
+    return weight, decoded(dict(zip((*MOMENTS, *SCALES), (*moments, *scales), strict=False)))
+
+
+def decoded(state: Mapping[str, Tensor]) -> list[Tensor]:
+    """M and V as numbers in fp64."""
+    if SCALES[0] in state:
+        return list(eight_bit.decode(*(state[key] for key in (*MOMENTS, *SCALES)), torch.float64))
+    return [state[key].double() for key in MOMENTS]
+
+
+def require(what: str, error: float, bound: float) -> float:
+    if not error <= bound:
+        raise WrongResult(f"{what} is off by {error:.2g} from fp64, {bound:.2g} is allowed; not timed")
+    return error
+
+
+@torch.no_grad()
+def check_step(weights: list[tuple[int, int]], rank: int, dtype: torch.dtype, device: str, keys: dict[str, object]) -> float:
+    """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of one step of ours, the worst over shapes; WrongResult where it or the moments are off."""
+    worst = 0.0
+    bits = keys.get("state_bits", 32)
+    for shape in sorted(set(weights)):
+        params = make_params([shape] * 2, dtype, device)
+        optimizer = low_rank_optimizer(params, rank, keys)
+        before = [param.detach().double().clone() for param in params]
+        states = [{key: value.clone() for key, value in optimizer.state[p].items() if isinstance(value, Tensor)} for p in params]
+        optimizer.param_groups[0]["lr"] = 1.0  # so that the update is not lost in the weight's rounding
+        optimizer.step()
+        for param, weight, state in zip(params, before, states, strict=True):
+            exact, moments = exact_step(weight, param.grad, state, step=2, lr=1.0, scale=SCALE)
+            error = relative_error(param.detach().double() - weight, exact - weight)
+            worst = max(worst, require(f"the update of {shape}", error, UPDATE_ERROR[dtype]))
+            for name, found, truth in zip("MV", decoded(optimizer.state[param]), moments, strict=True):
+                require(f"{name} of {shape}", relative_error(found, truth), MOMENT_ERROR[bits][dtype])
+    return worst

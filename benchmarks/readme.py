@@ -1,0 +1,122 @@
+"""python -m benchmarks readme: writes README's tables of figures, between two markers, from the newest results of each device.
+
+Every number comes from a file in benchmarks/results; what no file holds is said to be not measured yet. With --check nothing is
+written, and the exit status is 1 where README is not what would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .provenance import RESULTS, short
+from .records import OURS, Row, folders, newest, title
+from .suites import SUITES
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+EXPECTED = {"nvidia-h100": "H100"}
+"""GPUs that the kernels are meant for, by how their results' folder begins: missing ones are named."""
+
+ABOUT = {
+    "step": "A step between refreshes over a model's projected weights: median ms, and the median over rounds of the time against ours.",
+    "kernel": "Parts of a step on one bucket of equal matrices, without the host's time: median ms, and the time against ours.",
+    "refresh": "A new basis, of one gradient or of each of several, at the default accuracy (`PyTorch version`: the same without the "
+    "extension; `torch.svd_lowrank` with niter = 1): median ms, and the median over rounds of the time against ours.",
+    "memory": "MB of optimizer state, and in parentheses the peak of a step beyond what was live.",
+}
+FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matrix", "memory": "weights"}
+LAST_COLUMN = {"refresh": "spectrum or dtype"}
+
+
+def block(results: Path = RESULTS) -> str:
+    """What stands between the markers."""
+    parts = ["Generated from [benchmarks/results](benchmarks/results) by `python -m benchmarks readme`."]
+    found = {folder.name: suites for folder in folders(results) if (suites := newest(folder)) and set(suites) & set(SUITES)}
+    for device in sorted(found, key=lambda name: (name.startswith("cpu"), name)):
+        parts += _device(device, found[device])
+    for prefix, name in EXPECTED.items():
+        if not any(device.startswith(prefix) for device in found):
+            parts.append(f"**{name}: not measured yet.**")
+    return "\n\n".join(parts)
+
+
+def _device(device: str, suites: dict[str, list[Row]]) -> list[str]:
+    parts = [f"**`{device}`**"]
+    for suite in SUITES:
+        if suite in suites:
+            parts += [f"{ABOUT[suite]} {_origin(suites[suite])}", table(suite, suites[suite])]
+    missing = [f"`{suite}`" for suite in SUITES if suite not in suites]
+    return [*parts, f"Not measured yet on this device: {', '.join(missing)}."] if missing else parts
+
+
+def _origin(rows: list[Row]) -> str:
+    """File, versions and ceilings."""
+    row = rows[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in (("torch", row["torch"]), *row.get("versions", {}).items()))
+    rates = [
+        f"{name} products {row[key]:.3g} TFLOP/s"
+        for name, key in (("fp32", "matmul_tflop_per_s_float32"), ("bf16", "matmul_tflop_per_s_bfloat16"))
+        if key in row
+    ]
+    return f"File `{row['file']}`; {versions}; measured ceilings: copy {row['copy_gb_per_s']:.3g} GB/s, {', '.join(rates)}."
+
+
+def table(suite: str, rows: list[Row]) -> str:
+    """Markdown: a line a case, a column a contender, in the order in which they are met."""
+    cases = list(dict.fromkeys(str(row["case"]) for row in rows))
+    contenders = list(dict.fromkeys(str(row["contender"]) for row in rows))
+    by_key = {(row["case"], row["contender"]): row for row in rows}
+    with_ceiling = any("percent_of_ceiling" in row for row in rows if row["contender"] == OURS)
+    header = [
+        FIRST_COLUMN[suite],
+        "r",
+        LAST_COLUMN.get(suite, "dtype"),
+        *("this" + name[len(OURS) :] if name.startswith(OURS) else name for name in contenders),
+    ]
+    if with_ceiling:
+        header += ["this, % of ceiling", "predicted ms"]
+    lines = []
+    for case in cases:
+        line = [*title({"case": case}), *(_cell(by_key.get((case, contender))) for contender in contenders)]
+        if with_ceiling:
+            ours = by_key.get((case, OURS), {})
+            line += [short(ours[key]) if key in ours else "–" for key in ("percent_of_ceiling", "predicted_ms")]
+        lines.append(line)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    if "state_mb" in row:
+        return f"{short(row['state_mb'])} ({short(row['step_peak_mb'])})"
+    ratio = "" if row["contender"] == OURS else f" ({row['ratio_to_ours']:.{1 if row['ratio_to_ours'] >= 10 else 2}f}×)"
+    return short(row["p50_ms"]) + ratio
+
+
+def replaced(text: str, generated: str) -> str:
+    """README with the block between the markers exchanged. ValueError where they do not stand there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README needs one {BEGIN} and one {END} after it")
+    return text.partition(BEGIN)[0] + f"{BEGIN}\n\n{generated}\n\n{END}" + text.partition(END)[2]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="only say whether README is what the results say")
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    settings = parser.parse_args(arguments)
+    text = settings.readme.read_text()
+    wanted = replaced(text, block(settings.results))
+    if text == wanted:
+        print(f"{settings.readme} is what the results say")
+        return 0
+    if settings.check:
+        print(f"{settings.readme} is not what the results say: run python -m benchmarks readme", file=sys.stderr)
+        return 1
+    settings.readme.write_text(wanted)
+    print(f"wrote {settings.readme}")
+    return 0

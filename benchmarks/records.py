@@ -1,0 +1,143 @@
+"""Rows of results: how a suite's figures become rows, how rows are shown, and how files of them are read back.
+
+A row is one contender in one case. Those of a run share its provenance and ceilings. Timed rows have p20_ms, p50_ms, p80_ms, rounds and
+ratio_to_ours (time over that of the case's first contender, median over rounds); where it is known what the work costs also
+predicted_ms (roofline.py on the ceilings measured in the same run), percent_of_ceiling (predicted / p50), gb_per_s and tflop_per_s; those
+of this package the strongest_baseline and speedup, its time over theirs. Memory rows have state_mb, step_peak_mb and theory_mb.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from .provenance import RESULTS, print_table
+from .roofline import Machine, Work, total
+from .shapes import DTYPES, LLAMA, dtype_name
+from .timing import Timing
+
+OURS = "lowrank_kernels"
+DTYPE_NAMES = [dtype_name(dtype) for dtype in DTYPES.values()]
+Row = dict[str, object]
+
+
+def is_ours(row: Row) -> bool:
+    """Whether the row is of this package, in one of its forms. Its formulas in plain PyTorch are a baseline."""
+    return str(row["contender"]).startswith(OURS)
+
+
+def suite_of(row: Row) -> str:
+    return str(row["case"]).partition(" ")[0]
+
+
+def timed_rows(
+    label: str, dtype: torch.dtype, timings: Mapping[str, Timing], works: Mapping[str, Work], machine: Machine, **fields: object
+) -> list[Row]:
+    """One row a contender; `works` holds the contenders whose work is known, `fields` what all rows carry."""
+    baselines = {name: timing for name, timing in timings.items() if not is_ours({"contender": name})}
+    strongest = min(baselines, key=lambda name: baselines[name].p50, default=None)
+    rows = []
+    for name, timing in timings.items():
+        row: Row = {"case": label, **fields, "dtype": dtype_name(dtype), "contender": name}
+        row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80, "rounds": timing.rounds, "ratio_to_ours": timing.ratio}
+        if work := works.get(name):
+            cost = total(work)
+            row |= {"bytes_moved": cost.bytes_moved, "flops": cost.flops}
+            row |= {"gb_per_s": cost.bytes_moved / timing.p50 / 1e6, "tflop_per_s": cost.flops / timing.p50 / 1e9}
+            if predicted := machine.predicted_ms(work, dtype):
+                row |= {"predicted_ms": predicted, "percent_of_ceiling": 100 * predicted / timing.p50}
+        if strongest and is_ours(row):
+            row |= {"strongest_baseline": strongest, "speedup": baselines[strongest].p50 / timing.p50}
+        rows.append(row)
+    return rows
+
+
+TIMED = {
+    "ms p20": ("p20_ms", "#.3g"),
+    "p50": ("p50_ms", "#.3g"),
+    "p80": ("p80_ms", "#.3g"),
+    "× ours": ("ratio_to_ours", ".2f"),
+    "predicted": ("predicted_ms", "#.3g"),
+    "% of ceiling": ("percent_of_ceiling", ".0f"),
+    "GB/s": ("gb_per_s", ".3g"),
+    "TFLOP/s": ("tflop_per_s", ".3g"),
+}
+COUNTED = {
+    "state MB": ("state_mb", ".2f"),
+    "by the formula": ("theory_mb", ".2f"),
+    "× ours": ("ratio_to_ours", ".2f"),
+    "a step's peak MB": ("step_peak_mb", ".2f"),
+}
+NOTES = {
+    "error": "error",
+    "update_error": "error",
+    "captured_energy": "energy",
+    "defect": "defect",
+    "peak_mb": "peak MB",
+    "sketch_mb": "sketch MB",
+}
+"""peak MB: allocated in one refresh; sketch MB: (m + n)·l numbers in fp32."""
+
+
+def print_rows(rows: list[Row]) -> None:
+    for columns, notes, key in ((TIMED, NOTES, "p50_ms"), (COUNTED, {}, "state_mb")):
+        lines = [
+            (
+                str(row["case"]),
+                str(row["contender"]),
+                *(format(row[name], form) if name in row else "" for name, form in columns.values()),
+                *([", ".join(f"{what} {row[name]:.3g}" for name, what in notes.items() if name in row)] if notes else ()),
+            )
+            for row in rows
+            if key in row
+        ]
+        if lines:
+            print_table(("case", "contender", *columns, *([""] if notes else ())), lines)
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """Rows of files in order. Of what a file holds twice only the last stays."""
+    found: list[Row] = []
+    for path in paths:
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        latest = {(row.get("device"), row["case"], row["contender"]): row | {"file": path.name} for row in rows if "case" in row}
+        found += latest.values()
+    return found
+
+
+def folders(results: Path = RESULTS) -> list[Path]:
+    """One a device."""
+    return sorted(folder for folder in results.iterdir() if folder.is_dir() and any(folder.glob("*.jsonl"))) if results.exists() else []
+
+
+def newest(folder: Path) -> dict[str, list[Row]]:
+    """Rows by suite, each suite's from the file that measured it last. Runs with --quick or of code that is in no commit do not count."""
+    by_suite: dict[str, list[Row]] = {}
+    for path in sorted(folder.glob("*.jsonl")):
+        rows = [row for row in read([path]) if not row.get("quick") and not str(row["commit"]).endswith("-dirty")]
+        for suite in {suite_of(row) for row in rows}:
+            mine = [row for row in rows if suite_of(row) == suite]
+            if suite not in by_suite or max(str(row["time"]) for row in mine) > max(str(row["time"]) for row in by_suite[suite]):
+                by_suite[suite] = mine
+    return by_suite
+
+
+PRETTY = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "noise": "Gaussian noise", "1/i": "σᵢ ∝ 1/i"}
+
+
+def title(row: Row) -> tuple[str, str, str]:
+    """(what, rank, dtype or spectrum) of a row's case for people, from its label: ("LLaMA 60M", "128", "fp32")."""
+    suite, *words = str(row["case"]).split()
+    place = next((index for index, word in enumerate(words) if word.startswith("r=")), len(words))
+    rank, rest = "".join(words[place : place + 1])[2:], words[place + 1 :]
+    of_model = suite in ("step", "memory") or (suite == "refresh" and rest and rest[0] in DTYPE_NAMES)
+    what = " ".join(_model(word) if of_model else re.sub(r"(?<=\d)x(?=\d)", " × ", word) for word in words[:place])
+    return what, rank, " ".join(PRETTY.get(word, word) for word in rest)
+
+
+def _model(name: str) -> str:
+    return f"LLaMA {name.upper()}" if name in LLAMA else f"{name.replace('x', ' × ')}²"

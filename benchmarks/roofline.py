@@ -1,0 +1,241 @@
+"""What the work costs, and how long it must take: a static model, no measurement.
+
+    time = Σ over launches of max(bytes / copy bandwidth, flops / matmul rate, L2 bytes / L2 bandwidth where that is known)
+
+    python -m benchmarks.roofline --model 7b --rank 128 256        # predicted on an H100
+    python -m benchmarks.roofline --model 60m --results FILE       # predicted from the ceilings that a results file holds
+
+Assumptions. Within a launch memory, tensor cores and L2 work at the same time and each at its ceiling; launches follow one another, and
+neither they nor latencies cost anything. A launch passes each of its tensors between memory and chip once; elementwise flops cost
+nothing. L2 bytes are what other programs of the launch read again. G, W, P have b bytes an element, moments 4 (or 1, and 4 for every 64),
+R 4, and N between launches b.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import shapes
+from .provenance import print_table, short
+
+OVERSAMPLE, POWER_ITERS = 8, 1
+"""What the refresh suite asks every randomized method for."""
+BLOCK_N = {256: 128, 512: 64}
+"""Columns of R that one program of the single pass owns, by the rank up to which that many fit on an H100's chip; none do above."""
+TILE, RANK_TILE = 128, 256
+"""A product alone has tiles of 128 columns of R over at most 256 directions, or of 128 × 128 of W. Only L2 bytes hang on these."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """bytes_moved: to and from memory. l2_bytes: read again from the L2 cache."""
+
+    bytes_moved: float = 0
+    flops: float = 0
+    l2_bytes: float = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.bytes_moved + other.bytes_moved, self.flops + other.flops, self.l2_bytes + other.l2_bytes)
+
+    def __mul__(self, count: int) -> Cost:
+        return Cost(self.bytes_moved * count, self.flops * count, self.l2_bytes * count)
+
+
+Work = tuple[Cost, ...]
+"""Launches, one after another."""
+
+
+def total(work: Work) -> Cost:
+    return sum(work, Cost())
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What costs are divided by. A dtype without a rate has no prediction."""
+
+    name: str
+    copy_gb_per_s: float
+    matmul_tflop_per_s: Mapping[torch.dtype, float]
+    l2_gb_per_s: float | None = None
+
+    @classmethod
+    def measured(cls, row: Mapping[str, object], on_gpu: bool) -> Machine:
+        """From the ceilings in a result's row. 16-bit products run at the rate of bf16 on a GPU; on a CPU fp16 is multiplied in fp32,
+        and bf16 too where that is faster."""
+        rates = {torch.float32: row.get("matmul_tflop_per_s_float32"), torch.bfloat16: row.get("matmul_tflop_per_s_bfloat16")}
+        if rates[torch.bfloat16] and rates[torch.float32]:
+            rates[torch.bfloat16] = max(rates.values())
+        rates[torch.float16] = rates[torch.bfloat16 if on_gpu else torch.float32]
+        return cls(str(row.get("device", "measured")), row["copy_gb_per_s"], {dtype: rate for dtype, rate in rates.items() if rate})
+
+    def times_ms(self, cost: Cost, dtype: torch.dtype) -> dict[str, float]:
+        """What each resource takes alone. Empty where the rate of `dtype` is not known and there is something to multiply."""
+        if cost.flops and dtype not in self.matmul_tflop_per_s:
+            return {}
+        times = {"memory": cost.bytes_moved / self.copy_gb_per_s / 1e6}
+        times["matmul"] = cost.flops / self.matmul_tflop_per_s[dtype] / 1e9 if cost.flops else 0.0
+        if self.l2_gb_per_s:
+            times["L2"] = cost.l2_bytes / self.l2_gb_per_s / 1e6
+        return times
+
+    def predicted_ms(self, work: Work, dtype: torch.dtype) -> float | None:
+        times = [self.times_ms(cost, dtype) for cost in work]
+        return sum(max(each.values()) for each in times) if all(times) else None
+
+
+GPUS = {
+    "h100": Machine("NVIDIA H100", 3000, {torch.bfloat16: 800, torch.float16: 800, torch.float32: 66.9}, 7000),
+}
+"""Copy and bf16 as once measured on one; fp32 from the data sheet (no tf32); the L2 rate is a guess (it makes the re-reads of
+P at r = 256 with 64 columns a program as long as the reads from memory)."""
+
+
+# One matrix: G' (m, n) is projected on r directions of its side m. `dtype` is that of W, G and P.
+
+
+def moments_bytes(n: int, r: int, state_bits: int = 32) -> int:
+    """Of M and V as they are stored: fp32, or a byte an element and an fp32 scale for every 64 along n."""
+    return 8 * r * n if state_bits == 32 else 2 * r * (n + 4 * -(-n // 64))
+
+
+def project(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
+    """R = PᵀG': reads P and G, writes R. P is read again for each tile of columns, G for each tile of directions."""
+    grad, basis = m * n * dtype.itemsize, m * r * dtype.itemsize
+    again = _again(n, TILE) * basis + _again(r, RANK_TILE) * grad
+    return (Cost(basis + grad + 4 * r * n, 2 * m * n * r, again),)
+
+
+def moments(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """Reads R, reads and writes M and V, writes N."""
+    return (Cost(4 * r * n + 2 * moments_bytes(n, r, state_bits) + r * n * dtype.itemsize),)
+
+
+def back_project(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
+    """W' = … − lr·α·P·N: reads P and N, reads and writes W. P is read again for each tile of columns, N for each of rows."""
+    weight, basis, normalised = (size * dtype.itemsize for size in (m * n, m * r, r * n))
+    again = _again(n, TILE) * basis + _again(m, TILE) * normalised
+    return (Cost(2 * weight + basis + normalised, 2 * m * n * r, again),)
+
+
+def single_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """A whole step where R and N stay on the chip: the least that any implementation moves. Every program reads P twice."""
+    weight, basis = m * n * dtype.itemsize, m * r * dtype.itemsize
+    block_n = next((block for rank, block in BLOCK_N.items() if r <= rank), min(BLOCK_N.values()))
+    return (Cost(3 * weight + basis + 2 * moments_bytes(n, r, state_bits), 4 * m * n * r, basis * (2 * _again(n, block_n) + 1)),)
+
+
+def two_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """Two passes over the big matrices, three launches: R and N go through memory between them."""
+    return project(m, n, r, dtype) + moments(m, n, r, dtype, state_bits) + back_project(m, n, r, dtype)
+
+
+def adamw(m: int, n: int, dtype: torch.dtype, state_bytes: float) -> Work:
+    """Full-rank AdamW: reads G, reads and writes W and two states of `state_bytes` an element."""
+    return (Cost(m * n * (3 * dtype.itemsize + 4 * state_bytes)),)
+
+
+def refresh(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
+    """The products of a randomized range finder with G: two, and two more for each power iteration, on l = r + oversample columns.
+
+    Each reads G, and the sketch on the other side in fp32, and writes its own. Orthonormalisation, O(l²·(m + n)), is not counted.
+    """
+    l = min(r + OVERSAMPLE, m, n)
+    return (Cost(m * n * dtype.itemsize + 4 * (m + n) * l, 2 * m * n * l),) * (2 + 2 * POWER_ITERS)
+
+
+def _again(size: int, tile: int) -> int:
+    """How often something is read beyond the first time by programs of which each owns `tile` of `size`."""
+    return -(-size // tile) - 1
+
+
+# A whole model.
+
+
+WorkOf = Callable[[int, int, int], Work]
+"""Of one matrix by (m, n, r)."""
+
+
+def over_model(model: str, rank: int, work_of: WorkOf) -> Work:
+    """What a model's projected weights take, bucket by bucket, each with the launches of one matrix."""
+    return over_buckets(shapes.buckets(model), rank, work_of)
+
+
+def over_buckets(buckets: list[tuple[int, int, int]], rank: int, work_of: WorkOf) -> Work:
+    """As over_model, for (count, rows, columns)."""
+    found = []
+    for count, *shape in buckets:
+        m, n = sorted(shape)
+        found += [cost * count for cost in work_of(m, n, min(rank, m))]
+    return tuple(found)
+
+
+def state_bytes(shape: tuple[int, int], rank: int, dtype: torch.dtype, state_bits: int = 32) -> int:
+    """Of one parameter in a low-rank group: moments, and a basis of its dtype."""
+    m, n = sorted(shape)
+    rank = min(rank, m)
+    return moments_bytes(n, rank, state_bits) + m * rank * dtype.itemsize
+
+
+def works(model: str, rank: int, dtype: torch.dtype) -> dict[str, Work]:
+    """Everything this model of costs knows, by name. No single pass above the rank that fits a chip."""
+    forms: dict[str, WorkOf] = {
+        "project": lambda m, n, r: project(m, n, r, dtype),
+        "moments": lambda m, n, r: moments(m, n, r, dtype),
+        "back-project": lambda m, n, r: back_project(m, n, r, dtype),
+    }
+    for bits, name in ((32, ""), (8, ", 8-bit states")):
+        forms[f"step, two passes{name}"] = lambda m, n, r, bits=bits: two_pass(m, n, r, dtype, bits)
+        if rank <= max(BLOCK_N):
+            forms[f"step, single pass{name}"] = lambda m, n, r, bits=bits: single_pass(m, n, r, dtype, bits)
+    for size in dict.fromkeys((dtype.itemsize, 4)):
+        forms[f"AdamW fused, {size}-byte states"] = lambda m, n, r, size=size: adamw(m, n, dtype, size)
+    forms["AdamW, 8-bit states"] = lambda m, n, r: adamw(m, n, dtype, 1 + 4 / 256)
+    forms["refresh"] = lambda m, n, r: refresh(m, n, r, dtype)
+    return {name: over_model(model, rank, work_of) for name, work_of in forms.items()}
+
+
+def print_predictions(model: str, rank: int, dtype: torch.dtype, machine: Machine) -> None:
+    lines = []
+    for name, work in works(model, rank, dtype).items():
+        cost, predicted = total(work), machine.predicted_ms(work, dtype)
+        times = machine.times_ms(cost, dtype)
+        sizes = [f"{part / 1e9:.4g}" for part in (cost.bytes_moved, cost.l2_bytes, cost.flops)]
+        alone = [short(times[key]) if key in times else "–" for key in ("memory", "matmul", "L2")]
+        verdict = ("–", "no matmul rate") if predicted is None else (short(predicted), max(times, key=times.get))
+        lines.append((name, *sizes, *alone, *verdict))
+    title = f"PREDICTED, not measured: {model}, r = {rank}, {shapes.dtype_name(dtype)}, on {machine.name}"
+    print_table(("", "GB", "L2 GB", "GFLOP", "ms memory", "ms matmul", "ms L2", "predicted ms", "mostly"), lines, title=title, rules=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", nargs="+", default=["7b"], help=f"{', '.join(shapes.LLAMA)}, or like 28x512 (default 7b)")
+    parser.add_argument("--rank", nargs="+", type=int, default=list(shapes.RANKS))
+    parser.add_argument("--dtype", nargs="+", choices=shapes.DTYPES, default=["bf16"])
+    parser.add_argument("--gpu", choices=GPUS, default="h100", help="whose figures to divide by")
+    parser.add_argument("--results", type=Path, help="a results file, whose measured ceilings are taken instead")
+    parser.add_argument("--l2-gb-per-s", type=float, help="another L2 rate; 0 leaves L2 out")
+    settings = parser.parse_args(arguments)
+    machine = GPUS[settings.gpu]
+    if settings.results:
+        row = json.loads(settings.results.read_text().splitlines()[-1])
+        machine = Machine.measured(row, on_gpu=not str(row["device"]).startswith("cpu"))
+    if settings.l2_gb_per_s is not None:
+        machine = replace(machine, l2_gb_per_s=settings.l2_gb_per_s or None)
+    l2 = f", L2 {machine.l2_gb_per_s:g} GB/s" if machine.l2_gb_per_s else ""
+    rates = ", ".join(f"{shapes.dtype_name(dtype)} {rate:.3g}" for dtype, rate in machine.matmul_tflop_per_s.items())
+    print(f"{machine.name}: copy {machine.copy_gb_per_s:.4g} GB/s{l2}, matmul TFLOP/s: {rates}")
+    for model in settings.model:
+        for rank in settings.rank:
+            for dtype in settings.dtype:
+                print_predictions(model, rank, shapes.DTYPES[dtype], machine)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""From results to text and pictures: compare, readme, plot, and which results count."""
+
+import json
+
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import compare, plot, readme, records
+from benchmarks.provenance import short
+
+ORIGIN = {
+    "device": "cpu-a",
+    "time": "2026-01-02T10:00:00+00:00",
+    "commit": "abc1234",
+    "torch": "2.13.0",
+    "copy_gb_per_s": 40.0,
+    "matmul_tflop_per_s_float32": 0.4,
+}
+TIMES = {"lowrank_kernels": 10.0, "lowrank_kernels, 8-bit states": 12.0, "galore-torch": 20.0, "formulas in PyTorch": 30.0, "AdamW": 5.0}
+
+
+def timed(times=TIMES, case="step 60m r=128 float32", **fields):
+    rows = []
+    for name, ms in times.items():
+        row = ORIGIN | {"case": case, "contender": name, "p20_ms": ms, "p50_ms": ms, "p80_ms": ms, "rounds": 5}
+        row["ratio_to_ours"] = ms / times["lowrank_kernels"]
+        if name == "lowrank_kernels":
+            row |= {"gb_per_s": 8.0, "tflop_per_s": 0.2, "percent_of_ceiling": 50.0, "predicted_ms": ms / 2}
+        rows.append(row | fields)
+    return rows
+
+
+def counted(ours=10.0, peak=1.0, **fields):
+    held = {"lowrank_kernels": ours, "AdamW, float32 states": 80.0}
+    base = ORIGIN | {"case": "memory 28x512 r=128 bfloat16", "step_peak_mb": peak} | fields
+    return [base | {"contender": name, "state_mb": mb, "ratio_to_ours": mb / ours} for name, mb in held.items()]
+
+
+def write(path, *groups):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for rows in groups for row in rows))
+    return path
+
+
+def judged(tmp_path, before, after, *options):
+    files = [write(tmp_path / name, rows) for name, rows in (("a.jsonl", before), ("b.jsonl", after))]
+    return compare.main([*map(str, files), *options])
+
+
+class TestCompare:
+    def test_the_same_results_pass(self, tmp_path, capsys):
+        assert judged(tmp_path, timed() + counted(), timed() + counted()) == 0
+        assert "0 of 4 figures" in capsys.readouterr().out
+
+    def test_a_slower_step_fails_past_the_threshold(self, tmp_path, capsys):
+        slower = timed(TIMES | {"lowrank_kernels": 11.5})
+        assert judged(tmp_path, timed(), slower) == 1
+        printed = capsys.readouterr().out
+        assert printed.count("WORSE") == 1 and "+15.0 %" in printed
+        assert judged(tmp_path, timed(), slower, "--threshold", "0.2") == 0
+        assert judged(tmp_path, slower, timed()) == 0
+        assert "better" in capsys.readouterr().out
+
+    def test_so_does_a_slower_variant_of_ours(self, tmp_path, capsys):
+        assert judged(tmp_path, timed(), timed(TIMES | {"lowrank_kernels, 8-bit states": 15.0})) == 1
+        assert capsys.readouterr().out.count("WORSE") == 1
+
+    def test_a_slower_machine_is_no_regression(self, tmp_path):
+        assert judged(tmp_path, timed(), timed({name: 3 * ms for name, ms in TIMES.items()})) == 0
+
+    def test_nor_is_one_baseline_that_became_faster(self, tmp_path):
+        assert judged(tmp_path, timed(), timed(TIMES | {"galore-torch": 10.0})) == 0
+
+    def test_without_a_common_baseline_the_time_itself_counts(self, tmp_path):
+        def alone(ms):
+            return timed({"lowrank_kernels": ms})
+
+        assert judged(tmp_path, alone(10.0), alone(10.9)) == 0
+        assert judged(tmp_path, alone(10.0), alone(11.1)) == 1
+
+    def test_baselines_may_move(self, tmp_path, capsys):
+        others = {name: 2 * ms for name, ms in TIMES.items() if not name.startswith("lowrank")}
+        assert judged(tmp_path, timed(), timed(TIMES | others)) == 0
+        assert "+100.0 %" in capsys.readouterr().out
+
+    def test_more_memory_fails(self, tmp_path, capsys):
+        assert judged(tmp_path, counted(10.0), counted(11.5)) == 1
+        assert "state_mb" in capsys.readouterr().out
+        assert judged(tmp_path, counted(peak=1.0), counted(peak=1.5)) == 1
+        assert judged(tmp_path, counted(peak=0.0), counted(peak=0.5)) == 1
+
+    def test_other_machines_are_named_and_not_judged(self, tmp_path, capsys):
+        assert judged(tmp_path, timed(), timed(TIMES | {"lowrank_kernels": 20.0}, device="nvidia-x", torch="3")) == 0
+        printed = capsys.readouterr().out
+        assert "different machines: cpu-a → nvidia-x" in printed and "not judged" in printed
+        assert "torch: 2.13.0 → 3" in printed
+
+    def test_what_only_one_has_is_listed(self, tmp_path, capsys):
+        fewer = {name: ms for name, ms in TIMES.items() if name != "galore-torch"}
+        assert judged(tmp_path, timed() + counted(), timed(fewer) + timed(case="step 7b r=128 float32")) == 0
+        printed = capsys.readouterr().out
+        assert "only in A: step 60m r=128 float32: galore-torch" in printed
+        assert "only in A: memory 28x512 r=128 bfloat16: lowrank_kernels" in printed
+        assert "only in B: step 7b r=128 float32: lowrank_kernels" in printed
+        assert judged(tmp_path, timed(), counted()) == 0
+        assert "nothing in common" in capsys.readouterr().out
+
+    def test_of_a_repeated_case_the_last_counts(self, tmp_path):
+        slower = timed(TIMES | {"lowrank_kernels": 20.0})
+        assert judged(tmp_path, timed(), timed() + slower) == 1
+        assert judged(tmp_path, timed(), slower + timed()) == 0
+
+    def test_the_command_exits_with_it(self, tmp_path):
+        files = [write(tmp_path / "a.jsonl", timed()), write(tmp_path / "b.jsonl", timed(TIMES | {"lowrank_kernels": 20.0}))]
+        with pytest.raises(SystemExit) as stopped:
+            command.main(["compare", *map(str, files)])
+        assert stopped.value.code == 1
+
+
+class TestReadme:
+    @pytest.fixture
+    def text(self, tmp_path):
+        path = tmp_path / "README.md"
+        path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+        return path
+
+    def run(self, text, results, *options):
+        return readme.main(["--readme", str(text), "--results", str(results), *options])
+
+    def test_figures_are_those_of_the_file(self, text, tmp_path):
+        write(tmp_path / "results" / "cpu-a" / "2026-01-02-abc1234.jsonl", timed(), counted())
+        assert self.run(text, tmp_path / "results") == 0
+        found = text.read_text()
+        assert found.startswith(f"before\n{readme.BEGIN}\n") and found.endswith(f"{readme.END}\nafter\n")
+        assert "| LLaMA 60M | 128 | fp32 | 10.0 | 12.0 (1.20×) | 20.0 (2.00×) | 30.0 (3.00×) | 5.00 (0.50×) | 50.0 | 5.00 |" in found
+        assert "| 28 × 512² | 128 | bf16 | 10.0 (1.00) | 80.0 (1.00) |" in found
+        assert "`2026-01-02-abc1234.jsonl`; torch 2.13.0; measured ceilings: copy 40 GB/s, fp32 products 0.4 TFLOP/s" in found
+        assert "Not measured yet on this device: `kernel`, `refresh`." in found
+        assert "**H100: not measured yet.**" in found
+
+    def test_without_results_it_says_so(self, text, tmp_path):
+        assert self.run(text, tmp_path / "none") == 0
+        assert "**H100: not measured yet.**" in text.read_text() and "|" not in text.read_text()
+
+    def test_a_gpu_comes_first_and_is_then_measured(self, text, tmp_path):
+        write(tmp_path / "results" / "cpu-a" / "x.jsonl", timed())
+        write(tmp_path / "results" / "nvidia-h100-80gb" / "x.jsonl", timed(device="nvidia-h100-80gb"))
+        self.run(text, tmp_path / "results")
+        found = text.read_text()
+        assert found.index("nvidia-h100-80gb") < found.index("cpu-a") and "H100: not" not in found
+
+    def test_each_suite_is_of_the_file_that_measured_it_last(self, text, tmp_path):
+        folder = tmp_path / "results" / "cpu-a"
+        late = {"time": "2026-01-02T12:00:00+00:00"}
+        write(folder / "2026-01-02-fff.jsonl", timed(), counted())
+        write(folder / "2026-01-02-aaa.jsonl", timed(TIMES | {"galore-torch": 44.0}, **late))  # later, though its name is before
+        self.run(text, tmp_path / "results")
+        assert "44.0 (4.40×)" in text.read_text() and "`2026-01-02-fff.jsonl`" in text.read_text()
+
+    @pytest.mark.parametrize("fields", [{"quick": True}, {"commit": "abc1234-dirty"}])
+    def test_quick_runs_and_uncommitted_code_do_not_count(self, text, tmp_path, fields):
+        folder = tmp_path / "results" / "cpu-a"
+        write(folder / "a.jsonl", timed())
+        write(folder / "b.jsonl", timed(TIMES | {"galore-torch": 44.0}, time="2027-01-02T12:00:00+00:00", **fields))
+        self.run(text, tmp_path / "results")
+        assert "20.0 (2.00×)" in text.read_text() and "44.0" not in text.read_text()
+
+    def test_check_writes_nothing_and_fails_where_text_is_old(self, text, tmp_path, capsys):
+        write(tmp_path / "results" / "cpu-a" / "x.jsonl", timed())
+        before = text.read_text()
+        assert self.run(text, tmp_path / "results", "--check") == 1
+        assert text.read_text() == before and "python -m benchmarks readme" in capsys.readouterr().err
+        self.run(text, tmp_path / "results")
+        assert self.run(text, tmp_path / "results", "--check") == 0
+        text.write_text(text.read_text().replace("10.0", "9.0"))
+        assert self.run(text, tmp_path / "results", "--check") == 1
+
+    @pytest.mark.parametrize("broken", ["nothing", f"{readme.END}{readme.BEGIN}", f"{readme.BEGIN}{readme.END}{readme.END}"])
+    def test_markers_that_are_missing_or_crossed_are_an_error(self, broken):
+        with pytest.raises(ValueError, match="README needs one"):
+            readme.replaced(broken, "x")
+
+    def test_the_readme_is_what_the_results_say(self):
+        assert readme.main(["--check"]) == 0
+
+    def test_every_result_in_the_repository_can_be_shown(self):
+        for folder in records.folders():
+            for suite, rows in records.newest(folder).items():
+                if suite in readme.SUITES:
+                    assert len(readme.table(suite, rows).splitlines()) == 2 + len({row["case"] for row in rows})
+
+
+@pytest.mark.parametrize("case, expected", [
+    ("step 28x512 r=128 float32", ("28 × 512²", "128", "fp32")),
+    ("memory 13b r=64 bfloat16", ("LLaMA 13B", "64", "bf16")),
+    ("refresh 512x1376 r=128 noise", ("512 × 1376", "128", "Gaussian noise")),
+    ("refresh 28x512 r=128 float32", ("28 × 512²", "128", "fp32")),
+    ("kernel project 8x512x1376 r=128 float16", ("project 8 × 512 × 1376", "128", "fp16")),
+    ("kernel step 8x512x1376 r=128 float16 8-bit states", ("step 8 × 512 × 1376", "128", "fp16 8-bit states")),
+])  # fmt: skip
+def test_titles(case, expected):
+    assert records.title({"case": case}) == expected
+
+
+@pytest.mark.parametrize(
+    "value, expected", [(0.1234, "0.123"), (5.0, "5.00"), (23.04, "23.0"), (99.96, "100"), (4339.6, "4340"), (0.0, "0.00")]
+)
+def test_short_numbers_have_three_digits(value, expected):
+    assert short(value) == expected
+
+
+class TestPlot:
+    def test_pictures_of_everything_a_file_holds(self, tmp_path, capsys):
+        file = write(tmp_path / "x.jsonl", timed(), timed(case="step 60m r=256 float32"), counted())
+        assert plot.main([str(file), "--out", str(tmp_path / "plots")]) == 0
+        printed = capsys.readouterr().out
+        pictures = sorted((tmp_path / "plots" / "cpu-a").iterdir())
+        assert [path.name for path in pictures] == ["memory.png", "roofline.png", "speedup.png"]
+        for path in pictures:
+            assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 and str(path) in printed
+
+    def test_nothing_is_drawn_of_nothing(self, tmp_path):
+        file = write(tmp_path / "x.jsonl", counted())
+        plot.main([str(file), "--out", str(tmp_path / "plots")])
+        assert {path.name for path in (tmp_path / "plots" / "cpu-a").iterdir()} == {"memory.png"}
+
+    def test_devices_are_kept_apart(self, tmp_path):
+        file = write(tmp_path / "x.jsonl", counted(), counted(device="nvidia-x"))
+        plot.main([str(file), "--out", str(tmp_path / "plots")])
+        assert {path.name for path in (tmp_path / "plots").iterdir()} == {"cpu-a", "nvidia-x"}
+
+    def test_bars_are_the_ratios_and_regressions_are_red(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(plot, "_saved", lambda figure, path: drawn.append(figure))
+        plot.speedup(timed(), tmp_path / "x.png")
+        [axes] = drawn[0].axes
+        widths = [bar.get_x() + bar.get_width() if bar.get_width() > 0 else 1 + bar.get_width() for bar in axes.patches]
+        assert widths == pytest.approx([2.0, 3.0, 0.5])  # galore-torch, formulas, AdamW
+        red = plot._pyplot().matplotlib.colors.to_rgba("tab:red")
+        assert [bar.get_facecolor() == red for bar in axes.patches] == [False, False, True]

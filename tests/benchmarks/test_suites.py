@@ -1,0 +1,492 @@
+"""Every suite end to end on a tiny model: rows with all their fields, nothing wrong timed, nothing skipped without a reason."""
+
+import builtins
+import contextlib
+import gc
+import json
+import math
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowrank_kernels as lrk
+from benchmarks import __main__ as command
+from benchmarks import cases, checks, contenders, memory, shapes, suites, timing
+from benchmarks.cases import Context, Selection, Unavailable
+from benchmarks.roofline import Machine, total
+from benchmarks.suites import kernel, refresh, step
+from benchmarks.suites import memory as memory_suite
+from lowrank_kernels import reference
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+MACHINE = Machine("made up", 10.0, {SINGLE: 0.1, HALF: 0.1, torch.float16: 0.1})
+HERE = Context(on_gpu=False, seconds=0.05, machine=MACHINE)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What `python -m benchmarks` writes and prints for the tiny model in a second."""
+    folder = tmp_path_factory.mktemp("results")
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtins, "print", lambda *words, **options: printed.append(" ".join(map(str, words))))
+        patch.setitem(contenders.STEP, "formulas, torch.compile", unavailable)  # it would compile for half a minute
+        patch.setattr(command, "print_rows", lambda rows: printed.append(f"{len(rows)} rows"))
+        command.main([*"--models tiny --ranks 8 --dtypes fp32 bf16 --seconds 1 --commit abc1234 --out".split(), str(folder)])
+    gc.unfreeze()
+    [file] = folder.glob("*/*.jsonl")
+    return file, [json.loads(line) for line in file.read_text().splitlines()], printed
+
+
+def of_suite(rows, suite):
+    return [row for row in rows if row["suite"] == suite]
+
+
+def test_a_run_leaves_one_file_with_rows_of_every_suite(measured):
+    file, rows, printed = measured
+    assert file.name.endswith("-abc1234.jsonl") and file.parent.name == rows[0]["device"]
+    assert {row["suite"] for row in rows} == set(suites.SUITES)
+    assert all(row["case"].startswith(f"{row['suite']} ") and not row["quick"] for row in rows)
+    assert len({(row["case"], row["contender"]) for row in rows}) == len(rows)
+    for key in (
+        "device",
+        "time",
+        "commit",
+        "torch",
+        "versions",
+        "copy_gb_per_s",
+        "matmul_tflop_per_s_float32",
+        "matmul_tflop_per_s_bfloat16",
+    ):
+        assert all(row[key] for row in rows)
+    assert all(row["rank"] == 8 and row["dtype"] in ("float32", "bfloat16") for row in rows)
+    assert any("need one" in line and "Triton" in line for line in printed) == (not torch.cuda.is_available())
+
+
+def test_timed_rows_have_all_their_figures(measured):
+    timed = [row for row in measured[1] if row["suite"] != "memory"]
+    for row in timed:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["rounds"] >= 1 and row["shapes"]
+        assert (row["ratio_to_ours"] == 1) == (row["contender"] == "lowrank_kernels")
+    for row in timed:
+        if row["contender"].startswith("lowrank_kernels"):
+            assert row["percent_of_ceiling"] == pytest.approx(100 * row["predicted_ms"] / row["p50_ms"])
+            assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["p50_ms"] / 1e6)
+            assert row["tflop_per_s"] == pytest.approx(row["flops"] / row["p50_ms"] / 1e9)
+            baselines = [other for other in timed if other["case"] == row["case"] and not other["contender"].startswith("lowrank_kernels")]
+            strongest = min(baselines, key=lambda other: other["p50_ms"])
+            assert row["strongest_baseline"] == strongest["contender"]
+            assert row["speedup"] == pytest.approx(strongest["p50_ms"] / row["p50_ms"])
+
+
+def test_the_step_suite_compares_all_that_runs_here(measured):
+    found = {
+        dtype: [row["contender"] for row in of_suite(measured[1], "step") if row["dtype"] == dtype] for dtype in ("float32", "bfloat16")
+    }
+    for dtype, names in found.items():
+        skipped = [name for name in contenders.STEP if any(f"{dtype}: {name} skipped: " in line for line in measured[2])]
+        wanted = [name for name in contenders.STEP if contenders.applies(name, getattr(torch, dtype))]
+        assert sorted(names + skipped) == sorted(wanted)
+        assert {"lowrank_kernels", "lowrank_kernels, 8-bit states", "formulas in PyTorch", "AdamW(fused=True), full rank"} <= set(names)
+    assert "lowrank_kernels, stochastic rounding" in found["bfloat16"] and "lowrank_kernels, stochastic rounding" not in found["float32"]
+    assert all("update_error" in row for row in of_suite(measured[1], "step") if row["contender"] in contenders.OURS)
+
+
+def test_the_kernel_suite_times_every_part_on_each_shape(measured):
+    found = of_suite(measured[1], "kernel")
+    assert {row["op"] for row in found} == ({"step"} | set(kernel.PARTS))
+    assert {row["state_bits"] for row in found if row["op"] == "step"} == {32, 8}
+    assert {row["side"] for row in found} == {"left", "right"}
+    ours = [row for row in found if row["contender"] == "lowrank_kernels"]
+    assert len(ours) == 3 * 2 * 5 and all("error" in row for row in ours)
+    assert {row["contender"] for row in found} == {"lowrank_kernels", "formulas in PyTorch", "native products"}
+
+
+def test_the_memory_suite_weighs_states_and_steps(measured):
+    half = {row["contender"]: row for row in of_suite(measured[1], "memory") if row["dtype"] == "bfloat16"}
+    elements = shapes.elements("tiny")
+    assert half["AdamW, bfloat16 states"]["state_mb"] * 1e6 == pytest.approx(4 * elements, rel=0.01)  # and a counter each
+    assert half["AdamW, float32 states"]["state_mb"] * 1e6 == pytest.approx(8 * elements, rel=0.01)
+    for name in ("lowrank_kernels", "lowrank_kernels, 8-bit states"):
+        assert half[name]["state_mb"] == half[name]["theory_mb"] > 0 and half[name]["step_peak_mb"] > 0
+        assert half[name]["ratio_to_ours"] == half[name]["state_mb"] / half["lowrank_kernels"]["state_mb"]
+    assert {row["contender"] for row in of_suite(measured[1], "memory") if row["dtype"] == "float32"} >= {"AdamW, float32 states"}
+
+
+def test_results_are_appended(measured, tmp_path):
+    path = tmp_path / "x.jsonl"
+    for _ in range(2):
+        command.append(path, measured[1][:3])
+    assert len(path.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("quick", [False, True])
+def test_labels_are_unique_and_name_their_suite(on_gpu, quick):
+    for name, suite in suites.SUITES.items():
+        labels = [case.label for case in suite.cases(Selection(quick=quick), on_gpu)]
+        assert labels and len(set(labels)) == len(labels)
+        assert all(label.startswith(f"{name} ") for label in labels)
+
+
+def test_the_command_line_chooses_cases(capsys):
+    selection = Selection(models=("tiny", "60m"), ranks=(16, 64, 512), dtypes=(HALF,))
+    labels = [case.label for case in step.cases(selection, on_gpu=True)]
+    assert labels == ["step tiny r=16 bfloat16", *(f"step 60m r={rank} bfloat16" for rank in (16, 64, 512))]
+    assert "tiny r=64 skipped: its narrowest matrix has 32 directions" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command.parse(["--models", "70b"])
+    assert "unknown model '70b'" in capsys.readouterr().err
+    assert command.parse(["--suite", "step", "--suite", "memory"]).suite == ["step", "memory"]
+
+
+def test_a_case_that_does_not_fit_is_skipped_with_its_size(monkeypatch, capsys):
+    monkeypatch.setattr(cases, "free_bytes", lambda on_gpu: 10**6)
+    monkeypatch.setattr(contenders, "make_params", None)
+    assert step.run(step.StepCase("7b", 128, HALF), HERE) == []
+    assert "step 7b r=128 bfloat16: the case skipped: needs about" in capsys.readouterr().out
+    assert kernel.run(kernel.KernelCase("project", 32, 4096, 11008, 128, HALF), HERE) == []
+    assert refresh.run(refresh.RefreshCase("7b", 128), HERE) == []
+    assert memory_suite.run(memory_suite.MemoryCase("7b", 128, HALF), HERE) == []
+    assert cases.free_bytes(False) == 10**6
+
+
+# A contender that is missing or fails.
+
+
+def unavailable(params, rank):
+    raise Unavailable("not on a Tuesday")
+
+
+def failing(params, rank):
+    raise RuntimeError("no such instruction\nand a long trace")
+
+
+def test_what_cannot_run_is_skipped_with_a_reason(monkeypatch, capsys):
+    chosen = {name: contenders.STEP[name] for name in ("lowrank_kernels", "AdamW(fused=True), full rank")}
+    monkeypatch.setattr(contenders, "STEP", chosen | {"peer": unavailable, "other": failing})
+    rows = step.run(step.StepCase("tiny", 8, SINGLE), HERE)
+    assert [row["contender"] for row in rows] == list(chosen)
+    printed = capsys.readouterr().out
+    assert "step tiny r=8 float32: peer skipped: not on a Tuesday" in printed
+    assert "step tiny r=8 float32: other skipped: RuntimeError: no such instruction\n" in printed
+
+
+def test_what_runs_out_of_memory_is_skipped_before_the_clock_starts(monkeypatch, capsys):
+    def full(params, rank):
+        def step():
+            raise torch.OutOfMemoryError("tried to allocate much")
+
+        return contenders.Built(step, {})
+
+    monkeypatch.setattr(contenders, "STEP", {"lowrank_kernels": contenders.STEP["lowrank_kernels"], "large": full})
+    assert [row["contender"] for row in step.run(step.StepCase("tiny", 8, SINGLE), HERE)] == ["lowrank_kernels"]
+    assert "large skipped: OutOfMemoryError: tried to allocate much" in capsys.readouterr().out
+
+
+def test_a_failure_of_ours_is_not_skipped(monkeypatch):
+    monkeypatch.setattr(contenders, "STEP", {"lowrank_kernels": failing})
+    with pytest.raises(RuntimeError, match="no such instruction"):
+        step.run(step.StepCase("tiny", 8, SINGLE), HERE)
+
+
+@pytest.mark.parametrize("module, build, hint", [
+    ("apollo_torch", contenders.apollo_torch, "pip install apollo-torch"),
+    ("bitsandbytes", contenders.adamw_8bit, "pip install bitsandbytes"),
+    ("galore_torch", contenders.galore_torch, "galore_torch"),
+])  # fmt: skip
+def test_a_missing_peer_is_named(monkeypatch, module, build, hint):
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, f"{module}.optim", None)
+    with pytest.raises((Unavailable, ImportError), match=hint):
+        build(contenders.make_params([(8, 8)], SINGLE, "cpu"), 2)
+
+
+def test_a_graph_needs_a_gpu_and_replays_one_captured_step(monkeypatch, measured):
+    assert any("lowrank_kernels, CUDA graph skipped: it needs a GPU" in line for line in measured[2])
+    steps, captured, replays = [], [], []
+
+    class Graph:
+        def replay(self):
+            replays.append(len(steps))
+
+    @contextlib.contextmanager
+    def capture(graph):
+        captured.append(len(steps))
+        yield
+        captured.append(len(steps))
+
+    class Optimizer:
+        state = {}
+
+        def step(self):
+            steps.append(1)
+
+    monkeypatch.setattr(contenders, "low_rank_optimizer", lambda params, rank, keys: keys == {"capturable": True} and Optimizer())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    built = contenders.STEP["lowrank_kernels, CUDA graph"]([], 8)
+    built.step()
+    assert captured == [1, 2] and replays == [2] and len(steps) == 2  # nothing but the replay is timed
+
+
+def test_apollo_is_asked_as_its_documentation_says(monkeypatch):
+    asked = {}
+
+    class APOLLOAdamW(torch.optim.SGD):
+        def __init__(self, groups, lr):
+            asked.update(groups[0])
+            super().__init__([{"params": groups[0]["params"]}], lr=lr)
+
+    monkeypatch.setitem(sys.modules, "apollo_torch", type(torch)("apollo_torch"))
+    sys.modules["apollo_torch"].APOLLOAdamW = APOLLOAdamW
+    built = contenders.apollo_torch(contenders.make_params([(8, 12)], SINGLE, "cpu"), 2)
+    built.step()
+    assert {"params", "rank", "proj", "scale_type", "scale", "update_proj_gap", "proj_type"} == set(asked)
+    assert asked["rank"] == 2 and asked["update_proj_gap"] == contenders.NEVER
+
+
+def test_galore_keeps_what_it_would_keep_of_an_svd_without_taking_one(monkeypatch):
+    pytest.importorskip("galore_torch")
+    monkeypatch.setattr(torch.linalg, "svd", lambda *arguments, **options: pytest.fail("an SVD was taken"))
+    [param] = contenders.make_params([(24, 40)], SINGLE, "cpu")
+    built = contenders.galore_torch([param], 4)
+    before = param.detach().clone()
+    built.step()
+    assert not torch.equal(before, param)
+    assert memory.tensor_bytes(list(built.state.values())) == 4 * (2 * 4 * 40 + 24 * 24)  # moments, and a slice of U that holds all of U
+
+
+@pytest.mark.skipif(
+    not (shutil.which("c++") and Path(sysconfig.get_path("include"), "Python.h").exists()), reason="nothing to compile with"
+)
+def test_the_compiled_formulas_are_the_formulas():
+    params = {name: contenders.make_params([(12, 20), (20, 12)], SINGLE, "cpu") for name in ("plain", "compiled")}
+    torch.manual_seed(0)
+    contenders.formulas(params["plain"], 4).step()
+    torch.manual_seed(0)
+    contenders.compiled_formulas(params["compiled"], 4).step()
+    start = contenders.make_params([(12, 20), (20, 12)], SINGLE, "cpu")
+    for plain, compiled, before in zip(*params.values(), start, strict=True):
+        assert not torch.equal(plain, before)
+        torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-7)
+
+
+# A wrong result is refused, and nothing is timed.
+
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    def timed(*arguments, **options):
+        pytest.fail("something wrong was timed")
+
+    monkeypatch.setattr(timing, "interleave", timed)
+
+
+def with_scale(step_, factor):
+    """adamw_step_ whose update is `factor` times as long."""
+
+    def wrong(*arguments, scale, **options):
+        step_(*arguments, scale=factor * scale, **options)
+
+    return wrong
+
+
+def with_spoilt_moment(step_):
+    """adamw_step_ that leaves M as it should not be; W is right."""
+
+    def wrong(*arguments, **options):
+        step_(*arguments, **options)
+        for exp_avg in arguments[3]:
+            exp_avg.copy_(exp_avg * 1.01 if exp_avg.is_floating_point() else exp_avg ^ 3)
+
+    return wrong
+
+
+@pytest.mark.parametrize("variant", [name for name in contenders.OURS if "graph" not in name])
+@pytest.mark.parametrize("spoil, complaint", [(lambda right: with_scale(right, 1.05), "the update of"), (with_spoilt_moment, "M of")])
+def test_a_wrong_step_is_refused(monkeypatch, no_clock, variant, spoil, complaint):
+    monkeypatch.setattr(contenders, "STEP", {variant: contenders.STEP[variant]})
+    monkeypatch.setattr(lrk.ops, "adamw_step_", spoil(lrk.ops.adamw_step_))
+    with pytest.raises(SystemExit, match=f"step tiny r=8 bfloat16: {variant}: {complaint} .* not timed"):
+        step.run(step.StepCase("tiny", 8, HALF), HERE)
+
+
+def test_a_right_step_passes_in_every_dtype():
+    for dtype in shapes.DTYPES.values():
+        for name, keys in contenders.OURS.items():
+            if contenders.applies(name, dtype):
+                error = checks.check_step(shapes.model_shapes("tiny")[:7], 8, dtype, "cpu", keys)
+                assert 0 < error <= checks.UPDATE_ERROR[dtype] / 2
+
+
+@pytest.mark.parametrize("op, name", [("project", "project"), ("moments", "update_moments_"), ("back_project", "back_project_")])
+def test_a_wrong_part_is_refused(monkeypatch, no_clock, op, name):
+    sound = getattr(kernel.cpu, name)
+
+    def wrong(*arguments, **options):
+        options |= {"scale": 1.05 * options["scale"]} if "scale" in options else {}
+        result = sound(*arguments, **options)
+        return result if result is None else result * 1.05
+
+    monkeypatch.setattr(kernel.cpu, name, wrong)
+    with pytest.raises(SystemExit, match=f"kernel {op} 2x24x40 r=8 bfloat16: .* is off by 0.0.* not timed"):
+        kernel.run(kernel.KernelCase(op, 2, 24, 40, 8, HALF), HERE)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_wrong_step_of_the_kernel_suite_is_refused(monkeypatch, no_clock, bits):
+    case = kernel.KernelCase("step", 2, 24, 80, 8, SINGLE, bits)
+    for spoil, complaint in ((lambda right: with_scale(right, 1.05), "ΔW"), (with_spoilt_moment, "M")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel.cpu, "adamw_step_", spoil(kernel.cpu.adamw_step_))
+            with pytest.raises(SystemExit, match=f"{case.label}: {complaint} is off"):
+                kernel.run(case, HERE)
+
+
+def test_a_state_of_another_size_is_refused(monkeypatch):
+    monkeypatch.setattr(memory_suite, "tensor_bytes", lambda state: 17)
+    with pytest.raises(SystemExit, match="memory tiny r=8 float32: lowrank_kernels holds 17 bytes of state, the formula says"):
+        memory_suite.run(memory_suite.MemoryCase("tiny", 8, SINGLE), HERE)
+
+
+def test_a_bad_basis_is_refused(monkeypatch, no_clock):
+    def unrelated(grad, rank, **options):
+        return torch.linalg.qr(torch.randn(grad.shape[-2], rank, generator=torch.Generator().manual_seed(0)))[0], None
+
+    monkeypatch.setattr(lrk.ops, "range_finder", unrelated)
+    with pytest.raises(SystemExit, match="refresh 64x96 r=16 1/i: the basis of lowrank_kernels"):
+        refresh.run(refresh.RefreshCase((64, 96), 16), HERE)
+
+
+# The pieces.
+
+
+@pytest.mark.parametrize("shape", [(48, 80), (96, 64)])
+@pytest.mark.parametrize("dtype", [SINGLE, HALF])
+@pytest.mark.parametrize(
+    "op, bits", [*((part, 32) for part in kernel.PARTS), *((path, bits) for path in ("two_pass", "single_pass") for bits in (32, 8))]
+)
+def test_the_launchers_that_a_gpu_runs_pass_the_check(op, bits, dtype, shape):
+    """In Triton's interpreter, which the suite never uses."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the suite itself runs them here")
+    bucket = kernel.Bucket(kernel.KernelCase(op, 2, *shape, 16, dtype, bits), "cpu")
+    with torch.no_grad():
+        try:
+            run = kernel.triton_runs(bucket)
+        except Unavailable as reason:
+            assert op == "single_pass" and "two passes" in str(reason)
+            pytest.skip(str(reason))
+        assert kernel.check(bucket, run) < checks.UPDATE_ERROR[dtype]
+
+
+def test_work_of_a_kernel_case_is_that_of_its_bucket():
+    case = kernel.KernelCase("two_pass", 5, 80, 48, 16, HALF)
+    assert case.right and case.extents == (48, 80, 16)
+    assert total(case.work()).flops == 5 * 4 * 48 * 80 * 16
+    assert len(case.work()) == 3
+
+
+def test_refresh_of_a_model_covers_it_in_chunks(monkeypatch):
+    monkeypatch.setattr(refresh, "CHUNK_BYTES", 5 * 32 * 48 * 4)
+    case = refresh.RefreshCase("tiny", 8)
+    chunks = case.chunks()
+    assert sum(count for count, _, _ in chunks) == 21
+    assert max(count * m * n * 4 for count, m, n in chunks) <= refresh.CHUNK_BYTES
+    assert total(case.work()).flops == sum(4 * 2 * m * n * 16 for m, n in shapes.model_shapes("tiny"))
+    grads = refresh.make_gradients(case, "cpu")
+    assert all(grad.shape[-2] <= grad.shape[-1] for grad in grads)
+    rows = refresh.run(case, HERE)
+    assert [row["contender"] for row in rows] == ["lowrank_kernels", "PyTorch version", "torch.svd_lowrank"]
+    assert all(row["captured_energy"] > 0.95 and row["peak_mb"] > 0 for row in rows)
+
+
+def test_peak_bytes_sees_what_an_operator_allocates_inside():
+    grad = torch.randn(96, 200)
+    result, peak = memory.peak_bytes(lambda: [grad + grad], on_gpu=False)
+    assert peak == result[0].nbytes
+    _, peak = memory.peak_bytes(lambda: [grad + grad, grad + grad][:1], on_gpu=False)
+    assert peak == 2 * grad.nbytes
+    _, peak = memory.peak_bytes(lambda: [torch.linalg.svd(grad, full_matrices=False)[0]], on_gpu=False)
+    assert peak > (96 * 96 + 96 + 96 * 200) * 4  # U, σ, Vᵀ and LAPACK's workspace
+
+
+def test_tensor_bytes_count_each_storage_once_wherever_it_is():
+    class Holder:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    base = torch.zeros(10, 10)
+    assert memory.tensor_bytes([{"a": base, "b": base[:1]}, (base.T,), Holder(base), 3, "x", None]) == 400
+    assert memory.tensor_bytes({"a": base[0], "b": Holder(torch.zeros(3, dtype=HALF))}) == 406
+
+
+def test_interleave_reports_quantiles_and_the_median_of_ratios(monkeypatch):
+    times = {"a": iter([9, 9, 1.0, 2.0, 3.0, 4.0, 5.0]), "b": iter([9, 9, 2.0, 4.0, 6.0, 8.0, 50.0])}
+    monkeypatch.setattr(timing, "time_once_ms", lambda run, on_gpu, device_only: next(times[run]))
+    monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
+    clock = iter(range(10**6))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e3)
+    found = timing.interleave({"a": "a", "b": "b"}, on_gpu=False, seconds=1.0)
+    assert (found["a"].p50, found["a"].rounds, found["a"].ratio) == (3.0, 5, 1.0)
+    assert (found["a"].p20, found["a"].p80) == pytest.approx((1.8, 4.2))
+    assert found["b"].ratio == 2.0  # of 2, 2, 2, 2, 10
+    assert found["b"].p50 == 6.0
+
+
+def test_a_slow_contender_is_timed_once(monkeypatch):
+    ran = {"fast": 0, "slow": 0}
+    milliseconds = {"fast": 0.001, "slow": 1e5}
+
+    def once(run, on_gpu, device_only):
+        ran[run] += 1
+        return milliseconds[run]
+
+    monkeypatch.setattr(timing, "time_once_ms", once)
+    found = timing.interleave({name: name for name in ran}, on_gpu=False, seconds=0.02)
+    assert found["slow"].rounds == 1 and ran["slow"] == 2  # the first was its warm-up
+    assert found["fast"].rounds >= 5 and found["slow"].ratio == pytest.approx(1e8)
+
+
+@pytest.mark.parametrize("device_only", [False, True])
+def test_on_a_gpu_the_cache_is_cold_and_the_events_enclose_the_run_alone(monkeypatch, device_only):
+    order = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            order.append("event")
+
+        def synchronize(self):
+            order.append("wait for event")
+
+        def elapsed_time(self, end):
+            return 1.5
+
+    flushed = torch.ones(4)
+    monkeypatch.setattr(timing, "_flushed", lambda: order.append("flush") or flushed)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("busy"))
+    assert timing.time_once_ms(lambda: order.append("run"), True, device_only) == 1.5
+    assert order == ["flush", "busy" if device_only else "idle", "event", "run", "event", "wait for event"]
+    assert not flushed.any()
+
+
+def test_the_reference_of_coded_moments_starts_from_the_same_codes():
+    """The bound of 8-bit moments would not hold against moments that were never coded."""
+    bucket = kernel.Bucket(kernel.KernelCase("step", 1, 24, 80, 8, SINGLE, 8), "cpu")
+    state = bucket.states[0] | {"basis": bucket.bases[0]}
+    _, moments = checks.exact_step(bucket.weights[0], bucket.grads[0], state, step=2, lr=1.0, scale=0.25)
+    uncoded = checks.decoded(bucket.states[0])
+    reference.update_moments_(*uncoded, reference.project(bucket.bases[0].double(), bucket.grads[0].double(), False), **kernel.ADAM)
+    error = checks.relative_error(moments[0], uncoded[0])
+    assert checks.MOMENT_ERROR[8][SINGLE] < error < 0.016 and math.isfinite(error)  # the coding itself

@@ -1,0 +1,342 @@
+"""The whole step in one launch. Its parts are tested beside the launches of two passes, tile functions by themselves."""
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from buckets import DEVICE, DTYPES, LAYOUTS, SHAPES, bits, frames_intact, matrices, same_bits, states, stored
+from coded import code_frames_intact
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steps import NAMES, STEP, bucket, copy, prepare, same
+from steps import check as check_step
+from steps import run as run_step
+
+from lowrank_kernels import philox
+from lowrank_kernels.kernels import configs, single_pass, table, two_pass
+from lowrank_kernels.kernels.dots import INTERPRETED
+
+pytestmark = pytest.mark.gpu
+SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
+CODED = pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
+chosen_config = configs.single_pass_config
+
+
+def a_row_for_everything(arch, kind, rank, wide, eight_bit):
+    """On a GPU, too, shapes that allow no 16-byte access run the kernel, if slowly, in the interpreter's tiles."""
+    return chosen_config(arch, kind, rank, wide, eight_bit) or chosen_config(None, "16bit", rank, wide, eight_bit)
+
+
+@pytest.fixture(autouse=True)
+def serve_everything(monkeypatch):
+    monkeypatch.setattr(configs, "single_pass_config", a_row_for_everything)
+
+
+def run(lists, right, **step):
+    run_step(single_pass, lists, right, **step)
+
+
+def check(lists, right, device_lr=None, rounding_seeds=None, **step):
+    check_step(single_pass, lists, right, device_lr, rounding_seeds, **step)
+    assert frames_intact(lists["weights"])
+    moments = lists["exp_avgs"] + lists["exp_avg_sqs"]
+    if "exp_avg_scales" in lists:
+        assert code_frames_intact(moments) and frames_intact(lists["exp_avg_scales"] + lists["exp_avg_sq_scales"])
+    else:
+        assert frames_intact(moments)
+
+
+def seeds(count, dtype):
+    return philox.seed_tensor([philox.derive_seed(7, index) for index in range(count)], DEVICE) if dtype == torch.bfloat16 else None
+
+
+@SIDES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("coded", "on_device"), list(itertools.product([False, True], repeat=2)), ids=str)
+def test_against_the_reference(coded, on_device, dtype, right):
+    """bf16 weights are rounded stochastically where moments are 8-bit on the left side and fp32 on the right, to nearest elsewhere."""
+    lists, device_lr = bucket(3, 70, 130, 17, right, dtype, coded), None
+    if on_device:
+        lists["steps"], device_lr = [torch.full((), float(t), device=DEVICE) for t in (0, 3, 1000)], torch.tensor(0.1, device=DEVICE)
+    check(lists, right, device_lr, seeds(3, dtype) if coded != right else None)
+    if on_device:
+        assert [int(count) for count in lists["steps"]] == [0, 3, 1000]
+
+
+@SIDES
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, right):
+    m, n, r = shape
+    check(bucket(1, m, n, r, right), right)
+    check(bucket(1, m, n, r, right, torch.bfloat16, coded=True), right, rounding_seeds=seeds(1, torch.bfloat16))
+
+
+@SIDES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("basis_layout", LAYOUTS)
+def test_layouts(layout, basis_layout, right):
+    check(bucket(2, 37, 70, 9, right, layout=layout, basis_layout=basis_layout), right)
+
+
+def rows_of_this_machine():
+    archs = list(configs.SINGLE_PASS) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
+    rows = {(kind, row) for arch in archs for (kind, _), rows in configs.SINGLE_PASS.get(arch, {}).items() for row in rows}
+    return sorted(rows, key=str)
+
+
+@SIDES
+@pytest.mark.parametrize(("kind", "row"), rows_of_this_machine(), ids=str)
+def test_every_row(kind, row, right, monkeypatch):
+    """Over the edge of every tile; 8-bit moments on one side."""
+    monkeypatch.setattr(configs, "single_pass_config", lambda *args: row)
+    dtype = torch.bfloat16 if kind == "16bit" else torch.float32
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        m, n, r = max(row.BLOCK_K, row.BLOCK_M) + 3, row.BLOCK_N + 5, row.BLOCK_R - 3
+        check(bucket(1, m, n, r, right, dtype, coded=right), right)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    m=st.integers(1, 90), n=st.integers(1, 90), r=st.integers(1, 70), right=st.booleans(), layout=st.sampled_from(LAYOUTS),
+    coded=st.booleans(),
+)  # fmt: skip
+def test_any_shape(m, n, r, right, layout, coded):
+    check(bucket(1, m, n, r, right, torch.float32, coded, layout), right)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    beta1=st.sampled_from([0.0, 0.5, 0.999]), beta2=st.floats(0, 0.9999), eps=st.sampled_from([1e-12, 1e-3]), lr=st.floats(0, 1),
+    scale=st.floats(-2, 2), weight_decay=st.floats(0, 1), step=st.integers(1, 10**6), right=st.booleans(),
+)  # fmt: skip
+def test_any_coefficients(beta1, beta2, eps, lr, scale, weight_decay, step, right):
+    scalars = {"beta1": beta1, "beta2": beta2, "eps": eps, "lr": lr, "scale": scale, "weight_decay": weight_decay, "step": step}
+    check(bucket(1, 9, 13, 4, right), right, **scalars)
+
+
+@SIDES
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_betas_on_the_device(beta, right):
+    lists = bucket(1, 9, 13, 4, right)
+    lists["steps"] = [torch.full((1,), 2.0, device=DEVICE)]
+    check(lists, right, beta1=beta, beta2=beta)
+
+
+@SIDES
+@pytest.mark.parametrize("scale", [1e15, 1e-15])
+def test_extreme_scales(scale, right):
+    """R² stays representable; beyond that V is infinite or zero in fp32 whatever one does."""
+    check(bucket(1, 70, 40, 17, right, scale=scale), right)
+    check(bucket(1, 70, 40, 17, right, torch.bfloat16, coded=True, scale=scale), right)
+
+
+@SIDES
+def test_stochastic_draws(right):
+    """Decay alone is known so well that nearly every draw is checked, not only that it gave a neighbour."""
+    check(bucket(2, 70, 66, 9, right, torch.bfloat16), right, rounding_seeds=seeds(2, torch.bfloat16), scale=0.0)
+
+
+@SIDES
+def test_stochastic_rounding_is_unbiased(right):
+    """W = 1 decays to 0.999, which lies between two bf16: the mean over many elements is 0.999, not a neighbour 5e-4 or 3e-3 away."""
+    m, n = 96, 256
+    lists = bucket(1, m, n, 4, right, torch.bfloat16)
+    lists["weights"][0].fill_(1.0)
+    run(lists, right, rounding_seeds=seeds(1, torch.bfloat16), scale=0.0, lr=0.005)
+    weight = lists["weights"][0].double()
+    assert len(weight.unique()) == 2
+    # Deviation of the mean: at most half of a spacing over √(m·n).
+    assert abs(float(weight.mean()) - 0.999) < 5 * 2.0**-9 / (m * n) ** 0.5
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # 0/0 outside the matrix, as it may be
+@SIDES
+def test_rows_past_the_rank_take_no_part(right):
+    """With ε = 0 they would be 0/0."""
+    check(bucket(2, 20, 30, 5, right), right, eps=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # R is NaN, as it may be
+@CODED
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_found_inf_leaves_the_bits(dtype, coded):
+    lists = bucket(2, 70, 67, 33, False, dtype, coded)
+    lists["grads"][0][0, 0] = float("inf")
+    kept = copy(lists)
+    run(lists, False, found_inf=torch.ones(1, device=DEVICE), rounding_seeds=seeds(2, dtype))
+    assert same(lists, kept)
+
+
+@SIDES
+@CODED
+def test_found_inf_of_zero_changes_nothing(coded, right):
+    lists = bucket(2, 40, 67, 9, right, torch.bfloat16, coded)
+    others = copy(lists)
+    run(lists, right)
+    run(others, right, found_inf=torch.zeros((), device=DEVICE))
+    assert same(lists, others)
+
+
+@SIDES
+@CODED
+def test_zero_gradient_of_a_fresh_state_only_decays(coded, right):
+    lists = bucket(2, 40, 67, 9, right, coded=coded)
+    for name in NAMES[3:]:
+        for tensor in lists.get(name, ()):
+            tensor.zero_()
+    for grad in lists["grads"]:
+        grad.zero_()
+    expected = [weight * (1 - STEP["lr"] * STEP["weight_decay"]) for weight in lists["weights"]]
+    run(lists, right)
+    assert same_bits(bits(lists["weights"]), bits(expected))
+    if not coded:
+        assert not any(tensor.any() for tensor in lists["exp_avgs"] + lists["exp_avg_sqs"])
+
+
+def test_decay_comes_before_the_update():
+    """With W = 0 the decay has nothing to act on: the update is not decayed. A step from zero moments has size one."""
+    lists = bucket(1, 6, 70, 6, False)
+    lists["weights"][0].zero_(), lists["exp_avgs"][0].zero_(), lists["exp_avg_sqs"][0].zero_()
+    lists["bases"][0].copy_(torch.eye(6))
+    run(lists, False, lr=0.5, scale=0.5, weight_decay=1.0, step=1)
+    assert ((lists["weights"][0] + 0.25 * lists["grads"][0].sign()).abs() < 1e-3).all()
+
+
+@SIDES
+@CODED
+def test_inputs_stay(coded, right):
+    lists = bucket(2, 40, 67, 9, right, torch.bfloat16, coded)
+    lists["steps"] = [torch.full((), 5.0, device=DEVICE) for _ in range(2)]
+    kept = copy({name: lists[name] for name in ("grads", "bases", "steps")})
+    run(lists, right)
+    assert same(kept, lists)
+
+
+@SIDES
+@CODED
+def test_same_inputs_same_bits(coded, right):
+    first = bucket(2, 70, 67, 33, right, torch.bfloat16, coded)
+    second = copy(first)
+    for lists in (first, second):
+        run(lists, right, rounding_seeds=seeds(2, torch.bfloat16))
+    assert same(first, second)
+
+
+@CODED
+def test_a_matrix_gives_the_same_bits_alone(coded):
+    together = bucket(3, 40, 67, 9, True, torch.bfloat16, coded)
+    together["steps"] = [torch.full((), float(t), device=DEVICE) for t in range(3)]
+    alone, drawn = copy(together), seeds(3, torch.bfloat16)
+    run(together, True, rounding_seeds=drawn)
+    for index in range(3):
+        run({name: [tensors[index]] for name, tensors in alone.items()}, True, rounding_seeds=drawn[index : index + 1])
+    assert same(together, alone)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="which product of a sum a compiler fuses is its own choice for each kernel")
+@SIDES
+@CODED
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_equals_two_passes_bit_for_bit(dtype, coded, right):
+    """Where no order of summation matters: G of small integers, and a basis that selects rows. Then every rounding is the same."""
+    lists = bucket(2, 70, 130, 17, right, dtype, coded)
+    for grad, basis in zip(lists["grads"], lists["bases"], strict=True):
+        grad.mul_(4).round_()
+        basis.zero_()
+        basis[torch.randperm(70)[:17], torch.arange(17)] = 1
+    others, drawn = copy(lists), seeds(2, dtype)
+    run(lists, right, rounding_seeds=drawn)
+    run_step(two_pass, others, right, rounding_seeds=drawn)
+    assert same(lists, others)
+
+
+def test_a_refilled_table_is_followed():
+    """Rows are kept, not copied: the next step follows tensors that moved."""
+    lists, moved = bucket(3, 20, 67, 9, False), bucket(3, 20, 67, 9, False)
+    expected, kept = copy(moved), copy(lists)
+    rows = table.Rows(**dict(zip(lists, table.pointer_table(*lists.values()), strict=True)))
+    launch = single_pass.prepare(rows, *(lists[name][0] for name in NAMES[:4]), count=3, right=False, aligned=False, stochastic=False)
+    for name, tensors in moved.items():
+        getattr(rows, name).copy_(torch.tensor([tensor.data_ptr() for tensor in tensors]))
+    launch(**STEP, found_inf=None, device_lr=None, rounding_seeds=None)
+    run(expected, False)
+    assert same(moved, expected) and same(lists, kept)
+
+
+def test_what_is_kept_holds_no_tensor():
+    lists = bucket(1, 8, 70, 3, False, coded=True)
+    launch = prepare(single_pass, lists, False)
+    references = [weakref.ref(tensor) for name in NAMES[:4] for tensor in lists[name]]
+    del lists
+    gc.collect()
+    assert launch is not None and not any(reference() is not None for reference in references)
+
+
+@SIDES
+def test_no_columns(right):
+    lists = {
+        "weights": stored(1, 5, 0, right, torch.float32), "grads": stored(1, 5, 0, right, torch.float32),
+        "bases": matrices(1, 5, 2, torch.float32), **dict(zip(NAMES[3:5], states(1, 2, 0), strict=True)),
+    }  # fmt: skip
+    run(lists, right)
+
+
+class TestChoice:
+    """Which buckets have a row, and enough programs."""
+
+    @pytest.fixture(autouse=True)
+    def the_real_choice(self, monkeypatch, serve_everything):
+        monkeypatch.setattr(configs, "single_pass_config", chosen_config)
+
+    def row(self, monkeypatch, arch, m=4096, n=4096, r=128, weight=torch.bfloat16, basis=torch.bfloat16, aligned=True):
+        monkeypatch.setattr(configs, "architecture", lambda device: arch)
+        first = (torch.empty(m, n, dtype=weight, device="meta"), torch.empty(m, n, dtype=weight, device="meta"))
+        tensors = (*first, torch.empty(m, r, dtype=basis, device="meta"), torch.empty(r, n, device="meta"))
+        return single_pass.row_for(*tensors, right=False, aligned=aligned, stochastic=False)
+
+    @pytest.mark.parametrize("arch", [80, 90, 100])
+    @pytest.mark.parametrize("r", [1, 32, 33, 128, 256])
+    def test_rows_cover_the_rank(self, arch, r, monkeypatch):
+        assert self.row(monkeypatch, arch, r=16 * -(-r // 16)).BLOCK_R >= r
+
+    @pytest.mark.parametrize("arch", [80, 90, 100])
+    def test_two_passes_serve_the_rest(self, arch, monkeypatch):
+        assert self.row(monkeypatch, arch, r=1024) is None
+        assert self.row(monkeypatch, arch, aligned=False) is None
+        assert self.row(monkeypatch, arch, n=4097) is None
+        assert self.row(monkeypatch, arch, weight=torch.float32) is None
+        assert self.row(monkeypatch, 75) is None and self.row(monkeypatch, "gfx942") is None
+
+    def test_programs(self):
+        row = configs.SINGLE_PASS[90]["16bit", "fp32"][0]
+        assert row.programs(row.BLOCK_N * 3 + 1, 5) == 20
+
+    def test_few_programs_are_left_to_two_passes(self, monkeypatch):
+        monkeypatch.setattr(single_pass, "_multiprocessors", lambda device: 132)
+        monkeypatch.setattr(configs, "architecture", lambda device: 90)
+
+        class OnCuda:
+            """Enough of a tensor for the choice."""
+
+            def __init__(self, *shape):
+                self.dtype, self.device, self.shape = torch.bfloat16, torch.device("cuda", 0), torch.Size(shape)
+
+            def stride(self):
+                return self.shape[1], 1
+
+        options = {"right": False, "aligned": True, "stochastic": False}
+        tensors = OnCuda(4096, 4096), OnCuda(4096, 4096), OnCuda(4096, 128), OnCuda(128, 4096)
+        assert not single_pass.serves(None, *tensors, count=1, **options)
+        assert single_pass.serves(None, *tensors, count=32, **options)
+
+    def test_no_row_is_an_error_that_says_so(self):
+        lists = bucket(1, 5, 6, 2, False)
+        lists["weights"] = stored(1, 5, 6, False, torch.bfloat16)
+        with pytest.raises(ValueError, match=r"no row of configs.SINGLE_PASS serves"):
+            run(lists, False)
