@@ -78,6 +78,7 @@ def run(settings: argparse.Namespace) -> list[Row]:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
+    gc.unfreeze()
     print_rows(rows)
     if path is not None:
         print(f"appended {len(rows)} rows to {path}")

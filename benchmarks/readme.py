@@ -52,9 +52,13 @@ def _device(device: str, suites: dict[str, list[Row]]) -> list[str]:
 
 
 def _origin(rows: list[Row]) -> str:
-    """File, versions and ceilings."""
+    """File, versions of what was measured, and ceilings."""
     row = rows[-1]
-    versions = ", ".join(f"{name} {version}" for name, version in (("torch", row["torch"]), *row.get("versions", {}).items()))
+    shown = [str(row["contender"]) for row in rows] + (["triton"] if not str(row["device"]).startswith("cpu") else [])
+    found = {"torch": row["torch"]} | {
+        name: version for name, version in row.get("versions", {}).items() if any(contender.startswith(name) for contender in shown)
+    }
+    versions = ", ".join(f"{name} {version}" for name, version in found.items())
     rates = [
         f"{name} products {row[key]:.3g} TFLOP/s"
         for name, key in (("fp32", "matmul_tflop_per_s_float32"), ("bf16", "matmul_tflop_per_s_bfloat16"))
@@ -64,9 +68,9 @@ def _origin(rows: list[Row]) -> str:
 
 
 def table(suite: str, rows: list[Row]) -> str:
-    """Markdown: a line a case, a column a contender, in the order in which they are met."""
+    """Markdown: a line a case, a column a contender, those of this package first."""
     cases = list(dict.fromkeys(str(row["case"]) for row in rows))
-    contenders = list(dict.fromkeys(str(row["contender"]) for row in rows))
+    contenders = sorted(dict.fromkeys(str(row["contender"]) for row in rows), key=lambda name: not name.startswith(OURS))
     by_key = {(row["case"], row["contender"]): row for row in rows}
     with_ceiling = any("percent_of_ceiling" in row for row in rows if row["contender"] == OURS)
     header = [
@@ -91,9 +95,13 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "–"
     if "state_mb" in row:
-        return f"{short(row['state_mb'])} ({short(row['step_peak_mb'])})"
+        return f"{_megabytes(row['state_mb'])} ({_megabytes(row['step_peak_mb'])})"
     ratio = "" if row["contender"] == OURS else f" ({row['ratio_to_ours']:.{1 if row['ratio_to_ours'] >= 10 else 2}f}×)"
     return short(row["p50_ms"]) + ratio
+
+
+def _megabytes(value: float) -> str:
+    return short(value) if value >= 0.01 else "0"
 
 
 def replaced(text: str, generated: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .provenance import RESULTS, print_table
+from .provenance import RESULTS, print_table, short
 from .roofline import Machine, Work, total
 from .shapes import DTYPES, LLAMA, dtype_name
 from .timing import Timing
@@ -57,11 +57,11 @@ def timed_rows(
 
 
 TIMED = {
-    "ms p20": ("p20_ms", "#.3g"),
-    "p50": ("p50_ms", "#.3g"),
-    "p80": ("p80_ms", "#.3g"),
+    "ms p20": ("p20_ms", ""),
+    "p50": ("p50_ms", ""),
+    "p80": ("p80_ms", ""),
     "× ours": ("ratio_to_ours", ".2f"),
-    "predicted": ("predicted_ms", "#.3g"),
+    "predicted": ("predicted_ms", ""),
     "% of ceiling": ("percent_of_ceiling", ".0f"),
     "GB/s": ("gb_per_s", ".3g"),
     "TFLOP/s": ("tflop_per_s", ".3g"),
@@ -72,6 +72,7 @@ COUNTED = {
     "× ours": ("ratio_to_ours", ".2f"),
     "a step's peak MB": ("step_peak_mb", ".2f"),
 }
+"""Columns: the key of a row and how it is written, by default with three digits."""
 NOTES = {
     "error": "error",
     "update_error": "error",
@@ -89,7 +90,7 @@ def print_rows(rows: list[Row]) -> None:
             (
                 str(row["case"]),
                 str(row["contender"]),
-                *(format(row[name], form) if name in row else "" for name, form in columns.values()),
+                *((format(row[name], form) if form else short(row[name])) if name in row else "" for name, form in columns.values()),
                 *([", ".join(f"{what} {row[name]:.3g}" for name, what in notes.items() if name in row)] if notes else ()),
             )
             for row in rows

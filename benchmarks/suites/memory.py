@@ -61,7 +61,8 @@ def run(case: MemoryCase, context: Context) -> list[Row]:
     theory = case.theory_bytes()
     rows: list[Row] = []
     for name, (build, dtype) in case.contenders().items():
-        if not fits(f"{case.label}: {name}", 6 * shapes.elements(case.model) * dtype.itemsize, context.on_gpu):
+        copies = 4 if name.startswith("AdamW") else 3  # of the model: weights, gradients, full-rank states or some of lower rank
+        if not fits(f"{case.label}: {name}", copies * shapes.elements(case.model) * dtype.itemsize, context.on_gpu):
             continue
         params = built = None
         try:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..eight_bit import scales_shape
 from ..precision import tf32_allowed
-from . import configs, single_pass, table, two_pass
+from . import single_pass, table, two_pass
 from .dots import FLOATS
 
 KEPT = 1024

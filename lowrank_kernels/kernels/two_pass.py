@@ -1,8 +1,9 @@
 """A step in three launches: R = PᵀG'; the moments and N; W' = (1 − lr·wd)·W' − lr·α·P·N.
 
-Two passes over the big matrices: one reads G, the other reads and writes W; R and N go through memory between them. R is fp32, N has
-the dtype of the bases, to which the last dot rounds it anyway; with fp32 bases N overwrites R. Together they take 6·r·n bytes a
-matrix, 4·r·n with fp32 bases, for at most TEMPORARY_BYTES worth of matrices at a time (one matrix at least).
+Two passes over the big matrices: one reads G, the other reads and writes W; R and N go through memory between them, in at most 4·r·n
+bytes for each matrix of the bucket. R is fp32. N overwrites it where bases are fp32, and where the bucket's R fits the L2 cache. In a
+larger one N has the 16 bits of the bases, to which the last dot rounds it anyway, which halves the traffic of N; R and N then take 6·r·n
+bytes a matrix, and the bucket goes through in parts.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,10 @@ from torch import Tensor
 from . import back_project, moments, project, table
 
 TEMPORARY_BYTES = 2**28
-"""A larger bucket goes through in parts, one after another in the same memory. A part of this size has as many programs as fill a large
+"""Of R and N of one part; parts go one after another through the same memory. A part of this size has as many programs as fill a large
 GPU five times over at r = 128 and more, and takes hundreds of microseconds, so neither a last wave nor launches count."""
+CACHED_BYTES = 2**25
+"""R of a bucket up to this size is still in the L2 cache (40 MB on sm_80, 50 MB on sm_90) when it is read again."""
 
 
 def prepare(
@@ -36,8 +39,8 @@ def prepare(
     table has their scales, and steps are counted on the device where it has counters. aligned: all addresses are multiples of 16.
     """
     (rank, n), device, dtype = exp_avg.shape, basis.device, basis.dtype
-    in_place = dtype == torch.float32
-    at_once = matrices_at_once(count, rank * n * (4 if in_place else 6))
+    in_place = dtype == torch.float32 or count == 1 or 4 * rank * n * count <= CACHED_BYTES
+    at_once = matrices_at_once(count, rank * n * (4 if in_place else 6), count if in_place else 2 * count // 3)
     parts = []
     for start in range(0, count, at_once):
         stop = min(start + at_once, count)
@@ -69,9 +72,9 @@ def prepare(
     return run
 
 
-def matrices_at_once(count: int, bytes_each: int) -> int:
-    """Matrices of a part: all parts but the last one have so many, and that one hardly fewer."""
-    most = max(1, TEMPORARY_BYTES // max(1, bytes_each))
+def matrices_at_once(count: int, bytes_each: int, most: int) -> int:
+    """Matrices of a part, at most `most`: all parts but the last one have so many, and that one hardly fewer."""
+    most = max(1, min(most, TEMPORARY_BYTES // max(1, bytes_each)))
     return -(-count // -(-count // most))
 
 

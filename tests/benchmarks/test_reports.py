@@ -134,9 +134,18 @@ class TestReadme:
         assert found.startswith(f"before\n{readme.BEGIN}\n") and found.endswith(f"{readme.END}\nafter\n")
         assert "| LLaMA 60M | 128 | fp32 | 10.0 | 12.0 (1.20×) | 20.0 (2.00×) | 30.0 (3.00×) | 5.00 (0.50×) | 50.0 | 5.00 |" in found
         assert "| 28 × 512² | 128 | bf16 | 10.0 (1.00) | 80.0 (1.00) |" in found
+        assert readme.table("memory", counted(peak=1e-5)).endswith("| 10.0 (0) | 80.0 (0) |")
         assert "`2026-01-02-abc1234.jsonl`; torch 2.13.0; measured ceilings: copy 40 GB/s, fp32 products 0.4 TFLOP/s" in found
         assert "Not measured yet on this device: `kernel`, `refresh`." in found
         assert "**H100: not measured yet.**" in found
+
+    def test_columns_of_ours_come_first_and_versions_are_of_what_is_shown(self, text, tmp_path):
+        late = timed(TIMES | {"lowrank_kernels, stochastic rounding": 11.0}, case="step 60m r=128 bfloat16")
+        versions = {"galore-torch": "1.0", "bitsandbytes": "9", "triton": "3"}
+        write(tmp_path / "results" / "cpu-a" / "x.jsonl", [row | {"versions": versions} for row in timed() + late])
+        self.run(text, tmp_path / "results")
+        assert "| this | this, 8-bit states | this, stochastic rounding | galore-torch |" in text.read_text()
+        assert "torch 2.13.0, galore-torch 1.0; measured" in text.read_text()
 
     def test_without_results_it_says_so(self, text, tmp_path):
         assert self.run(text, tmp_path / "none") == 0
@@ -207,6 +216,13 @@ def test_titles(case, expected):
 )
 def test_short_numbers_have_three_digits(value, expected):
     assert short(value) == expected
+
+
+def test_the_terminal_shows_times_and_bytes(capsys):
+    records.print_rows(timed() + counted())
+    printed = capsys.readouterr().out
+    for shown in ("lowrank_kernels", "galore-torch", "20.0", "2.00", "50", "state MB", "80.00"):
+        assert shown in printed
 
 
 class TestPlot:

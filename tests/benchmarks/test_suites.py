@@ -2,7 +2,6 @@
 
 import builtins
 import contextlib
-import gc
 import json
 import math
 import shutil
@@ -37,7 +36,6 @@ def measured(tmp_path_factory):
         patch.setitem(contenders.STEP, "formulas, torch.compile", unavailable)  # it would compile for half a minute
         patch.setattr(command, "print_rows", lambda rows: printed.append(f"{len(rows)} rows"))
         command.main([*"--models tiny --ranks 8 --dtypes fp32 bf16 --seconds 1 --commit abc1234 --out".split(), str(folder)])
-    gc.unfreeze()
     [file] = folder.glob("*/*.jsonl")
     return file, [json.loads(line) for line in file.read_text().splitlines()], printed
 

@@ -21,7 +21,11 @@ def poisoned_empty(monkeypatch):
     """
     guard, allocated = 4096, []
 
-    def guarded(shape, *, dtype, device):
+    empty = torch.empty
+
+    def guarded(shape, *, dtype, device=None, **options):
+        if options:  # pinned memory for addresses
+            return empty(shape, dtype=dtype, device=device, **options)
         numel = math.prod(shape)
         buffer = torch.full((numel + 2 * guard,), float("nan"), dtype=dtype, device=device)
         allocated.append(buffer)

@@ -160,7 +160,7 @@ def test_the_path_that_is_chosen(monkeypatch):
         options = dict(count=1000, right=False, aligned=True, stochastic=False)
         return adamw_step.choose_path(None, weight, grad, basis, exp_avg, **options)
 
-    largest = max(row.rank_covered for row in configs.SINGLE_PASS[None]["ieee"])
+    largest = max(row.rank_covered for row in configs.SINGLE_PASS[None]["ieee", "fp32"])
     if INTERPRETED:
         assert chosen(largest) is single_pass
         assert chosen(largest + 1, m=2 * largest) is two_pass

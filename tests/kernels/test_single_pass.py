@@ -80,6 +80,53 @@ def test_layouts(layout, basis_layout, right):
     check(bucket(2, 37, 70, 9, right, layout=layout, basis_layout=basis_layout), right)
 
 
+def addresses(tensor):
+    """Of every element."""
+    offsets = sum(torch.arange(size).view(-1, *(1,) * index) * stride for index, (size, stride) in enumerate(_extents(tensor)))
+    return (tensor.data_ptr() + torch.as_tensor(offsets) * tensor.element_size()).flatten()
+
+
+def _extents(tensor):
+    """(size, stride) of each dimension, the last one first."""
+    return zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter's accesses can be watched; elsewhere compute-sanitizer does it")
+@SIDES
+@CODED
+@pytest.mark.parametrize("shape", [(1, 70, 1), (37, 130, 17), (5, 3, 7)], ids=str)
+def test_no_access_outside_of_the_matrices(shape, coded, right, monkeypatch):
+    """Not even a read whose value goes nowhere: it may lie outside of what is allocated."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    m, n, r = shape
+    lists = bucket(2, m, n, r, right, torch.bfloat16, coded, layout="strided", basis_layout="strided")
+    lists["steps"] = [torch.full((), 5.0) for _ in range(2)]
+    rows, drawn, zero, rate = table.pointer_table(*lists.values()), seeds(2, torch.bfloat16), torch.zeros(1), torch.full((), 0.1)
+    inside = torch.cat([addresses(tensor) for tensors in (*lists.values(), rows, (drawn, zero, rate)) for tensor in tensors])
+    launch = single_pass.prepare(
+        table.Rows(**dict(zip(lists, rows, strict=True))), *(lists[name][0] for name in NAMES[:4]),
+        count=2, right=right, aligned=False, stochastic=True,
+    )  # fmt: skip
+    seen = []
+
+    def watch(name, mask_at):
+        access = getattr(InterpreterBuilder, name)
+
+        def watched(self, pointers, *arguments):
+            at = torch.from_numpy(pointers.data.astype("int64")[arguments[mask_at].data.astype(bool)])
+            seen.append(at.numel())
+            assert torch.isin(at, inside).all(), f"{name} outside of the matrices"
+            return access(self, pointers, *arguments)
+
+        monkeypatch.setattr(InterpreterBuilder, name, watched)
+
+    watch("create_masked_load", 0)
+    watch("create_masked_store", 1)
+    launch(**STEP, found_inf=zero, device_lr=rate, rounding_seeds=drawn)
+    assert sum(seen) >= sum(tensor.numel() for tensors in lists.values() for tensor in tensors)
+
+
 def rows_of_this_machine():
     archs = list(configs.SINGLE_PASS) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
     rows = {(kind, row) for arch in archs for (kind, _), rows in configs.SINGLE_PASS.get(arch, {}).items() for row in rows}

@@ -79,18 +79,43 @@ def test_parts_give_the_same_bits(dtype, monkeypatch):
     parts = copy(whole)
     seeds = philox.seed_tensor(range(5), DEVICE) if dtype == torch.bfloat16 else None
     run(whole, True, rounding_seeds=seeds)
+    each = 9 * 67 * (4 if dtype == torch.float32 else 6)
+    monkeypatch.setattr(two_pass, "TEMPORARY_BYTES", 2 * each + 5)
+    monkeypatch.setattr(two_pass, "CACHED_BYTES", 0)
+    allocated = recorded_bytes(monkeypatch)
+    run(parts, True, rounding_seeds=seeds)
+    assert sum(allocated) == 2 * each
+    assert same(whole, parts)
+
+
+def recorded_bytes(monkeypatch):
+    """What torch.empty allocates on the device from here on."""
     allocated, empty = [], torch.empty
 
     def recorded(*arguments, **options):
-        allocated.append(empty(*arguments, **options))
-        return allocated[-1]
+        tensor = empty(*arguments, **options)
+        if tensor.device.type == DEVICE:
+            allocated.append(tensor.nbytes)
+        return tensor
 
-    each = 9 * 67 * (4 if dtype == torch.float32 else 6)
-    monkeypatch.setattr(two_pass, "TEMPORARY_BYTES", 2 * each + 5)
     monkeypatch.setattr(torch, "empty", recorded)
-    run(parts, True, rounding_seeds=seeds)
-    assert sum(tensor.nbytes for tensor in allocated if tensor.device.type == DEVICE) == 2 * each
-    assert same(whole, parts)
+    return allocated
+
+
+@pytest.mark.parametrize("cached", [0, two_pass.CACHED_BYTES], ids=["past the cache", "in the cache"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_temporaries_are_at_most_4_bytes_an_element_of_r(count, dtype, cached, monkeypatch):
+    """And N is multiplied as it is wherever it stood in between."""
+    monkeypatch.setattr(two_pass, "CACHED_BYTES", cached)
+    lists = bucket(count, 40, 67, 9, False, dtype)
+    others = copy(lists)
+    allocated = recorded_bytes(monkeypatch)
+    run(lists, False)
+    assert 0 < sum(allocated) <= 4 * 9 * 67 * count
+    monkeypatch.setattr(two_pass, "CACHED_BYTES", two_pass.CACHED_BYTES if not cached else 0)
+    run(others, False)
+    assert same(lists, others)
 
 
 def test_a_refilled_table_reaches_every_part(monkeypatch):
@@ -109,10 +134,20 @@ def test_a_refilled_table_reaches_every_part(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("count", "bytes_each", "at_once"), [(1, 2**40, 1), (7, 2**28, 1), (7, 2**26, 4), (9, 2**26, 3), (4, 2**26, 4), (3, 0, 3)]
+    ("count", "bytes_each", "most", "at_once"),
+    [
+        (1, 2**40, 1, 1),
+        (7, 2**28, 7, 1),
+        (7, 2**26, 7, 4),
+        (9, 2**26, 6, 3),
+        (4, 2**26, 4, 4),
+        (4, 2**26, 2, 2),
+        (3, 0, 3, 3),
+        (3, 0, 2, 2),
+    ],
 )
-def test_parts_are_even(count, bytes_each, at_once):
-    assert two_pass.matrices_at_once(count, bytes_each) == at_once
+def test_parts_are_even(count, bytes_each, most, at_once):
+    assert two_pass.matrices_at_once(count, bytes_each, most) == at_once
 
 
 def test_what_is_kept_holds_no_tensor():
