@@ -48,8 +48,7 @@ def run(case: HostCase, context: Context) -> list[Row]:
         samples = measure("cuda", context.seconds)
     else:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        # The CPU's own path is not registered then, and what a GPU runs can be.
-        environment |= {"LOWRANK_KERNELS_REFERENCE": "1", "OMP_NUM_THREADS": "1"}
+        environment["OMP_NUM_THREADS"] = "1"
         command = [sys.executable, "-m", "benchmarks.suites.host", str(context.seconds)]
         done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
         if done.returncode:
@@ -102,7 +101,7 @@ def _without_driver(seconds: float) -> dict[str, list[float]]:
 
     from .. import aot
 
-    torch.library.register_kernel("lowrank_kernels::adamw_step_", "cpu", step._adamw_step_cuda)
+    step.DIRECT["cpu"] = step._adamw_step_cuda
     triton.runtime.driver.set_active(aot._Target(TARGET))
     configs.architecture = lambda device: TARGET
     launch = triton.JITFunction.run

@@ -90,24 +90,27 @@ class CachedTable:
     """The table of several buckets of equal length, kept from one step to the next. It holds no tensor of a bucket alive."""
 
     def __init__(self, buckets: Sequence[Sequence[Tensor]]) -> None:
-        self._seen = [[weakref.ref(tensor) for tensor in bucket] for bucket in buckets]
+        self._seen: list[list[weakref.ref] | None] = [[weakref.ref(tensor) for tensor in bucket] for bucket in buckets]
         self._addresses = [_addresses(bucket) for bucket in buckets]
         self.rows = pointer_table(*buckets)
         self.aligned = [_multiples_of_16(row) for row in self._addresses]
         """For each bucket whether every address is a multiple of 16 bytes."""
 
     def new_objects(self, buckets: Sequence[Sequence[Tensor]]) -> list[int]:
-        """The buckets with a tensor that was not there before: their shapes, strides and dtypes are to be checked again."""
+        """The buckets with a tensor that was not there before: their shapes, strides and dtypes are to be checked again.
+
+        One that had new tensors once, as gradients have, is not watched any more but always among them, which is cheaper.
+        """
         return [
             index
             for index, (seen, bucket) in enumerate(zip(self._seen, buckets, strict=True))
-            if not all(map(is_, [ref() for ref in seen], bucket))
+            if seen is None or not all(map(is_, [ref() for ref in seen], bucket))
         ]
 
     def refill(self, buckets: Sequence[Sequence[Tensor]], new_objects: list[int]) -> None:
         """Copies the rows with an address that moved, asynchronously."""
         for index in new_objects:
-            self._seen[index] = [weakref.ref(tensor) for tensor in buckets[index]]
+            self._seen[index] = None
         addresses = [_addresses(bucket) for bucket in buckets]
         moved = [index for index, (now, before) in enumerate(zip(addresses, self._addresses, strict=True)) if now != before]
         self._addresses = addresses
@@ -152,6 +155,12 @@ def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ..
         raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {dtype}")
     if row_major and not first.is_contiguous():
         raise ValueError(f"{name} must be row-major, got shape {tuple(shape)} with strides {stride}")
+    # Each of these is a loop that Python runs fast; which one it is that differs is looked up only if there is one.
+    shapes, strides = [tensor.shape for tensor in tensors], [tensor.stride() for tensor in tensors]
+    dtypes, devices = [tensor.dtype for tensor in tensors], [tensor.get_device() for tensor in tensors]
+    alike = shapes.count(shape), strides.count(stride), dtypes.count(dtype), devices.count(first.get_device())
+    if alike == (len(tensors),) * 4:
+        return
     for index, tensor in enumerate(tensors):
         if tensor.shape != shape or tensor.stride() != stride or tensor.dtype != dtype or tensor.device != device:
             raise ValueError(

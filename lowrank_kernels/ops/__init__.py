@@ -9,7 +9,7 @@
 from .. import extension
 from . import dispatch
 from .refresh import choose_bases, orthonormalise, range_finder, sample_importance
-from .step import adamw_step_, back_project_, project, update_moments_
+from .step import adamw_step_, back_project_, project, run_adamw_step_, update_moments_
 
 __all__ = [
     "adamw_step_",
@@ -18,6 +18,7 @@ __all__ = [
     "orthonormalise",
     "project",
     "range_finder",
+    "run_adamw_step_",
     "sample_importance",
     "update_moments_",
 ]

@@ -33,7 +33,9 @@ def register(name: str, device_type: str, implementation: Callable) -> None:
 
 def written(*tensors: torch.Tensor) -> None:
     """Tells autograd that a kernel wrote these, so that a backward pass through their old values raises, as after any in-place op."""
-    torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
+    if any(tensor.is_inference() for tensor in tensors[:1]):  # those have no version; the tensors of a call are all of a kind
+        tensors = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    torch.autograd.graph.increment_version(tensors)
 
 
 def outside_training(function: Callable) -> Callable:

@@ -151,3 +151,18 @@ for _name, _cuda in {
 }.items():
     dispatch.register(_name, "cpu", getattr(cpu, _name))
     dispatch.register(_name, "cuda", _cuda)
+
+DIRECT = {} if dispatch.REFERENCE_FORCED else {"cpu": cpu.adamw_step_, "cuda": _adamw_step_cuda}
+"""What the operator adamw_step_ runs on a device."""
+
+
+def run_adamw_step_(weights: list[Tensor], *lists: list[Tensor], **options) -> None:
+    """adamw_step_ for the optimizers: the same without the dispatcher, which takes 0.15 ms to carry the lists of 224 matrices across.
+
+    Tensor subclasses and dispatch modes (fake tensors, loggers) go the operator's way.
+    """
+    weight = weights[0]
+    direct = DIRECT.get(weight.device.type)
+    if direct is None or type(weight) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        direct = adamw_step_
+    direct(weights, *lists, **options)

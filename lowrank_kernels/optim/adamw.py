@@ -95,7 +95,7 @@ class LowRankAdamW(LowRankOptimizer):
         hyper = bucket.hyper
         on_device = isinstance(hyper["lr"], Tensor)
         coded = hyper["state_bits"] == 8
-        ops.adamw_step_(
+        ops.run_adamw_step_(
             bucket.weights,
             bucket.grads,
             bases,

@@ -239,15 +239,17 @@ class Plan:
             return False
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
-        if [param.grad is None for param in self._unique] != self._missing:
+        grads = [param.grad for param in self._unique]
+        if [grad is None for grad in grads] != self._missing:
             return False
+        if len(present) != len(grads):
+            grads = [grad for grad in grads if grad is not None]
         if not all(map(is_, map(states.get, present), self._states)):
             return False
-        grads = [param.grad for param in present]
         if _layouts(grads) != self._grad_layouts or (_layouts(present), [param.data_ptr() for param in present]) != self._weight_layouts:
             return False
         for bucket, slots in zip(self.buckets, self._slots, strict=True):
-            if not bucket.counted_on_device and any(self._states[slot]["step"] != bucket.step for slot in slots):
+            if not bucket.counted_on_device and [self._states[slot]["step"] for slot in slots] != [bucket.step] * len(slots):
                 return False
         for bucket, slots, number in zip(self.buckets, self._slots, self._numbers_of_buckets, strict=True):
             bucket.hyper = hypers[number]

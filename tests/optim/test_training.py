@@ -378,7 +378,7 @@ def test_failed_step_leaves_the_failing_bucket_and_those_after_it(monkeypatch):
             raise RuntimeError("out of memory")
         return torch.ops.lowrank_kernels.adamw_step_(weights, *rest, **scalars)
 
-    monkeypatch.setattr(adamw_module.ops, "adamw_step_", failing)
+    monkeypatch.setattr(adamw_module.ops, "run_adamw_step_", failing)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -392,7 +392,7 @@ def test_failed_step_leaves_the_failing_bucket_and_those_after_it(monkeypatch):
     for name in unchanged:
         number = index[id(parameters[name])]
         assert same_bits(optimizer.state_dict()["state"][number], before[1]["state"][number])
-    monkeypatch.setattr(adamw_module.ops, "adamw_step_", ops.step.adamw_step_)
+    monkeypatch.setattr(adamw_module.ops, "run_adamw_step_", ops.step.run_adamw_step_)
     optimizer.step()
 
 
@@ -410,7 +410,7 @@ def test_a_refresh_that_runs_out_of_memory_moves_nothing(monkeypatch, what):
 
 def test_failed_first_step_leaves_no_state(monkeypatch):
     model, optimizer = build()
-    monkeypatch.setattr(adamw_module.ops, "adamw_step_", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no")))
+    monkeypatch.setattr(adamw_module.ops, "run_adamw_step_", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no")))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     with pytest.raises(RuntimeError, match="no"):
