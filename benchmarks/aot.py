@@ -122,7 +122,7 @@ def cases() -> list[Case]:
 
 
 def single_pass_cases() -> list[Case]:
-    """Every row × side, the largest also with 8-bit moments and all other options; on sm_90 a row with each of these alone, and in fp16."""
+    """Every row × side, the largest also with 8-bit moments and all other options; on sm_90 one with each of these alone, and in fp16."""
     found = []
     for arch, kinds in configs.SINGLE_PASS.items():
         for (kind, moments_dtype), rows in kinds.items() if arch else ():
@@ -134,7 +134,7 @@ def single_pass_cases() -> list[Case]:
                     found.append(dataclasses.replace(case, options=("8-bit", *others)))
                     continue
                 found.append(case)
-                if (arch, kind, row.BLOCK_R) == (90, "16bit", 128):
+                if (arch, kind, row.BLOCK_R, right) == (90, "16bit", 128, False):
                     found += [dataclasses.replace(case, options=(option,)) for option in others]
                     found.append(dataclasses.replace(case, dtype="fp16"))
     return found

@@ -25,8 +25,10 @@ ABOUT = {
     "refresh": "A new basis, of one gradient or of each of several, at the default accuracy (`PyTorch version`: the same without the "
     "extension; `torch.svd_lowrank` with niter = 1): median ms, and the median over rounds of the time against ours.",
     "memory": "MB of optimizer state, and in parentheses the peak of a step beyond what was live.",
+    "host": "What a step takes of the host's time, Python and launches, over small matrices of three shapes: median ms. Without a GPU "
+    "everything is run but the driver's launches.",
 }
-FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matrix", "memory": "weights"}
+FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matrix", "memory": "weights", "host": "weights"}
 LAST_COLUMN = {"refresh": "spectrum or dtype"}
 
 

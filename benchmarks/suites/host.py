@@ -36,7 +36,7 @@ class HostCase:
 
     @property
     def label(self) -> str:
-        return f"host {LAYERS * len(SHAPES)} matrices" + ("" if self.driver else ", without the driver")
+        return f"host {LAYERS * len(SHAPES)} matrices{'' if self.driver else ', without the driver'} r={RANK} bfloat16"
 
 
 def cases(selection: Selection, on_gpu: bool) -> list[HostCase]:
@@ -60,7 +60,8 @@ def run(case: HostCase, context: Context) -> list[Row]:
     for name, times in samples.items():
         p20, p50, p80 = torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         timings[name] = Timing(p20, p50, p80, len(times), p50 / base)
-    return timed_rows(case.label, torch.bfloat16, timings, {}, context.machine, suite="host")
+    buckets = [(LAYERS * SHAPES.count(shape), *shape) for shape in dict.fromkeys(SHAPES)]
+    return timed_rows(case.label, torch.bfloat16, timings, {}, context.machine, suite="host", rank=RANK, shapes=buckets)
 
 
 def measure(device: str, seconds: float) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, checks, contenders, memory, shapes, suites, timing
 from benchmarks.cases import Context, Selection, Unavailable
 from benchmarks.roofline import Machine, total
-from benchmarks.suites import kernel, refresh, step
+from benchmarks.suites import host, kernel, refresh, step
 from benchmarks.suites import memory as memory_suite
 from lowrank_kernels import reference
 
@@ -61,7 +61,7 @@ def test_a_run_leaves_one_file_with_rows_of_every_suite(measured):
         "matmul_tflop_per_s_bfloat16",
     ):
         assert all(row[key] for row in rows)
-    assert all(row["rank"] == 8 and row["dtype"] in ("float32", "bfloat16") for row in rows)
+    assert all(row["rank"] == (host.RANK if row["suite"] == "host" else 8) and row["dtype"] in ("float32", "bfloat16") for row in rows)
     assert any("need one" in line and "Triton" in line for line in printed) == (not torch.cuda.is_available())
 
 
@@ -71,7 +71,7 @@ def test_timed_rows_have_all_their_figures(measured):
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["rounds"] >= 1 and row["shapes"]
         assert (row["ratio_to_ours"] == 1) == (row["contender"] == "lowrank_kernels")
     for row in timed:
-        if row["contender"].startswith("lowrank_kernels"):
+        if row["contender"].startswith("lowrank_kernels") and row["suite"] != "host":
             assert row["percent_of_ceiling"] == pytest.approx(100 * row["predicted_ms"] / row["p50_ms"])
             assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["p50_ms"] / 1e6)
             assert row["tflop_per_s"] == pytest.approx(row["flops"] / row["p50_ms"] / 1e9)
@@ -309,7 +309,7 @@ def with_spoilt_moment(step_):
 @pytest.mark.parametrize("spoil, complaint", [(lambda right: with_scale(right, 1.05), "the update of"), (with_spoilt_moment, "M of")])
 def test_a_wrong_step_is_refused(monkeypatch, no_clock, variant, spoil, complaint):
     monkeypatch.setattr(contenders, "STEP", {variant: contenders.STEP[variant]})
-    monkeypatch.setattr(lrk.ops, "adamw_step_", spoil(lrk.ops.adamw_step_))
+    monkeypatch.setattr(lrk.ops, "run_adamw_step_", spoil(lrk.ops.run_adamw_step_))
     with pytest.raises(SystemExit, match=f"step tiny r=8 bfloat16: {variant}: {complaint} .* not timed"):
         step.run(step.StepCase("tiny", 8, HALF), HERE)
 
@@ -488,3 +488,17 @@ def test_the_reference_of_coded_moments_starts_from_the_same_codes():
     reference.update_moments_(*uncoded, reference.project(bucket.bases[0].double(), bucket.grads[0].double(), False), **kernel.ADAM)
     error = checks.relative_error(moments[0], uncoded[0])
     assert checks.MOMENT_ERROR[8][SINGLE] < error < 0.016 and math.isfinite(error)  # the coding itself
+
+
+def test_the_host_suite_runs_what_a_gpu_runs(measured):
+    """Buckets, tables and launch code for 224 matrices, with gradients where they were and with new ones."""
+    found = {row["contender"]: row for row in of_suite(measured[1], "host")}
+    assert set(found) == {"lowrank_kernels", "lowrank_kernels, new gradients"}
+    assert all(0.02 < row["p50_ms"] < 50 and row["rounds"] >= 25 for row in found.values())
+    assert sum(count for count, *_ in next(iter(found.values()))["shapes"]) == 224
+
+
+def test_the_host_suite_says_why_it_could_not_run(monkeypatch, capsys):
+    monkeypatch.setattr(host.sys, "executable", "/bin/false")
+    [case] = host.cases(Selection(), on_gpu=False)
+    assert host.run(case, HERE) == [] and "the case skipped: no message" in capsys.readouterr().out
