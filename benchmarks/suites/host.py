@@ -49,7 +49,8 @@ def run(case: HostCase, context: Context) -> list[Row]:
     else:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["OMP_NUM_THREADS"] = "1"
-        command = [sys.executable, "-m", "benchmarks.suites.host", str(context.seconds)]
+        program = f"import json; from benchmarks.suites import host; print(json.dumps(host.without_driver({context.seconds})))"
+        command = [sys.executable, "-c", program]
         done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
         if done.returncode:
             skipped(case.label, "the case", done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message")
@@ -93,8 +94,11 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
     return samples
 
 
-def _without_driver(seconds: float) -> dict[str, list[float]]:
-    """measure() on CPU tensors with the kernels of a GPU, each launch stopping where the driver would be called."""
+def without_driver(seconds: float) -> dict[str, list[float]]:
+    """measure() on CPU tensors with the kernels of a GPU, each launch stopping where the driver would be called.
+
+    In a process of its own: the launchers are not put back, and must not have been imported for Triton's interpreter.
+    """
     import triton
 
     from lowrank_kernels.kernels import configs
@@ -108,7 +112,3 @@ def _without_driver(seconds: float) -> dict[str, list[float]]:
     launch = triton.JITFunction.run
     triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launch(self, *args, grid=grid, warmup=True, **kwargs)
     return measure("cpu", seconds)
-
-
-if __name__ == "__main__":
-    print(json.dumps(_without_driver(float(sys.argv[1]))))
