@@ -133,7 +133,7 @@ BACK_PROJECT[100] = BACK_PROJECT[90]
 SINGLE_PASS = {
     80: {
         ("16bit", "fp32"): (
-            SinglePassConfig(64, 2, 64, 64, 64, 4, 3),
+            SinglePassConfig(64, 2, 128, 64, 64, 8, 3),
             SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
             SinglePassConfig(256, 8, 64, 64, 64, 8, 3),
         ),
@@ -164,6 +164,20 @@ SINGLE_PASS = {
             SinglePassConfig(128, 4, 128, 32, 64, 8, 3),
         ),
     },
+    100: {
+        ("16bit", "fp32"): (
+            SinglePassConfig(32, 1, 64, 64, 64, 4, 3),
+            SinglePassConfig(64, 2, 128, 64, 64, 8, 3),
+            SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
+            SinglePassConfig(256, 16, 128, 32, 64, 8, 3),
+        ),
+        ("16bit", "8-bit"): (
+            SinglePassConfig(32, 1, 64, 64, 64, 4, 3),
+            SinglePassConfig(64, 2, 128, 64, 64, 8, 3),
+            SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
+            SinglePassConfig(256, 8, 64, 64, 64, 8, 3),
+        ),
+    },
     None: {
         ("16bit", "fp32"): (
             SinglePassConfig(16, 1, 64, 16, 16, 4, 2),
@@ -175,8 +189,7 @@ SINGLE_PASS = {
 SINGLE_PASS[80]["16bit", "8-bit"] = SINGLE_PASS[80]["16bit", "fp32"]
 SINGLE_PASS[80]["tf32", "8-bit"] = SINGLE_PASS[80]["tf32", "fp32"]
 SINGLE_PASS[90]["tf32", "8-bit"] = SINGLE_PASS[90]["tf32", "fp32"]
-# On sm_100 the row for rank 512 spills.
-SINGLE_PASS[100] = {kind: tuple(row for row in rows if row.BLOCK_R < 512) for kind, rows in SINGLE_PASS[90].items()}
+SINGLE_PASS[100]["tf32", "fp32"] = SINGLE_PASS[100]["tf32", "8-bit"] = SINGLE_PASS[90]["tf32", "fp32"]
 SINGLE_PASS[None] = dict.fromkeys(itertools.product(("16bit", "ieee"), ("fp32", "8-bit")), SINGLE_PASS[None]["16bit", "fp32"])
 
 MOMENTS = MomentsConfig(ROWS=1, COLUMNS=1024, num_warps=4)
