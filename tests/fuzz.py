@@ -27,14 +27,13 @@ if not torch.cuda.is_available():
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "kernels")]
 
 import buckets  # noqa: E402
-import tolerances  # noqa: E402
-from buckets import DEVICE, DTYPES, LAYOUTS, orient  # noqa: E402
-from coded import assert_codes, code_frames_intact, coded_states  # noqa: E402
-from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within  # noqa: E402
+import steps  # noqa: E402
+from buckets import DEVICE, DTYPES, LAYOUTS  # noqa: E402
+from coded import code_frames_intact, coded_states  # noqa: E402
+from steps import NAMES  # noqa: E402
 
-from lowrank_kernels import eight_bit, ops, philox, reference  # noqa: E402
+from lowrank_kernels import ops, philox  # noqa: E402
 from lowrank_kernels.kernels import adamw_step, cpu, single_pass, two_pass  # noqa: E402
-from lowrank_kernels.kernels.dots import INTERPRETED  # noqa: E402
 
 PATHS = ("cpu", "single_pass", "two_pass") if DEVICE == "cpu" else ("single_pass", "two_pass")
 GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")
@@ -110,7 +109,6 @@ def draw(seed: int) -> Case:
     )
 
 
-NAMES = ("weights", "grads", "bases", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
 Lists = dict[str, list[torch.Tensor]]
 
 
@@ -176,56 +174,16 @@ def check(seed: int) -> Case:
         intact = code_frames_intact if tensors[0].dtype == torch.uint8 else buckets.frames_intact
         assert intact(tensors), f"something was written around {name}"
     if not case.found_inf:
+        scalars = {name: getattr(case, name) for name in steps.STEP}
+        if case.on_device:
+            scalars["lr"] = torch.tensor(case.lr).item()
+        on_kernels = case.on_device and case.path != "cpu"
         for index in range(case.count):
-            _check_matrix(case, index, before, lists, seeds)
+            steps.judge(
+                before, lists, index, case.right, scalars, seed=None if seeds is None else seeds[index : index + 1],
+                counted_on_device=on_kernels, lr_on_device=on_kernels, on_cpu_path=case.path == "cpu", native=cpu.NATIVE_BF16,
+            )  # fmt: skip
     return case
-
-
-def _check_matrix(case: Case, index: int, before: Lists, lists: Lists, seeds: torch.Tensor | None) -> None:
-    """As test_two_pass.py: an error of R grows into one of N and that into one of W."""
-    right = case.right
-    w, g, p = (before[name][index].double() for name in NAMES[:3])
-    of_weight, of_grad, of_basis = case.dtypes
-    of_states = (0.0, 0.0)
-    if case.state_bits == 8:
-        m, v = eight_bit.decode(*(before[name][index] for name in NAMES[3:]), torch.float64)
-        of_states = tolerances.decoded_error(m, v)
-    else:
-        m, v = (before[name][index].double() for name in NAMES[3:5])
-    r = reference.project(p, g, right)
-    adam = {"beta1": case.beta1, "beta2": case.beta2, "eps": case.eps, "step": case.step}
-    betas = {"beta1": case.beta1, "beta2": case.beta2}
-    of_r = tolerances.project_error(p, orient(g, right))
-    store = tolerances.store_unit(of_weight, INTERPRETED and case.path != "cpu")
-    if case.path == "cpu":
-        if cpu.NATIVE_BF16 and of_grad == of_basis == torch.bfloat16:
-            of_r = of_r + UNIT[torch.bfloat16] * r.abs()  # R comes out of the product in bf16
-        native = cpu.NATIVE_BF16 and of_weight == of_basis == torch.bfloat16 and not case.stochastic
-        operand_unit = UNIT[torch.bfloat16] if native else 0.0
-    else:
-        operand_unit = 0.0 if of_basis == torch.float32 else 2 * UNIT[of_basis]
-    errors = tolerances.moments_error(m, v, r, **betas, projected_error=of_r, state_errors=of_states)
-    n = reference.update_moments_(m, v, r, **adam)
-    on_kernels = case.on_device and case.path != "cpu"
-    of_n = tolerances.normalised_error(m, v, errors, **adam, correction=BIAS_CORRECTION_ERROR if on_kernels else UNIT[torch.float32])
-    lr = torch.tensor(case.lr).item() if case.on_device else case.lr
-    update = {"lr": lr, "scale": case.scale, "weight_decay": case.weight_decay}
-    bound = tolerances.back_project_error(
-        orient(w, right).to(of_weight), p, n, **update, store=0.0 if case.stochastic else store,
-        operand_unit=operand_unit, normalised_error=of_n, device_lr=on_kernels,
-    )  # fmt: skip
-    expected = reference.updated_weight(w, p, n, **update, right=right)
-    weight = lists["weights"][index]
-    if seeds is None:
-        assert_within(orient(weight, right), orient(expected, right), bound, "W")
-    else:
-        least, greatest = tolerances.rounded_between(expected, orient(bound, right), seeds[index : index + 1], case.step)
-        assert ((least <= weight) & (weight <= greatest)).all(), "W is not the stochastic rounding of anything within the bounds"
-    if case.state_bits == 8:
-        assert_codes(tuple(lists[name][index] for name in NAMES[3:]), m, v, errors)
-    else:
-        assert_within(lists["exp_avgs"][index], m, errors[0], "M")
-        assert_within(lists["exp_avg_sqs"][index], v, errors[1], "V")
 
 
 def attempt(seed: int) -> tuple[int, str, str | None]:

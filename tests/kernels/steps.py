@@ -61,44 +61,61 @@ def run(path, lists, right, *, found_inf=None, device_lr=None, rounding_seeds=No
 
 
 def check(path, lists, right, device_lr=None, rounding_seeds=None, **step):
-    """Runs a step. The bounds of its parts chained: an error of R grows into one of N and that into one of W."""
-    exact = {name: [tensor.double() for tensor in tensors] for name, tensors in lists.items()}
-    coded = "exp_avg_scales" in lists
-    if coded:
-        decoded = [eight_bit.decode(*state, torch.float64) for state in zip(*(lists[name] for name in NAMES[3:]), strict=True)]
-        exact["exp_avgs"], exact["exp_avg_sqs"] = (list(tensors) for tensors in zip(*decoded, strict=True))
-    scalars = {**STEP, **step}
-    counts = [int(count) + 1 for count in lists["steps"]] if "steps" in lists else [scalars["step"]] * len(lists["weights"])
+    """Runs a step and judges it."""
+    before = copy(lists)
+    scalars = {**STEP, **step} | ({"lr": float(device_lr)} if device_lr is not None else {})
     on_device = ({"step": None} if "steps" in lists else {}) | ({"lr": None} if device_lr is not None else {})
     run(path, lists, right, device_lr=device_lr, rounding_seeds=rounding_seeds, **(step | on_device))
+    for index in range(len(lists["weights"])):
+        if "steps" in lists:
+            scalars["step"] = int(lists["steps"][index]) + 1
+        seed = None if rounding_seeds is None else rounding_seeds[index : index + 1]
+        judge(before, lists, index, right, scalars, seed=seed, counted_on_device="steps" in lists, lr_on_device=device_lr is not None)
 
-    lr = scalars["lr"] if device_lr is None else float(device_lr)
-    betas = {name: scalars[name] for name in ("beta1", "beta2")}
-    update = {"lr": lr, "scale": scalars["scale"], "weight_decay": scalars["weight_decay"]}
-    for index, t in enumerate(counts):
-        w, g, p, m, v = (exact[name][index] for name in NAMES[:5])
-        dtype, weight = lists["bases"][0].dtype, lists["weights"][index]
-        tf32 = tf32_unit(dtype)
-        adam = {**betas, "eps": scalars["eps"], "step": t}
-        r = reference.project(p, g, right)
-        of_states = decoded_error(m, v) if coded else (0.0, 0.0)
-        errors = moments_error(m, v, r, **betas, projected_error=project_error(p, orient(g, right), tf32), state_errors=of_states)
-        n = reference.update_moments_(m, v, r, **adam)
-        correction = BIAS_CORRECTION_ERROR if "steps" in lists else UNIT[torch.float32]
-        bound = back_project_error(
-            orient(w, right).to(weight.dtype), p, n, **update, device_lr=device_lr is not None,
-            store=0.0 if rounding_seeds is not None else store_unit(weight.dtype, INTERPRETED),
-            operand_unit=(0.0 if dtype == torch.float32 else 2 * UNIT[dtype]) + tf32, basis_unit=tf32,
-            normalised_error=normalised_error(m, v, errors, **adam, correction=correction),
-        )  # fmt: skip
-        expected = reference.updated_weight(w, p, n, **update, right=right)
-        if coded:
-            assert_codes(tuple(lists[name][index] for name in NAMES[3:]), m, v, errors)
-        else:
-            assert_within(lists["exp_avgs"][index], m, errors[0], "M")
-            assert_within(lists["exp_avg_sqs"][index], v, errors[1], "V")
-        if rounding_seeds is None:
-            assert_within(orient(weight, right), orient(expected, right), bound, "W")
-        else:
-            least, greatest = rounded_between(expected, orient(bound, right), rounding_seeds[index : index + 1], t)
-            assert ((least <= weight) & (weight <= greatest)).all()
+
+def judge(before, after, index, right, scalars, *, seed=None, counted_on_device=False, lr_on_device=False, on_cpu_path=False, native=False):
+    """One matrix after a step against the reference on what it was before, within the bounds of the step's parts chained: an error of R
+    grows into one of N and that into one of W.
+
+    seed: (1,) int64 where W is rounded stochastically. on_cpu_path: of kernels/cpu.py, which rounds nothing but what it stores, and
+    where the CPU is `native` in bf16 also R and N of such bases.
+    """
+    w, g, p = (before[name][index].double() for name in NAMES[:3])
+    of_weight, of_grad, of_basis = (before[name][index].dtype for name in NAMES[:3])
+    coded, of_states = "exp_avg_scales" in before, (0.0, 0.0)
+    if coded:
+        m, v = eight_bit.decode(*(before[name][index] for name in NAMES[3:]), torch.float64)
+        of_states = decoded_error(m, v)
+    else:
+        m, v = (before[name][index].double() for name in NAMES[3:5])
+    adam = {name: scalars[name] for name in ("beta1", "beta2", "eps", "step")}
+    update = {name: scalars[name] for name in ("lr", "scale", "weight_decay")}
+    r = reference.project(p, g, right)
+    tf32 = 0.0 if on_cpu_path else tf32_unit(of_basis)
+    of_r = project_error(p, orient(g, right), tf32)
+    if on_cpu_path:
+        if native and of_grad == of_basis == torch.bfloat16:
+            of_r = of_r + UNIT[torch.bfloat16] * r.abs()
+        operand_unit = UNIT[torch.bfloat16] if native and of_weight == of_basis == torch.bfloat16 and seed is None else 0.0
+    else:
+        operand_unit = (0.0 if of_basis == torch.float32 else 2 * UNIT[of_basis]) + tf32
+    errors = moments_error(m, v, r, scalars["beta1"], scalars["beta2"], projected_error=of_r, state_errors=of_states)
+    n = reference.update_moments_(m, v, r, **adam)
+    of_n = normalised_error(m, v, errors, **adam, correction=BIAS_CORRECTION_ERROR if counted_on_device else UNIT[torch.float32])
+    bound = back_project_error(
+        orient(w, right).to(of_weight), p, n, **update, device_lr=lr_on_device,
+        store=0.0 if seed is not None else store_unit(of_weight, INTERPRETED and not on_cpu_path),
+        operand_unit=operand_unit, basis_unit=tf32, normalised_error=of_n,
+    )  # fmt: skip
+    expected = reference.updated_weight(w, p, n, **update, right=right)
+    weight = after["weights"][index]
+    if coded:
+        assert_codes(tuple(after[name][index] for name in NAMES[3:]), m, v, errors)
+    else:
+        assert_within(after["exp_avgs"][index], m, errors[0], "M")
+        assert_within(after["exp_avg_sqs"][index], v, errors[1], "V")
+    if seed is None:
+        assert_within(orient(weight, right), orient(expected, right), bound, "W")
+    else:
+        least, greatest = rounded_between(expected, orient(bound, right), seed, scalars["step"])
+        assert ((least <= weight) & (weight <= greatest)).all(), "W is not the stochastic rounding of anything within its bounds"
