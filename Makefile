@@ -13,6 +13,8 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # One thread a worker: two pools of threads on two cores mostly wait for each other.
 WORKERS ?= 2
+# Cases of make gpu's benchmark; without any it covers more models and takes much longer.
+BENCH ?= --models 350m 7b --ranks 128 256 --dtypes bf16 --seconds 180
 # Of make fuzz.
 CASES ?= 10000
 SEED ?=
@@ -64,7 +66,7 @@ gpu:
 	$(foreach tool,$(if $(shell command -v compute-sanitizer),memcheck racecheck),compute-sanitizer --tool $(tool) --error-exitcode 1 \
 		$(PYTHON) -m pytest -m gpu -x -q $(RACE_TESTS) &&) true
 	$(PYTHON) -m tests.fuzz --cases 2000
-	$(PYTHON) -m benchmarks --seconds 180
+	$(PYTHON) -m benchmarks $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
