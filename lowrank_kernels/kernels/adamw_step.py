@@ -42,12 +42,14 @@ def adamw_step_(
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
     rounding_seeds: Tensor | None = None,
+    vouched: Sequence[str] = (),
 ) -> None:
     """The step in place on weights and moments of a bucket; see reference.adamw_step_ for the arguments.
 
     Every list holds matrices of one shape, dtype and strides; moments, codes and scales are row-major. Weights, gradients and bases
     are fp32, bf16 or fp16, independently. Where found_inf is non-zero, weights and moments keep their bits. No step synchronises
-    with the device. Raises ValueError for lists that are no bucket, shapes that do not fit and arguments on another device.
+    with the device. vouched: names of lists of which the caller knows that they are buckets, as it was at first; new tensors in them are
+    not looked at again. Raises ValueError for lists that are no bucket, shapes that do not fit and arguments on another device.
     """
     lists = {"weights": weights, "grads": grads, "bases": bases, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     optional = {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales, "steps": device_steps}
@@ -60,7 +62,7 @@ def adamw_step_(
     table.check_found_inf(found_inf, device)
     _check_one_float("device_lr", device_lr, device)
     _check_seeds(rounding_seeds, weights)
-    launch = _prepared(lists, right, rounding_seeds is not None)
+    launch = _prepared(lists, right, rounding_seeds is not None, vouched)
     launch(
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, scale=scale, step=step,
         found_inf=found_inf, device_lr=device_lr, rounding_seeds=rounding_seeds,
@@ -89,7 +91,7 @@ class _Prepared:
         path = choose_path(rows, weight, grad, basis, exp_avg, **options)
         return path.prepare(rows, weight, grad, basis, exp_avg, **options)
 
-    def follow(self, lists: dict[str, list[Tensor]]) -> bool:
+    def follow(self, lists: dict[str, list[Tensor]], vouched: Sequence[str]) -> bool:
         """Whether it still serves these tensors, after its table followed them. New ones are checked as all were at first."""
         buckets = list(lists.values())
         fresh = self.table.new_objects(buckets)
@@ -97,7 +99,7 @@ class _Prepared:
             if _layouts(lists) != self.layouts:
                 return False
             names = list(lists)
-            _check_buckets({names[index]: buckets[index] for index in fresh}, self.device)
+            _check_buckets({names[index]: buckets[index] for index in fresh if names[index] not in vouched}, self.device)
         self.table.refill(buckets, fresh)
         return self._aligned(lists) == self.aligned
 
@@ -105,7 +107,7 @@ class _Prepared:
 _kept: OrderedDict[tuple, _Prepared] = OrderedDict()
 
 
-def _prepared(lists: dict[str, list[Tensor]], right: bool, stochastic: bool) -> Callable[..., None]:
+def _prepared(lists: dict[str, list[Tensor]], right: bool, stochastic: bool, vouched: Sequence[str]) -> Callable[..., None]:
     weight = lists["weights"][0]
     stream = 0
     if weight.is_cuda:
@@ -113,7 +115,7 @@ def _prepared(lists: dict[str, list[Tensor]], right: bool, stochastic: bool) -> 
             return _Prepared(lists, right, stochastic).launch
         stream = torch.cuda.current_stream(weight.device).cuda_stream
     key = (weight.data_ptr(), len(lists["weights"]), tuple(lists), right, stochastic, tf32_allowed(), weight.device, stream)
-    if (found := _kept.get(key)) is None or not found.follow(lists):
+    if (found := _kept.get(key)) is None or not found.follow(lists, vouched):
         found = _kept[key] = _Prepared(lists, right, stochastic)
         if len(_kept) > KEPT:
             _kept.popitem(last=False)

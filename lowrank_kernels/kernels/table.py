@@ -11,7 +11,6 @@ import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ def pointer_table(*buckets: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _addresses(bucket: Sequence[Tensor]) -> list[int]:
-    return [tensor.data_ptr() for tensor in bucket]
+    return list(map(Tensor.data_ptr, bucket))
 
 
 def _source(addresses: list, device: torch.device) -> Tensor:
@@ -86,11 +85,29 @@ _captured: list[Tensor] = []
 """Sources of captured copies: a graph reads them as long as it lives, and does not tell when it dies."""
 
 
+class _Seen:
+    """Which tensors a list held. An id is a tensor's for as long as it lives, so the first one that dies ends it."""
+
+    def __init__(self, bucket: Sequence[Tensor]) -> None:
+        self._alive = True
+        self._ids = list(map(id, bucket))
+        this = weakref.ref(self)
+
+        def died(_: object) -> None:
+            if (seen := this()) is not None:
+                seen._alive = False
+
+        self._references = [weakref.ref(tensor, died) for tensor in bucket]
+
+    def same(self, bucket: Sequence[Tensor]) -> bool:
+        return self._ids == list(map(id, bucket)) and self._alive
+
+
 class CachedTable:
     """The table of several buckets of equal length, kept from one step to the next. It holds no tensor of a bucket alive."""
 
     def __init__(self, buckets: Sequence[Sequence[Tensor]]) -> None:
-        self._seen: list[list[weakref.ref] | None] = [[weakref.ref(tensor) for tensor in bucket] for bucket in buckets]
+        self._seen: list[_Seen | None] = [_Seen(bucket) for bucket in buckets]
         self._addresses = [_addresses(bucket) for bucket in buckets]
         self.rows = pointer_table(*buckets)
         self.aligned = [_multiples_of_16(row) for row in self._addresses]
@@ -102,9 +119,7 @@ class CachedTable:
         One that had new tensors once, as gradients have, is not watched any more but always among them, which is cheaper.
         """
         return [
-            index
-            for index, (seen, bucket) in enumerate(zip(self._seen, buckets, strict=True))
-            if seen is None or not all(map(is_, [ref() for ref in seen], bucket))
+            index for index, (seen, bucket) in enumerate(zip(self._seen, buckets, strict=True)) if seen is None or not seen.same(bucket)
         ]
 
     def refill(self, buckets: Sequence[Sequence[Tensor]], new_objects: list[int]) -> None:
@@ -156,9 +171,9 @@ def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ..
     if row_major and not first.is_contiguous():
         raise ValueError(f"{name} must be row-major, got shape {tuple(shape)} with strides {stride}")
     # Each of these is a loop that Python runs fast; which one it is that differs is looked up only if there is one.
-    shapes, strides = [tensor.shape for tensor in tensors], [tensor.stride() for tensor in tensors]
-    dtypes, devices = [tensor.dtype for tensor in tensors], [tensor.get_device() for tensor in tensors]
-    alike = shapes.count(shape), strides.count(stride), dtypes.count(dtype), devices.count(first.get_device())
+    shapes, dtypes = [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors]
+    strides, devices = list(map(Tensor.stride, tensors)), list(map(Tensor.get_device, tensors))
+    alike = shapes.count(shape), dtypes.count(dtype), strides.count(stride), devices.count(first.get_device())
     if alike == (len(tensors),) * 4:
         return
     for index, tensor in enumerate(tensors):

@@ -6,6 +6,7 @@ in one (batch, r, n) tensor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -109,6 +110,7 @@ def _adamw_step_cuda(
     *,
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    vouched: tuple[str, ...] = (),
     **rest,
 ) -> None:
     states = [*exp_avgs, *exp_avg_sqs, *(exp_avg_scales or ()), *(exp_avg_sq_scales or ())]
@@ -117,7 +119,7 @@ def _adamw_step_cuda(
         return reference.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **rest)
     from ..kernels import adamw_step
 
-    adamw_step.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **rest)
+    adamw_step.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **rest, vouched=vouched)
     dispatch.written(*weights, *states)
 
 
@@ -152,12 +154,14 @@ for _name, _cuda in {
     dispatch.register(_name, "cpu", getattr(cpu, _name))
     dispatch.register(_name, "cuda", _cuda)
 
-DIRECT = {} if dispatch.REFERENCE_FORCED else {"cpu": cpu.adamw_step_, "cuda": _adamw_step_cuda}
-"""What the operator adamw_step_ runs on a device."""
+_direct_cuda = functools.partial(_adamw_step_cuda, vouched=("weights", "grads"))
+DIRECT = {} if dispatch.REFERENCE_FORCED else {"cpu": cpu.adamw_step_, "cuda": _direct_cuda}
+"""What the operator adamw_step_ runs on a device, for a caller whose weights and gradients are known to be buckets."""
 
 
 def run_adamw_step_(weights: list[Tensor], *lists: list[Tensor], **options) -> None:
-    """adamw_step_ for the optimizers: the same without the dispatcher, which takes 0.15 ms to carry the lists of 224 matrices across.
+    """adamw_step_ for the optimizers: the same without the dispatcher, which takes 0.15 ms to carry the lists of 224 matrices across,
+    and without another look at what makes their weights and gradients a bucket.
 
     Tensor subclasses and dispatch modes (fake tensors, loggers) go the operator's way.
     """

@@ -224,6 +224,7 @@ class Plan:
         present = [member.param for member, _ in members]
         self._present = present
         self._states = [member.state for member, _ in members]
+        self._seen_states: tuple[list[Tensor], list[dict[str, Any]]] | None = None
         self._slots = [[slot for slot, (_, owner) in enumerate(members) if owner is bucket] for bucket in self.buckets]
         self._weight_layouts = _layouts(present), [param.data_ptr() for param in present]
         self._grad_layouts = _layouts([param.grad for param in present])
@@ -244,9 +245,9 @@ class Plan:
             return False
         if len(present) != len(grads):
             grads = [grad for grad in grads if grad is not None]
-        if not all(map(is_, map(states.get, present), self._states)):
+        if not self._has_states_of(states):
             return False
-        if _layouts(grads) != self._grad_layouts or (_layouts(present), [param.data_ptr() for param in present]) != self._weight_layouts:
+        if _layouts(grads) != self._grad_layouts or (_layouts(present), list(map(Tensor.data_ptr, present))) != self._weight_layouts:
             return False
         for bucket, slots in zip(self.buckets, self._slots, strict=True):
             if not bucket.counted_on_device and [self._states[slot]["step"] for slot in slots] != [bucket.step] * len(slots):
@@ -256,6 +257,17 @@ class Plan:
             bucket.grads = [grads[slot] for slot in slots]
             if len(bucket.weights) != len(slots) or any(grad.dim() != 2 for grad in bucket.grads):
                 bucket.grads = [matrix for grad in bucket.grads for matrix in matrices_of(grad)]
+        return True
+
+    def _has_states_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
+        """Whether every parameter has the state that it had. Walking through a dict costs less than a lookup, which hashes in Python."""
+        if self._seen_states is not None:
+            keys, values = self._seen_states
+            if len(keys) == len(states) and all(map(is_, states, keys)) and all(map(is_, states.values(), values)):
+                return True
+        if not all(map(is_, map(states.get, self._present), self._states)):
+            return False
+        self._seen_states = list(states), list(states.values())
         return True
 
     def release(self) -> None:
@@ -280,7 +292,7 @@ def _fixed(groups: Groups) -> list[tuple]:
 def _layouts(tensors: Sequence[Tensor]) -> tuple[list[tuple[int, ...]], list[torch.dtype]] | None:
     """Strides and dtypes; None where one of them is sparse and has no strides."""
     try:
-        return [tensor.stride() for tensor in tensors], [tensor.dtype for tensor in tensors]
+        return list(map(Tensor.stride, tensors)), [tensor.dtype for tensor in tensors]
     except RuntimeError:
         return None
 
