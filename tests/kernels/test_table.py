@@ -191,3 +191,14 @@ def test_8_bit_errors_help():
         step([weights, grads, bases, codes[0], exp_avg_sqs], **named)
     with pytest.raises(ValueError, match=r"exp_avg_scales \(4, 2\) must be \(r, ⌈n / 64⌉\) = \(4, 1\)"):
         step([weights, grads, bases, *codes], **named | {"exp_avg_scales": [torch.ones(4, 2, device=DEVICE)] * 3})
+
+
+def test_lists_that_the_caller_vouches_for_are_not_looked_at_again(prepared, monkeypatch):
+    tensors = bucket()
+    step(tensors)
+    checked = []
+    check = adamw_step._check_buckets
+    monkeypatch.setattr(adamw_step, "_check_buckets", lambda lists, device: checked.extend(lists) or check(lists, device))
+    tensors[1], tensors[3] = matrices(3), [tensor.clone() for tensor in tensors[3]]
+    step(tensors, 2, vouched=("weights", "grads"))
+    assert checked == ["exp_avgs"] and len(prepared) == 1

@@ -166,3 +166,21 @@ def test_a_sparse_gradient_is_refused_after_dense_ones_too():
     with pytest.raises(TypeError, match="the gradient is sparse"):
         optimizer.step()
     assert same_bits(before, optimizer.state_dict())
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_first_step_that_failed_has_not_been(monkeypatch, capturable):
+    failed, plain = (build(capturable=capturable) for _ in range(2))
+    x, y = batch(0)
+    for model, _ in (failed, plain):
+        (model(x) - y).square().mean().backward()
+    with monkeypatch.context() as patch:
+        patch.setattr(lrk.LowRankAdamW, "step_bucket", lambda *_: (_ for _ in ()).throw(MemoryError("no")))
+        with pytest.raises(MemoryError):
+            failed[1].step()
+    low_rank = failed[1].param_groups[1]["params"]
+    assert not any(parameter in failed[1].state for parameter in low_rank)
+    for model, optimizer in (failed, plain):  # the dense group has had its update, so only the low-rank one is compared
+        optimizer.step()
+    for parameter, other in zip(low_rank, plain[1].param_groups[1]["params"], strict=True):
+        assert torch.equal(parameter, other) and same_bits(failed[1].state[parameter], plain[1].state[other])
