@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import eight_bit, ops
 from .base import LowRankOptimizer
 from .buckets import Bucket, Member
+from .groups import matrix_shape
 
 
 class LowRankAdamW(LowRankOptimizer):
@@ -80,9 +81,9 @@ class LowRankAdamW(LowRankOptimizer):
 
     def new_state(self, member: Member, bucket: Bucket) -> dict[str, Tensor]:
         """Zeros. 8-bit codes are uint8 and their scales fp32; other moments fp32, fp64 for fp64 weights."""
-        rows, columns = member.weights[0].shape
+        rows, columns = matrix_shape(member.param)
         shapes = self.state_shapes(bucket.hyper, bucket.rank, rows if bucket.right else columns)
-        batch = (len(member.weights),) if member.param.dim() == 3 else ()
+        batch = (member.matrices,) if member.param.dim() == 3 else ()
         wide = torch.float64 if member.param.dtype == torch.float64 else torch.float32
         coded = bucket.hyper["state_bits"] == 8
         state = {}

@@ -49,6 +49,8 @@ class LowRankOptimizer(Optimizer):
         self._plan: buckets.Plan | None = None
         self._counts: dict[Tensor, tuple[Tensor, int]] = {}
         self._skipped = scaler.SkippedSteps()
+        self._captured: list[buckets.Plan] = []
+        """What CUDA graphs read besides the states: they do not tell when they die."""
 
     # What a subclass provides.
 
@@ -116,6 +118,7 @@ class LowRankOptimizer(Optimizer):
         for index, group, _ in low_rank:
             if not group["capturable"]:
                 raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
+        self._take_back(self._skipped.known(wait=True))
         plan = self._plan_of(low_rank)
         if low_rank and not plan.buckets:
             raise RuntimeError(
@@ -126,9 +129,11 @@ class LowRankOptimizer(Optimizer):
             for bucket in plan.buckets:
                 if not bucket.members[0].state:
                     raise RuntimeError("refresh() came before the first step; take one outside of the graph, which makes the states")
+            # All before anything changes: what may run out of memory.
+            fresh = [self._refresh(due, None) if (due := bucket.due()) else {} for bucket in plan.buckets]
+            for bucket, chosen in zip(plan.buckets, fresh, strict=True):
                 bucket.count_on_device()
-                if due := bucket.due():
-                    _keep(self._refresh(due, None), bucket)
+                _keep(chosen, bucket)
                 bucket.step += 1
         finally:
             plan.release()
@@ -161,6 +166,8 @@ class LowRankOptimizer(Optimizer):
                 stepped += [member.param for member in bucket.members]
         finally:
             plan.release()
+            if capturing:
+                self._captured.append(plan)
             if found_inf is not None and stepped and not capturing:
                 self._take_back(self._skipped.note(found_inf, stepped))
 
@@ -198,8 +205,8 @@ class LowRankOptimizer(Optimizer):
             self.step_bucket(bucket, bases, found_inf)
         if fresh:
             _keep(fresh, bucket)
-        for member in bucket.copied:
-            member.param.copy_(member.write_back.view(member.param.shape))
+        for param, matrix in bucket.copied:
+            param.copy_(matrix.view(param.shape))
         bucket.advance(found_inf, self.state, capturing)
 
     def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> dict[int, Tensor]:
@@ -222,7 +229,7 @@ class LowRankOptimizer(Optimizer):
         )
         remaining = iter(chosen)
         return {
-            member.index: subspaces.own_memory(buckets.join([next(remaining) for _ in member.weights], member.param))
+            member.index: subspaces.own_memory(buckets.join([next(remaining) for _ in range(member.matrices)], member.param))
             for member in bucket.members
         }
 
@@ -249,8 +256,10 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self._forget()
         self.__dict__.setdefault("_clamp_warned", set())
-        for group in self.param_groups:
-            group.setdefault("capturable", False)
+        self.defaults.setdefault("capturable", False)
+        for group in self.param_groups:  # of an older version
+            for key, value in ({"capturable": False} | (groups.LOW_RANK_DEFAULTS if groups.is_low_rank(group) else {})).items():
+                group.setdefault(key, value)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:

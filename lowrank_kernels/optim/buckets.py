@@ -27,22 +27,22 @@ FIXED = tuple(key for key in (*ADAMW_KEYS, "rank", *LOW_RANK_DEFAULTS) if key no
 
 @dataclass
 class Member:
-    """One parameter with a gradient: its place, when it refreshes, its state (empty before the first step) and its matrices."""
+    """One parameter with a gradient: its place, when it refreshes, its state (empty before the first step), how many matrices it has."""
 
     param: Tensor
     index: int
     refresh_offset: int
     state: dict[str, Any]
-    weights: list[Tensor]
-    write_back: Tensor | None  # weights[0], where its strides made it a copy
+    matrices: int
 
 
 @dataclass
 class Bucket:
     """Members that share everything a launch needs. `hyper` holds their group's values; rank is already clamped.
 
-    step: the updates that its members have had, as far as the host knows. counted_on_device: state["step"] is a tensor there.
-    grads: this step's, one for each matrix.
+    step: the updates that its members have had, as far as the host knows. counted_on_device: state["step"] is a tensor there, `counts`.
+    weights, grads: this step's, one for each matrix. copied: those of the weights that are copies, of parameters whose strides give no
+    view of a matrix.
     """
 
     hyper: dict[str, Any]
@@ -51,8 +51,10 @@ class Bucket:
     step: int
     counted_on_device: bool = False
     members: list[Member] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    _lists: dict[str, tuple[list[Tensor], list[Tensor]]] = field(default_factory=dict)
+    copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    counts: list[Tensor] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -62,19 +64,31 @@ class Bucket:
         """In fp32; asynchronously to a GPU, while a copy to the CPU must have arrived before it is read."""
         return scalar.to(self.device, torch.float32, non_blocking=self.device.type == "cuda")
 
-    @functools.cached_property
-    def weights(self) -> list[Tensor]:
-        return [matrix for member in self.members for matrix in member.weights]
+    def take(self, grads: list[Tensor]) -> None:
+        """This step's gradients, one for each member, and the weights as they now are."""
+        self.copied = []
+        if self._plain:
+            self.weights, self.grads = [member.param for member in self.members], grads
+            return
+        self.weights, self.grads = [], [matrix for grad in grads for matrix in matrices_of(grad)]
+        for member in self.members:
+            matrices = matrices_of(member.param.detach())
+            self.weights += matrices
+            if matrices[0].data_ptr() != member.param.data_ptr():
+                self.copied.append((member.param, matrices[0]))
+
+    def release(self) -> None:
+        """Lets go of what belongs to one step, whose memory may be wanted."""
+        self.weights, self.grads, self.copied = [], [], []
 
     @functools.cached_property
-    def copied(self) -> list[Member]:
-        """Members whose matrix is a copy that is to be written back."""
-        return [member for member in self.members if member.write_back is not None]
+    def _plain(self) -> bool:
+        return all(member.param.dim() == 2 for member in self.members)
 
     @functools.cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
         """(parameter index, number of the matrix in the parameter) of each matrix: what its random draws are keyed by."""
-        return tuple((member.index, number) for member in self.members for number in range(len(member.weights)))
+        return tuple((member.index, number) for member in self.members for number in range(member.matrices))
 
     @functools.cached_property
     def _offsets(self) -> set[int]:
@@ -103,17 +117,14 @@ class Bucket:
         for member in self.members:
             if self.step == 0 or member.refresh_offset == turn:
                 found.members.append(member)
-                found.grads += self.grads[first : first + len(member.weights)]
-            first += len(member.weights)
+                found.grads += self.grads[first : first + member.matrices]
+            first += member.matrices
         return found
 
     def states(self, key: str) -> list[Tensor]:
-        """One tensor for each matrix; the list of the last call while the states are the same tensors."""
+        """One tensor for each matrix."""
         whole = [member.state[key] for member in self.members]
-        kept = self._lists.get(key)
-        if kept is None or not all(map(is_, whole, kept[0])):
-            kept = self._lists[key] = whole, [matrix for tensor in whole for matrix in split(tensor)]
-        return kept[1]
+        return whole if self._plain else [matrix for tensor in whole for matrix in split(tensor)]
 
     def count_on_device(self) -> None:
         """Turns the counts into tensors on the device."""
@@ -121,12 +132,12 @@ class Bucket:
             for member in self.members:
                 member.state["step"] = torch.full((), float(self.step), dtype=torch.float32, device=self.device)
             self.counted_on_device = True
+            self.counts = [member.state["step"] for member in self.members]
 
     def advance(self, found_inf: Tensor | None, states: dict[Tensor, dict[str, Any]], capturing: bool) -> None:
         """One update more. The host counts it before it knows of found_inf, and not at all what only a replay will make."""
         if self.counted_on_device:
-            counts = [member.state["step"] for member in self.members]
-            torch._foreach_add_(counts, 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).reshape(()))
+            torch._foreach_add_(self.counts, 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).reshape(()))
         if self.step == 0:
             states |= {member.param: member.state for member in self.members}
         self.step += not capturing
@@ -138,16 +149,19 @@ class Bucket:
         """For each matrix its parameter's count, where that is on the device."""
         if not self.counted_on_device:
             return None
-        return [member.state["step"] for member in self.members for _ in member.weights]
+        return [member.state["step"] for member in self.members for _ in range(member.matrices)]
 
     def rounding_seeds(self) -> Tensor | None:
         """(B,) int64, a function of (seed, place), where weights are rounded stochastically."""
-        return _rounding_seeds(self.hyper["seed"], self.places, self.device) if self.hyper["rounding"] == "stochastic" else None
+        return self._seeds if self.hyper["rounding"] == "stochastic" else None
 
-
-@functools.lru_cache(maxsize=1024)
-def _rounding_seeds(seed: int, places: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    return philox.seed_tensor([philox.derive_seed(seed, *place) for place in places], device)
+    @functools.cached_property
+    def _seeds(self) -> Tensor:
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "other parameters have a gradient than in the step before; take one step like this outside of the graph first"
+            )
+        return philox.seed_tensor([philox.derive_seed(self.hyper["seed"], *place) for place in self.places], self.device)
 
 
 def split(tensor: Tensor) -> list[Tensor]:
@@ -187,7 +201,6 @@ class Plan:
         self._unique = list(dict.fromkeys(self._params))
         self._missing = [param.grad is None for param in self._unique]
         members: list[tuple[Member, Bucket]] = []
-        self._reusable = True
         buckets: dict[Any, Bucket] = {}
         seen = set()
         for (group_index, group, first), number in zip(groups, self._numbers, strict=True):
@@ -201,33 +214,34 @@ class Plan:
                     shape = matrix_shape(param)
                     side = sides[param.shape] = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
                 right, rank = side
-                weight = param.detach()
-                weights, grads = matrices_of(weight), matrices_of(grad)
-                copied = weights[0].data_ptr() != weight.data_ptr()
-                self._reusable &= not copied
+                weights, grads = matrices_of(param.detach()), matrices_of(grad)
                 state = states.get(param) or {}
                 if state:
-                    _check_state(state, weights[0], right, rank, group, group_index, param_index)
+                    _check_state(state, param, weights[0], right, rank, group, group_index, param_index)
                 # A first step that was skipped leaves a state with a basis at step 0; it has no bucket in common with none.
                 count, on_device = _count(state, counts.get(param)), isinstance(state.get("step"), Tensor)
-                layout = (weights[0].stride(), grads[0].stride(), weight.dtype, grad.dtype, weight.device)
+                layout = (weights[0].stride(), grads[0].stride(), param.dtype, grad.dtype, param.device)
                 key = (number, weights[0].shape, layout, count, bool(state), on_device)
                 if (bucket := buckets.get(key)) is None:
                     bucket = buckets[key] = Bucket(hypers[number], right, rank, count, on_device)
                 offset = refresh_offset(group, param_index)
-                member = Member(param, first + param_index, offset, state, weights, weights[0] if copied else None)
+                member = Member(param, first + param_index, offset, state, len(weights))
                 bucket.members.append(member)
-                bucket.grads += grads
                 members.append((member, bucket))
         self.buckets = list(buckets.values())
         self._numbers_of_buckets = [key[0] for key in buckets]
+        for bucket in self.buckets:
+            if bucket.counted_on_device:
+                bucket.counts = [member.state["step"] for member in bucket.members]
         present = [member.param for member, _ in members]
         self._present = present
         self._states = [member.state for member, _ in members]
         self._seen_states: tuple[list[Tensor], list[dict[str, Any]]] | None = None
         self._slots = [[slot for slot, (_, owner) in enumerate(members) if owner is bucket] for bucket in self.buckets]
         self._weight_layouts = _layouts(present), [param.data_ptr() for param in present]
-        self._grad_layouts = _layouts([param.grad for param in present])
+        grads = [param.grad for param in present]
+        self._grad_layouts = _layouts(grads)
+        self._take(hypers, grads)
 
     def follow(self, groups: Groups, states: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether this step has the same buckets; they then hold its gradients and hyperparameters.
@@ -236,7 +250,7 @@ class Plan:
         """
         hypers, numbers = _hyperparameters(groups)
         params, present = _params(groups), self._present
-        if not self._reusable or numbers != self._numbers or _fixed(groups) != self._fixed:
+        if numbers != self._numbers or _fixed(groups) != self._fixed:
             return False
         if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             return False
@@ -250,14 +264,19 @@ class Plan:
         if _layouts(grads) != self._grad_layouts or (_layouts(present), list(map(Tensor.data_ptr, present))) != self._weight_layouts:
             return False
         for bucket, slots in zip(self.buckets, self._slots, strict=True):
-            if not bucket.counted_on_device and [self._states[slot]["step"] for slot in slots] != [bucket.step] * len(slots):
+            steps = [self._states[slot].get("step") for slot in slots]
+            if not bucket.counted_on_device:
+                if steps != [bucket.step] * len(slots):
+                    return False
+            elif not all(map(is_, steps, bucket.counts)):
                 return False
+        self._take(hypers, grads)
+        return True
+
+    def _take(self, hypers: list[dict[str, Any]], grads: list[Tensor]) -> None:
         for bucket, slots, number in zip(self.buckets, self._slots, self._numbers_of_buckets, strict=True):
             bucket.hyper = hypers[number]
-            bucket.grads = [grads[slot] for slot in slots]
-            if len(bucket.weights) != len(slots) or any(grad.dim() != 2 for grad in bucket.grads):
-                bucket.grads = [matrix for grad in bucket.grads for matrix in matrices_of(grad)]
-        return True
+            bucket.take([grads[slot] for slot in slots])
 
     def _has_states_of(self, states: dict[Tensor, dict[str, Any]]) -> bool:
         """Whether every parameter has the state that it had. Walking through a dict costs less than a lookup, which hashes in Python."""
@@ -271,14 +290,14 @@ class Plan:
         return True
 
     def release(self) -> None:
-        """Lets go of the gradients, whose memory may be wanted."""
         for bucket in self.buckets:
-            bucket.grads = []
+            bucket.release()
 
     def counts(self) -> dict[Tensor, tuple[Tensor, int]]:
         """What the host counted of the counts on the device: parameter → (its state["step"], the number)."""
         on_device = [bucket for bucket in self.buckets if bucket.counted_on_device]
-        return {member.param: (member.state["step"], bucket.step) for bucket in on_device for member in bucket.members}
+        pairs = [(bucket, *pair) for bucket in on_device for pair in zip(bucket.members, bucket.counts, strict=True)]
+        return {member.param: (count, bucket.step) for bucket, member, count in pairs}
 
 
 def _params(groups: Groups) -> list[Tensor]:
@@ -289,10 +308,10 @@ def _fixed(groups: Groups) -> list[tuple]:
     return [(index, first, *(group[key] for key in FIXED)) for index, group, first in groups]
 
 
-def _layouts(tensors: Sequence[Tensor]) -> tuple[list[tuple[int, ...]], list[torch.dtype]] | None:
-    """Strides and dtypes; None where one of them is sparse and has no strides."""
+def _layouts(tensors: Sequence[Tensor]) -> tuple[list[tuple[int, ...]], list[int], list[torch.dtype]] | None:
+    """Strides, numbers of elements and dtypes, so of dense tensors their shapes; None where one is sparse and has no strides."""
     try:
-        return list(map(Tensor.stride, tensors)), [tensor.dtype for tensor in tensors]
+        return list(map(Tensor.stride, tensors)), list(map(Tensor.numel, tensors)), [tensor.dtype for tensor in tensors]
     except RuntimeError:
         return None
 
@@ -315,13 +334,19 @@ def _hyperparameters(groups: Groups) -> tuple[list[dict[str, Any]], list[int]]:
 def _count(state: dict[str, Any], counted: tuple[Tensor, int] | None) -> int:
     step = state.get("step", 0)
     if not isinstance(step, Tensor):
-        return step
-    return counted[1] if counted is not None and counted[0] is step else int(step.item())
+        return int(step)
+    if counted is not None and counted[0] is step:
+        return counted[1]
+    if step.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("step() is being captured right after its states came from elsewhere; take one step outside of the graph first")
+    return int(step.item())
 
 
 def _check_state(
-    state: dict[str, Any], weight: Tensor, right: bool, rank: int, group: dict[str, Any], group_index: int, param_index: int
+    state: dict[str, Any], param: Tensor, weight: Tensor, right: bool, rank: int, group: dict[str, Any], group_index: int, param_index: int
 ) -> None:
+    if isinstance(count := state.get("step"), Tensor) and (count.dtype, count.shape, count.device) != (torch.float32, (), param.device):
+        state["step"] = count.detach().to(param.device, torch.float32).reshape(())
     expected = (weight.shape[1 if right else 0], rank)
     if state["basis"].shape[-2:] != expected:
         where = describe(group, group_index, param_index)

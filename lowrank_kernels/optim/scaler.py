@@ -15,7 +15,8 @@ from .buckets import Bucket, join
 def unscaled(bucket: Bucket, grad_scale: Tensor | None) -> Iterator[None]:
     """The bucket's gradients divided by the scale inside, and left so after a step that was made, as torch's fused AdamW does.
 
-    16-bit gradients are divided in fp32 copies: their own quotients would underflow. A failed step leaves all as they were.
+    16-bit gradients are divided in fp32 copies: their own quotients would underflow. A failed step leaves all as they were,
+    exactly so for scales that are powers of two, as a scaler's are.
     """
     if grad_scale is None:
         yield
@@ -34,7 +35,7 @@ def unscaled(bucket: Bucket, grad_scale: Tensor | None) -> Iterator[None]:
             raise
     remaining = iter(bucket.grads)
     for member in bucket.members:
-        divided = [next(remaining) for _ in member.weights]
+        divided = [next(remaining) for _ in range(member.matrices)]
         if divided[0].data_ptr() != member.param.grad.data_ptr():
             member.param.grad.copy_(join(divided, member.param).reshape(member.param.shape))
 
