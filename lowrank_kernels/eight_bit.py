@@ -26,12 +26,6 @@ def scales_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], -(-shape[-1] // BLOCK))
 
 
-def zero_codes(exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
-    """The codes of zero moments, in place; with scales of 0 any others decode to 0 as well."""
-    exp_avg.fill_(128)
-    exp_avg_sq.zero_()
-
-
 def decode(
     exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:

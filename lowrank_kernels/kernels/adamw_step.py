@@ -6,6 +6,7 @@ its pointer table and all launch arguments that stay are found once and kept; a 
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -74,7 +75,8 @@ class _Prepared:
 
     def __init__(self, lists: dict[str, list[Tensor]], right: bool, stochastic: bool) -> None:
         _check(lists, right)
-        self.right, self.stochastic, self.device = right, stochastic, lists["weights"][0].device
+        self.right, self.stochastic = right, stochastic
+        self.device, self.count = lists["weights"][0].device, len(lists["weights"])
         self.layouts = _layouts(lists)
         self.table = table.CachedTable(list(lists.values()))
         self.aligned = self._aligned(lists)
@@ -94,17 +96,20 @@ class _Prepared:
     def follow(self, lists: dict[str, list[Tensor]], vouched: Sequence[str]) -> bool:
         """Whether it still serves these tensors, after its table followed them. New ones are checked as all were at first."""
         buckets = list(lists.values())
-        fresh = self.table.new_objects(buckets)
-        if fresh:
+        if any(len(bucket) != self.count for bucket in buckets):
+            return False
+        fresh, moved = self.table.new_objects(buckets), self.table.moved(buckets)
+        if fresh or moved:
             if _layouts(lists) != self.layouts:
                 return False
             names = list(lists)
-            _check_buckets({names[index]: buckets[index] for index in fresh if names[index] not in vouched}, self.device)
-        self.table.refill(buckets, fresh)
+            _check_buckets({names[index]: buckets[index] for index in {*fresh, *moved} if names[index] not in vouched}, self.device)
+            self.table.refill(moved)
         return self._aligned(lists) == self.aligned
 
 
 _kept: OrderedDict[tuple, _Prepared] = OrderedDict()
+_lock = threading.Lock()
 
 
 def _prepared(lists: dict[str, list[Tensor]], right: bool, stochastic: bool, vouched: Sequence[str]) -> Callable[..., None]:
@@ -114,12 +119,16 @@ def _prepared(lists: dict[str, list[Tensor]], right: bool, stochastic: bool, vou
         if torch.cuda.is_current_stream_capturing():  # a graph needs a table of its own, which no later step refills
             return _Prepared(lists, right, stochastic).launch
         stream = torch.cuda.current_stream(weight.device).cuda_stream
+        table.reserve.top_up()
     key = (weight.data_ptr(), len(lists["weights"]), tuple(lists), right, stochastic, tf32_allowed(), weight.device, stream)
-    if (found := _kept.get(key)) is None or not found.follow(lists, vouched):
-        found = _kept[key] = _Prepared(lists, right, stochastic)
+    with _lock:
+        found = _kept.pop(key, None)
+    if found is None or not found.follow(lists, vouched):
+        found = _Prepared(lists, right, stochastic)
+    with _lock:
+        _kept[key] = found  # as the last one
         if len(_kept) > KEPT:
             _kept.popitem(last=False)
-    _kept.move_to_end(key)
     return found.launch
 
 

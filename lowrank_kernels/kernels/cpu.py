@@ -165,6 +165,7 @@ def adamw_step_(
     rounding_seeds: Tensor | None = None,
 ) -> None:
     """One AdamW step in the subspace for each matrix of a bucket; see reference.adamw_step_."""
+    _check_moments(exp_avgs, exp_avg_sqs, exp_avg_scales, shape=(bases[0].shape[1], grads[0].shape[0 if right else 1]))
     if found_inf is not None and found_inf.item():  # on a CPU reading it costs nothing, nor do the next two
         return
     lr = lr if device_lr is None else device_lr.item()
@@ -192,6 +193,20 @@ def adamw_step_(
         if workspace.products.dtype == weights[0].dtype != negated.dtype:
             negated = workspace.products[: len(projected)].copy_(negated)  # in the dtype of the product to come
         back_project_(weights[part], bases[part], negated, lr=lr, scale=-scale, weight_decay=weight_decay, right=right)
+
+
+def _check_moments(
+    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], exp_avg_scales: Sequence[Tensor] | None, shape: tuple[int, int]
+) -> None:
+    """torch's fused AdamW looks at the sizes of nothing, and would write past the end of moments of another size."""
+    for name, tensors in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        if [tensor.shape for tensor in tensors].count(shape) != len(tensors):
+            found = next(tuple(tensor.shape) for tensor in tensors if tensor.shape != shape)
+            raise ValueError(
+                f"{name} must be (r, n) = {shape}, got {found}; the state is of a parameter of another shape, or of another rank"
+            )
+        if exp_avg_scales and any(tensor.dtype != torch.uint8 for tensor in tensors):
+            raise ValueError(f"{name} must be codes (torch.uint8) where there are scales, got {tensors[0].dtype}")
 
 
 def _back_project_stochastically_(

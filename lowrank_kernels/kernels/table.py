@@ -8,6 +8,7 @@ that only rows with an address that moved are copied again.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,11 +50,10 @@ def _source(addresses: list, device: torch.device) -> Tensor:
     streams that read it have passed. A captured copy reads its source at every replay, so that one is kept for good.
     """
     if device.type != "cuda":
-        return torch.tensor(addresses, dtype=torch.int64)
+        return torch.tensor(addresses, dtype=torch.int64, device="cpu")
     if torch.cuda.is_current_stream_capturing():
-        return _reserve.take(addresses)
-    _reserve.top_up()
-    return torch.tensor(addresses, dtype=torch.int64, pin_memory=True)
+        return reserve.take(addresses)
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 class _Reserve:
@@ -62,27 +62,30 @@ class _Reserve:
     ELEMENTS = 2**17  # 1 MiB; a table of a model with 224 matrices takes 1120 to 1792
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._free: Tensor | None = None
+        self._taken: list[Tensor] = []  # a graph reads them as long as it lives, and does not tell when it dies
 
     def top_up(self) -> None:
+        """To be called outside of captures."""
         if self._free is None or self._free.numel() < self.ELEMENTS // 2:
-            self._free = torch.empty(self.ELEMENTS, dtype=torch.int64, pin_memory=True)
+            with self._lock:
+                self._free = torch.empty((self.ELEMENTS,), dtype=torch.int64, device="cpu", pin_memory=True)
 
     def take(self, addresses: list) -> Tensor:
-        table = torch.tensor(addresses, dtype=torch.int64)
-        if self._free is None or self._free.numel() < table.numel():
-            raise RuntimeError(
-                "no pinned memory is left to capture this step in a CUDA graph; take one step outside of the graph first, "
-                "which sets some aside"
-            )
-        part, self._free = self._free[: table.numel()], self._free[table.numel() :]
-        _captured.append(part)
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        with self._lock:
+            if self._free is None or self._free.numel() < table.numel():
+                raise RuntimeError(
+                    "no pinned memory is left to capture this step in a CUDA graph; take one step outside of the graph first, "
+                    "which sets some aside"
+                )
+            part, self._free = self._free[: table.numel()], self._free[table.numel() :]
+            self._taken.append(part)
         return part.view(table.shape).copy_(table)
 
 
-_reserve = _Reserve()
-_captured: list[Tensor] = []
-"""Sources of captured copies: a graph reads them as long as it lives, and does not tell when it dies."""
+reserve = _Reserve()
 
 
 class _Seen:
@@ -114,25 +117,27 @@ class CachedTable:
         """For each bucket whether every address is a multiple of 16 bytes."""
 
     def new_objects(self, buckets: Sequence[Sequence[Tensor]]) -> list[int]:
-        """The buckets with a tensor that was not there before: their shapes, strides and dtypes are to be checked again.
+        """The buckets with a tensor that was not there before.
 
         One that had new tensors once, as gradients have, is not watched any more but always among them, which is cheaper.
         """
-        return [
-            index for index, (seen, bucket) in enumerate(zip(self._seen, buckets, strict=True)) if seen is None or not seen.same(bucket)
-        ]
-
-    def refill(self, buckets: Sequence[Sequence[Tensor]], new_objects: list[int]) -> None:
-        """Copies the rows with an address that moved, asynchronously."""
-        for index in new_objects:
+        found = [index for index, (seen, bucket) in enumerate(zip(self._seen, buckets, strict=True)) if not (seen and seen.same(bucket))]
+        for index in found:
             self._seen[index] = None
-        addresses = [_addresses(bucket) for bucket in buckets]
-        moved = [index for index, (now, before) in enumerate(zip(addresses, self._addresses, strict=True)) if now != before]
-        self._addresses = addresses
-        for index in moved:
+        return found
+
+    def moved(self, buckets: Sequence[Sequence[Tensor]]) -> dict[int, list[int]]:
+        """The rows with an address that is another now, and their addresses."""
+        addresses = map(_addresses, buckets)
+        return {index: now for index, (now, before) in enumerate(zip(addresses, self._addresses, strict=True)) if now != before}
+
+    def refill(self, moved: dict[int, list[int]]) -> None:
+        """Copies these rows, asynchronously."""
+        for index, addresses in moved.items():
             row = self.rows[index]
-            row.copy_(_source(addresses[index], row.device), non_blocking=True)
-            self.aligned[index] = _multiples_of_16(addresses[index])
+            row.copy_(_source(addresses, row.device), non_blocking=True)
+            self._addresses[index] = addresses
+            self.aligned[index] = _multiples_of_16(addresses)
 
 
 def aligned(*buckets: list[Tensor]) -> bool:

@@ -33,7 +33,9 @@ class LowRankAdamW(LowRankOptimizer):
         eps: ε ≥ 0, added to the root of the bias-corrected second moment.
         weight_decay: wd ≥ 0, decoupled, applied before the update.
         capturable: step() may be part of a CUDA graph (False). state["step"] is then a tensor on the parameter's device, and lr may be
-            one, which kernels read at each replay. `refresh` says how bases come into it.
+            one, which kernels read at each replay; an lr that is not, betas, eps, weight_decay and scale are in the graph as they were
+            when it was captured, and so are the addresses of states, which load_state_dict replaces. `refresh` says how bases come
+            into it.
 
     Keys of a low-rank group:
         rank: r ≥ 1, required; clamped to the shorter side of each matrix with one warning a shape.
@@ -43,14 +45,17 @@ class LowRankAdamW(LowRankOptimizer):
             step gives every one its first basis, so its first period is the shorter one.
         scale: α on the back-projected update (0.25).
         state_bits: 32, or 8 for moments as codes of one byte with an fp32 scale for each block of 64 (format: eight_bit.py): the state
-            has exp_avg_scale and exp_avg_sq_scale besides, and takes 2·r·(n + 4·⌈n/64⌉) bytes and a basis.
+            has exp_avg_scale and exp_avg_sq_scale besides, and takes 2·r·(n + 4·⌈n/64⌉) bytes and a basis. Codes are the nearest
+            ones: an element of V whose share of its block's largest changes by less than half a code at each step, 0.8 % and more,
+            keeps that share. Where gradients drift that is felt from β2 = 0.999 on, much less at 0.99.
         rounding: of the weight when it is stored: "nearest" (default), or for bf16 parameters "stochastic", up or down at random so that
             the mean stays, as a function of (seed, index of the parameter, number of the update, element).
         proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".
         selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).
         svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).
         oversample, power_iters: accuracy of the range finder (8, 1).
-        seed: all randomness is a function of (seed, index of the parameter in the optimizer, number of the refresh) (0).
+        seed: all randomness is a function of (seed, index of the parameter in the optimizer, number of the refresh, or of the update
+            where it is a rounding) (0).
 
     Parameters of shape [experts, m, n] are batches of matrices, those with more dimensions are read as [out, -1].
 

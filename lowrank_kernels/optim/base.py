@@ -320,6 +320,13 @@ class LowRankOptimizer(Optimizer):
         rank = min(saved["rank"], m, n)
         batch = param.shape[:1] if param.dim() == 3 else ()
         expected = {"basis": (m, rank), **self.state_shapes(saved, rank, n)}
+        if "step" not in state:
+            raise ValueError(f"the checkpoint's step is missing ({where}); it was saved for another optimizer")
+        coded = "exp_avg" in state and state["exp_avg"].dtype == torch.uint8
+        if coded != (saved["state_bits"] == 8):
+            raise ValueError(
+                f"the checkpoint's moments are {state['exp_avg'].dtype} but its state_bits are {saved['state_bits']} ({where})"
+            )
         for key, matrix in expected.items():
             wanted = (*batch, *matrix)
             found = tuple(state[key].shape) if key in state else None

@@ -39,7 +39,7 @@ def _adamw_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    fresh = {param: _new_state(param, fused) for param in params if not states.get(param)}
+    fresh = {param: _new_state(param, fused or (group["capturable"] and param.is_cuda)) for param in params if not states.get(param)}
     current = [fresh.get(param) or states[param] for param in params]
     adamw(
         params,
@@ -49,7 +49,8 @@ def _adamw_(
         [],
         [state["step"] for state in current],
         fused=fused or None,
-        capturable=group["capturable"] and not fused,  # a fused kernel is, anyway
+        # A fused kernel is capturable anyway, and on a CPU there is nothing to capture.
+        capturable=group["capturable"] and not fused and all(param.is_cuda for param in params),
         grad_scale=grad_scale,
         found_inf=found_inf,
         has_complex=any(torch.is_complex(param) for param in params),
@@ -65,9 +66,9 @@ def _adamw_(
         states[param] = state
 
 
-def _new_state(param: Tensor, fused: bool) -> dict[str, Tensor]:
+def _new_state(param: Tensor, count_on_device: bool) -> dict[str, Tensor]:
     return {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu"),
+        "step": torch.zeros((), dtype=torch.float32, device=param.device if count_on_device else "cpu"),
         "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
     }

@@ -1,7 +1,9 @@
 """Pointer tables that are kept from one step to the next, and the launches that go with them."""
 
 import gc
+import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,12 +51,11 @@ def test_only_rows_that_moved_are_copied_again(copies):
     first, second = matrices(3), matrices(3)
     kept = table.CachedTable([first, second])
     assert [row.tolist() for row in kept.rows] == [addresses(first), addresses(second)] and len(copies) == 1
-    kept.refill([first, second], kept.new_objects([first, second]))
-    assert len(copies) == 1
+    assert kept.new_objects([first, second]) == [] and kept.moved([first, second]) == {}
     moved = [second[0], matrices(1)[0], second[2]]
     rows = kept.rows
     assert kept.new_objects([first, moved]) == [1]
-    kept.refill([first, moved], [1])
+    kept.refill(kept.moved([first, moved]))
     assert copies[1:] == [addresses(moved)]
     assert kept.rows is rows and [row.tolist() for row in rows] == [addresses(first), addresses(moved)]
     assert kept.new_objects([first, moved]) == [1], "checked at every step from now on"
@@ -64,7 +65,7 @@ def test_memory_that_is_swapped_beneath_a_tensor_is_seen(copies):
     tensors = matrices(2)
     kept = table.CachedTable([tensors])
     tensors[1].data = torch.randn(16, 32, device=DEVICE)
-    kept.refill([tensors], kept.new_objects([tensors]))
+    kept.refill(kept.moved([tensors]))
     assert kept.rows[0].tolist() == addresses(tensors)
 
 
@@ -84,7 +85,7 @@ def test_alignment_follows():
     straight, crooked = wide[:64].view(8, 8), wide[65:129].view(8, 8)
     kept = table.CachedTable([[straight], [straight]])
     assert kept.aligned == [True, True]
-    kept.refill([[straight], [crooked]], [1])
+    kept.refill(kept.moved([[straight], [crooked]]))
     assert kept.aligned == [True, False]
 
 
@@ -202,3 +203,59 @@ def test_lists_that_the_caller_vouches_for_are_not_looked_at_again(prepared, mon
     tensors[1], tensors[3] = matrices(3), [tensor.clone() for tensor in tensors[3]]
     step(tensors, 2, vouched=("weights", "grads"))
     assert checked == ["exp_avgs"] and len(prepared) == 1
+
+
+def test_lists_of_unequal_length_are_refused_at_any_step(prepared):
+    tensors = bucket()
+    step(tensors)
+    before = [bits(part) for part in tensors]
+    for index in range(5):
+        with pytest.raises(ValueError, match="equally many"):
+            step([part[:1] if number == index else part for number, part in enumerate(tensors)], 2)
+    assert all(same_bits(bits(a), b) for a, b in zip(tensors, before, strict=True))
+
+
+@pytest.mark.gpu
+def test_memory_that_is_laid_out_anew_beneath_a_tensor_is_seen(prepared):
+    """A basis by columns where one by rows was: the launch has other strides."""
+    kept = bucket(1)
+    step(kept)
+    kept[2][0].data = kept[2][0].data.T.contiguous().T
+    anew = [[tensor.clone(memory_format=torch.preserve_format) for tensor in part] for part in kept]
+    step(kept, 2)
+    adamw_step._kept.clear()
+    step(anew, 2)
+    assert len(prepared) == 3 and all(same_bits(bits(a), bits(b)) for a, b in zip(kept, anew, strict=True))
+    kept[3][0].data = kept[3][0].data.T.contiguous().T
+    with pytest.raises(ValueError, match="exp_avgs must be row-major"):
+        step(kept, 3)
+
+
+def test_a_default_device_does_not_leak_in(prepared):
+    tensors = bucket()
+    with torch.device("meta"):
+        step(tensors)
+    assert all(tensor.device.type == torch.device(DEVICE).type for tensor in tensors[0])
+
+
+def test_many_threads_keep_their_own(monkeypatch):
+    """More buckets than are kept, stepped side by side."""
+    monkeypatch.setattr(adamw_step, "KEPT", 3)
+    monkeypatch.setattr(adamw_step, "_Prepared", lambda *_: SimpleNamespace(launch=lambda **_: None, follow=lambda *_: True))
+    problems = []
+
+    def work():
+        mine = [bucket(1) for _ in range(3)]
+        try:
+            for _ in range(200):
+                for each in mine:
+                    step(each)
+        except Exception as problem:
+            problems.append(problem)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems

@@ -215,6 +215,69 @@ def test_a_skip_that_is_known_late_changes_nothing(monkeypatch, bad_steps, stagg
     assert same_bits(*ends)
 
 
+def test_refresh_knows_of_a_skip_that_was_known_late(monkeypatch, capture):
+    """A warm-up step that a scaler skipped: every replay after it is one update later."""
+    bases = []
+    for kind in (scaler_module.SkippedSteps, Late):
+        monkeypatch.setattr(base.scaler, "SkippedSteps", kind)
+        model, optimizer = build(capturable=True)
+        for step in range(9):
+            backward(model, step)
+            optimizer.found_inf = torch.tensor(1.0) if step == 0 else None
+            if step < 2:
+                optimizer.step()
+            else:
+                optimizer.refresh()
+                with capture:
+                    optimizer.step()
+            optimizer.zero_grad()
+        bases.append(optimizer.state_dict())
+    assert same_bits(*bases)
+
+
+def test_a_refresh_that_failed_has_not_been(monkeypatch):
+    model, optimizer = build(capturable=True, update_proj_gap=1)
+    train(model, optimizer, 2)
+    backward(model, 2)
+    before = copy.deepcopy(optimizer.state_dict()), [bucket.step for bucket in optimizer._plan.buckets]
+    refresh, calls = lrk.LowRankAdamW._refresh, []
+
+    def failing(self, *arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no")
+        return refresh(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lrk.LowRankAdamW, "_refresh", failing)
+        with pytest.raises(MemoryError):
+            optimizer.refresh()
+    assert same_bits(before[0], optimizer.state_dict()) and before[1] == [bucket.step for bucket in optimizer._plan.buckets]
+
+
+def test_complex_dense_parameters():
+    parameters = [torch.nn.Parameter(torch.ones(3, dtype=torch.complex64)) for _ in range(2)]
+    optimizers = [lrk.LowRankAdamW([p], lr=0.1, capturable=c) for p, c in zip(parameters, (False, True), strict=True)]
+    for parameter, optimizer in zip(parameters, optimizers, strict=True):
+        parameter.grad = torch.full((3,), 1 + 1j)
+        optimizer.step()
+    assert torch.equal(*parameters)
+
+
+def test_a_pickle_of_before_these_keys():
+    model, optimizer = build()
+    train(model, optimizer, 2)
+    state = optimizer.__getstate__()
+    for group in state["param_groups"]:
+        for key in ("capturable", "state_bits", "rounding"):
+            group.pop(key, None)
+    state["defaults"].pop("capturable")
+    again = lrk.LowRankAdamW.__new__(lrk.LowRankAdamW)
+    again.__setstate__(state)
+    train(model, again, 2, start=2)
+    again.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))]})
+
+
 @pytest.mark.gpu
 @needs_a_gpu
 @pytest.mark.parametrize("options", [{}, {"state_bits": 8}, {"rounding": "stochastic", "dtype": torch.bfloat16}], ids=str)
