@@ -134,14 +134,6 @@ def test_zero_and_tiny_blocks_decode_to_zero():
     assert m_found[0, 128] == -(2.0**-126) and v_found[0, 128] == 2.0**-126
 
 
-def test_codes_of_zero_moments():
-    exp_avg, exp_avg_sq = torch.full((3, 70), 7, dtype=torch.uint8), torch.full((3, 70), 7, dtype=torch.uint8)
-    eight_bit.zero_codes(exp_avg, exp_avg_sq)
-    zeros = coded(torch.zeros(3, 70), torch.zeros(3, 70))
-    assert torch.equal(exp_avg, zeros[0]) and torch.equal(exp_avg_sq, zeros[1])
-    assert not zeros[2].any() and not zeros[3].any()
-
-
 def test_a_batch_is_its_matrices():
     m, v = moments(3, 4, 100)
     together, each = coded(m, v), [coded(*pair) for pair in zip(m, v, strict=True)]

@@ -140,11 +140,13 @@ def _prepared_step(bucket: Bucket) -> Run:
 
     lists = [bucket.weights, bucket.grads, bucket.bases, bucket.all("exp_avg"), bucket.all("exp_avg_sq"), *bucket.scales().values()]
     rows = table.Rows(*table.pointer_table(*lists))
-    options = {"count": bucket.case.count, "right": bucket.right, "aligned": table.aligned(*lists), "stochastic": False}
+    options = {"count": bucket.case.count, "aligned": table.aligned(*lists)}
     first = [tensors[0] for tensors in lists[:4]]
-    if bucket.case.op == "single_pass" and not single_pass.serves(rows, *first, **options):
+    if bucket.case.op == "single_pass" and not single_pass.serves(*first, **options):
         raise Unavailable("no tiles for this bucket, or too few programs to fill the device: the optimizer takes two passes")
-    launch = {"two_pass": two_pass, "single_pass": single_pass}[bucket.case.op].prepare(rows, *first, **options)
+    launch = {"two_pass": two_pass, "single_pass": single_pass}[bucket.case.op].prepare(
+        rows, *first, right=bucket.right, stochastic=False, **options
+    )
     none = {"found_inf": None, "device_lr": None, "rounding_seeds": None}
     return lambda lr: launch(lr=lr, weight_decay=DECAY, scale=SCALE, **ADAM, **none)
 

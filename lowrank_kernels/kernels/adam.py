@@ -5,8 +5,15 @@
 t and the learning rate come from the host, or from the device where the host must not know them (CUDA graphs, capturable optimizers).
 """
 
+import math
+
 import triton
 import triton.language as tl
+
+
+def log(beta: float) -> float:
+    """ln β, −∞ for β = 0: what bias_corrections takes beside counters on the device."""
+    return math.log(beta) if beta else -math.inf
 
 
 @triton.jit

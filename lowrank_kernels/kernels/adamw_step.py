@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -89,9 +90,9 @@ class _Prepared:
     def _choose(self, lists: dict[str, list[Tensor]]) -> Callable[..., None]:
         rows = table.Rows(**dict(zip(lists, self.table.rows, strict=True)))
         weight, grad, basis, exp_avg = (lists[name][0] for name in ("weights", "grads", "bases", "exp_avgs"))
-        options = {"count": len(lists["weights"]), "right": self.right, "aligned": self.aligned, "stochastic": self.stochastic}
-        path = choose_path(rows, weight, grad, basis, exp_avg, **options)
-        return path.prepare(rows, weight, grad, basis, exp_avg, **options)
+        options = {"count": self.count, "aligned": self.aligned}
+        path = choose_path(weight, grad, basis, exp_avg, **options)
+        return path.prepare(rows, weight, grad, basis, exp_avg, right=self.right, stochastic=self.stochastic, **options)
 
     def follow(self, lists: dict[str, list[Tensor]], vouched: Sequence[str]) -> bool:
         """Whether it still serves these tensors, after its table followed them. New ones are checked as all were at first."""
@@ -132,11 +133,9 @@ def _prepared(lists: dict[str, list[Tensor]], right: bool, stochastic: bool, vou
     return found.launch
 
 
-def choose_path(rows: table.Rows, weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, **options):
+def choose_path(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, count: int, aligned: bool) -> ModuleType:
     """The module whose `prepare` serves the bucket: single_pass where it has tiles for it and enough programs to fill the device."""
-    if single_pass.serves(rows, weight, grad, basis, exp_avg, **options):
-        return single_pass
-    return two_pass
+    return single_pass if single_pass.serves(weight, grad, basis, exp_avg, count=count, aligned=aligned) else two_pass
 
 
 def _layouts(lists: dict[str, list[Tensor]]) -> list[tuple]:

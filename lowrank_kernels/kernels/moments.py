@@ -4,7 +4,6 @@ Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch
 codes with a scale for each 64 neighbours along n, see eight_bit.py; N comes from the new moments before they are coded again.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -144,7 +143,7 @@ def prepare(
         if steps_at is None:
             corrections = 1.0 - beta1**step, 1.0 - beta2**step
         else:
-            corrections = log(beta1), log(beta2)
+            corrections = adam.log(beta1), adam.log(beta2)
         kernel(
             exp_avgs_at, exp_avg_sqs_at, exp_avg_scales_at, exp_avg_sq_scales_at, steps_at, projected, normalised, found_inf,
             rows, columns, float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, *corrections, float(eps),
@@ -152,8 +151,3 @@ def prepare(
         )  # fmt: skip
 
     return launch
-
-
-def log(beta: float) -> float:
-    """ln β, −∞ for β = 0: what adam.bias_corrections takes beside counters on the device."""
-    return math.log(beta) if beta else -math.inf

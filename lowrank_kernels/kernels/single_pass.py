@@ -11,7 +11,6 @@ Which row of configs.SINGLE_PASS serves a bucket is an estimate so far: no figur
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import torch
@@ -263,24 +262,12 @@ def _adamw_step_kernel(
         w_at += block_m * stride_wm
 
 
-def serves(
-    rows: table.Rows,
-    weight: Tensor,
-    grad: Tensor,
-    basis: Tensor,
-    exp_avg: Tensor,
-    *,
-    count: int,
-    right: bool,
-    aligned: bool,
-    stochastic: bool,
-) -> bool:
+def serves(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, count: int, aligned: bool) -> bool:
     """Whether there is a row for these tensors, see row_for, and its programs are many enough to fill the device."""
-    row = row_for(weight, grad, basis, exp_avg, right=right, aligned=aligned, stochastic=stochastic)
+    row = row_for(weight, grad, basis, exp_avg, aligned=aligned)
     if row is None:
         return False
-    n = exp_avg.shape[1]
-    return basis.device.type != "cuda" or row.programs(n, count) >= _multiprocessors(basis.device)
+    return basis.device.type != "cuda" or row.programs(exp_avg.shape[1], count) >= _multiprocessors(basis.device)
 
 
 @functools.cache
@@ -288,9 +275,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def row_for(
-    weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, right: bool, aligned: bool, stochastic: bool
-) -> configs.SinglePassConfig | None:
+def row_for(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, aligned: bool) -> configs.SinglePassConfig | None:
     """The row of configs.SINGLE_PASS for a bucket like these tensors; None where there is none, and for mixed dtypes."""
     if not weight.dtype == grad.dtype == basis.dtype:
         return None
@@ -316,7 +301,7 @@ def prepare(
     The tensors stand for the shapes, strides and dtypes of all; of them only numbers are kept. Moments are 8-bit codes where the
     table has their scales, and steps are counted on the device where it has counters. aligned: all addresses are multiples of 16.
     """
-    row = row_for(weight, grad, basis, exp_avg, right=right, aligned=aligned, stochastic=stochastic)
+    row = row_for(weight, grad, basis, exp_avg, aligned=aligned)
     if row is None:
         raise ValueError(f"no row of configs.SINGLE_PASS serves a basis {tuple(basis.shape)} of {basis.dtype} on {basis.device}")
     weight, grad = (weight.mT, grad.mT) if right else (weight, grad)
@@ -338,7 +323,7 @@ def prepare(
     def run(*, lr, beta1, beta2, eps, weight_decay, scale, step, found_inf, device_lr, rounding_seeds) -> None:
         # Differences and products are taken in double: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5 of itself.
         if counted_on_device:
-            first, second = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+            first, second = adam.log(beta1), adam.log(beta2)
         else:
             first, second = 1.0 - beta1**step, 1.0 - beta2**step
         if device_lr is None:

@@ -157,8 +157,7 @@ def test_the_path_that_is_chosen(monkeypatch):
     def chosen(r, m=300, dtypes=(torch.float32,) * 3):
         weight, grad = (torch.zeros(m, 64, dtype=dtype, device=DEVICE) for dtype in dtypes[:2])
         basis, exp_avg = torch.zeros(m, r, dtype=dtypes[2], device=DEVICE), torch.zeros(r, 64, device=DEVICE)
-        options = dict(count=1000, right=False, aligned=True, stochastic=False)
-        return adamw_step.choose_path(None, weight, grad, basis, exp_avg, **options)
+        return adamw_step.choose_path(weight, grad, basis, exp_avg, count=1000, aligned=True)
 
     largest = max(row.rank_covered for row in configs.SINGLE_PASS[None]["ieee", "fp32"])
     if INTERPRETED:

@@ -345,7 +345,7 @@ class TestChoice:
         monkeypatch.setattr(configs, "architecture", lambda device: arch)
         first = (torch.empty(m, n, dtype=weight, device="meta"), torch.empty(m, n, dtype=weight, device="meta"))
         tensors = (*first, torch.empty(m, r, dtype=basis, device="meta"), torch.empty(r, n, device="meta"))
-        return single_pass.row_for(*tensors, right=False, aligned=aligned, stochastic=False)
+        return single_pass.row_for(*tensors, aligned=aligned)
 
     @pytest.mark.parametrize("arch", [80, 90, 100])
     @pytest.mark.parametrize("r", [1, 32, 33, 128, 256])
@@ -377,10 +377,9 @@ class TestChoice:
             def stride(self):
                 return self.shape[1], 1
 
-        options = {"right": False, "aligned": True, "stochastic": False}
         tensors = OnCuda(4096, 4096), OnCuda(4096, 4096), OnCuda(4096, 128), OnCuda(128, 4096)
-        assert not single_pass.serves(None, *tensors, count=1, **options)
-        assert single_pass.serves(None, *tensors, count=32, **options)
+        assert not single_pass.serves(*tensors, count=1, aligned=True)
+        assert single_pass.serves(*tensors, count=32, aligned=True)
 
     def test_no_row_is_an_error_that_says_so(self):
         lists = bucket(1, 5, 6, 2, False)
