@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within, decoded_error, moments_error, normalised_error, store_unit
 
 from lowrank_kernels import eight_bit, reference
-from lowrank_kernels.kernels import adam, table
+from lowrank_kernels.kernels import adam, moments, table
 from lowrank_kernels.kernels.dots import INTERPRETED
 from lowrank_kernels.kernels.moments import update_moments_
 
