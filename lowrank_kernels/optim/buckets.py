@@ -214,6 +214,11 @@ class Plan:
                     shape = matrix_shape(param)
                     side = sides[param.shape] = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
                 right, rank = side
+                if grad.shape != param.shape:
+                    where = describe(group, group_index, param_index)
+                    raise ValueError(
+                        f"the gradient is {tuple(grad.shape)} in {where}; it was computed before the parameter's shape changed"
+                    )
                 weights, grads = matrices_of(param.detach()), matrices_of(grad)
                 state = states.get(param) or {}
                 if state:
@@ -238,7 +243,7 @@ class Plan:
         self._states = [member.state for member, _ in members]
         self._seen_states: tuple[list[Tensor], list[dict[str, Any]]] | None = None
         self._slots = [[slot for slot, (_, owner) in enumerate(members) if owner is bucket] for bucket in self.buckets]
-        self._weight_layouts = _layouts(present), [param.data_ptr() for param in present]
+        self._weight_layouts = _layouts(present)
         grads = [param.grad for param in present]
         self._grad_layouts = _layouts(grads)
         self._take(hypers, grads)
@@ -261,7 +266,7 @@ class Plan:
             grads = [grad for grad in grads if grad is not None]
         if not self._has_states_of(states):
             return False
-        if _layouts(grads) != self._grad_layouts or (_layouts(present), list(map(Tensor.data_ptr, present))) != self._weight_layouts:
+        if _layouts(grads) != self._grad_layouts or _layouts(present) != self._weight_layouts:
             return False
         for bucket, slots in zip(self.buckets, self._slots, strict=True):
             steps = [self._states[slot].get("step") for slot in slots]

@@ -101,6 +101,7 @@ def test_a_steady_step_prepares_nothing(prepared, copies):
     assert len(prepared) == 1 and len(copies) == 1
     tensors[1] = matrices(3)
     step(tensors, 4, lr=0.2, found_inf=torch.zeros(1, device=DEVICE))
+    step(tensors, 5)
     assert len(prepared) == 1 and copies[1:] == [addresses(tensors[1])]
 
 
@@ -229,6 +230,11 @@ def test_memory_that_is_laid_out_anew_beneath_a_tensor_is_seen(prepared):
     kept[3][0].data = kept[3][0].data.T.contiguous().T
     with pytest.raises(ValueError, match="exp_avgs must be row-major"):
         step(kept, 3)
+    pair = bucket(2)
+    step(pair)
+    pair[2][1].data = pair[2][1].data.T.contiguous().T
+    with pytest.raises(ValueError, match="bases must share shape, strides"):
+        step(pair, 2)
 
 
 def test_a_default_device_does_not_leak_in(prepared):

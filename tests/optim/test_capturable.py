@@ -216,14 +216,14 @@ def test_a_skip_that_is_known_late_changes_nothing(monkeypatch, bad_steps, stagg
 
 
 def test_refresh_knows_of_a_skip_that_was_known_late(monkeypatch, capture):
-    """A warm-up step that a scaler skipped: every replay after it is one update later."""
+    """The last step before the capture was skipped: every replay after it is one update later."""
     bases = []
     for kind in (scaler_module.SkippedSteps, Late):
         monkeypatch.setattr(base.scaler, "SkippedSteps", kind)
         model, optimizer = build(capturable=True)
         for step in range(9):
             backward(model, step)
-            optimizer.found_inf = torch.tensor(1.0) if step == 0 else None
+            optimizer.found_inf = torch.tensor(1.0) if step == 1 else None
             if step < 2:
                 optimizer.step()
             else:
