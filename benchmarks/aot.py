@@ -158,7 +158,7 @@ def _variants(case: Case, arch: int | None) -> list[Case]:
     return found
 
 
-class _Target:
+class Target:
     """Stands in for the active driver: names an architecture, has no device."""
 
     def __init__(self, arch: int):
@@ -234,7 +234,7 @@ def compile_case(case: Case) -> Report:
         compiled.append((kernel, kwargs))
         return kernel
 
-    triton.runtime.driver.set_active(_Target(case.arch))
+    triton.runtime.driver.set_active(Target(case.arch))
     architecture, precision = configs.architecture, torch.get_float32_matmul_precision()
     triton.JITFunction.run, configs.architecture = compile_only, lambda device: case.arch
     torch.set_float32_matmul_precision("high" if case.kind == "tf32" else "highest")

@@ -107,7 +107,7 @@ def without_driver(seconds: float) -> dict[str, list[float]]:
     from .. import aot
 
     step.DIRECT["cpu"] = step.DIRECT["cuda"]
-    triton.runtime.driver.set_active(aot._Target(TARGET))
+    triton.runtime.driver.set_active(aot.Target(TARGET))
     configs.architecture = lambda device: TARGET
     launch = triton.JITFunction.run
     triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launch(self, *args, grid=grid, warmup=True, **kwargs)

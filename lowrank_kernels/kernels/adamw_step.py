@@ -61,8 +61,8 @@ def adamw_step_(
     device = weights[0].device
     if step < 1 and device_steps is None:
         raise ValueError(f"step counts from 1, got {step}")
-    table.check_found_inf(found_inf, device)
-    _check_one_float("device_lr", device_lr, device)
+    table.check_one_float("found_inf", found_inf, device)
+    table.check_one_float("device_lr", device_lr, device)
     _check_seeds(rounding_seeds, weights)
     launch = _prepared(lists, right, rounding_seeds is not None, vouched)
     launch(
@@ -149,11 +149,8 @@ def _check(lists: dict[str, list[Tensor]], right: bool) -> None:
     table.check_same_device(**lists)
     if weight.shape != grad.shape:
         raise ValueError(f"weights {tuple(weight.shape)} and grads {tuple(grad.shape)} must share a shape")
-    m, n = weight.shape[::-1] if right else weight.shape
-    if basis.shape[0] != m:
-        side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
-        raise ValueError(f"a basis (m, r) must fit a {side} weight {shape}, got {tuple(basis.shape)} and {tuple(weight.shape)}")
-    rank = basis.shape[1]
+    table.check_basis_fits("weight", weight, basis, right)
+    rank, n = basis.shape[1], weight.shape[0 if right else 1]
     for name in ("exp_avgs", "exp_avg_sqs"):
         if (shape := tuple(lists[name][0].shape)) != (rank, n):
             raise ValueError(f"{name} {shape} must be (r, n) = {(rank, n)}")
@@ -171,18 +168,13 @@ def _check_buckets(lists: dict[str, list[Tensor]], device: torch.device) -> None
     for name, tensors in lists.items():
         if name == "steps":
             for count in tensors:
-                _check_one_float("device_steps", count, device)
+                table.check_one_float("device_steps", count, device)
         elif name in ("weights", "grads", "bases"):
             table.check_bucket(name, tensors, FLOATS)
         elif name in ("exp_avgs", "exp_avg_sqs"):
             table.check_bucket(name, tensors, (torch.float32, torch.uint8), row_major=True)
         else:
             table.check_bucket(name, tensors, (torch.float32,), row_major=True)
-
-
-def _check_one_float(name: str, value: Tensor | None, device: torch.device) -> None:
-    if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != device):
-        raise ValueError(f"{name} must be one float32 on {device}, got shape {tuple(value.shape)}, {value.dtype} on {value.device}")
 
 
 def _check_seeds(seeds: Tensor | None, weights: list[Tensor]) -> None:

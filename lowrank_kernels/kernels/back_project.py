@@ -99,10 +99,8 @@ def check(weights: list[Tensor], bases: list[Tensor], right: bool, found_inf: Te
     table.check_bucket("bases", bases, FLOATS)
     table.check_same_length(weights=weights, bases=bases)
     table.check_same_device(weights=weights, bases=bases)
-    table.check_found_inf(found_inf, weights[0].device)
-    if bases[0].shape[0] != weights[0].shape[1 if right else 0]:
-        side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
-        raise ValueError(f"a basis (m, r) must fit a {side} weight {shape}, got {tuple(bases[0].shape)} and {tuple(weights[0].shape)}")
+    table.check_one_float("found_inf", found_inf, weights[0].device)
+    table.check_basis_fits("weight", weights[0], bases[0], right)
 
 
 def prepare(

@@ -96,22 +96,18 @@ def update_moments_(
 def check(
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, step: int, found_inf: Tensor | None, out: Tensor | None
 ) -> None:
-    check_states(exp_avgs, exp_avg_sqs, step, found_inf)
-    table.check_batch("projected", projected, exp_avgs, (torch.float32,))
-    if out is not None:
-        table.check_batch("out", out, exp_avgs, FLOATS)
-
-
-def check_states(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], step: int, found_inf: Tensor | None) -> None:
     table.check_bucket("exp_avgs", exp_avgs, (torch.float32,), row_major=True)
     table.check_bucket("exp_avg_sqs", exp_avg_sqs, (torch.float32,), row_major=True)
     table.check_same_length(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     table.check_same_device(exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
-    table.check_found_inf(found_inf, exp_avgs[0].device)
+    table.check_one_float("found_inf", found_inf, exp_avgs[0].device)
     if exp_avgs[0].shape != exp_avg_sqs[0].shape:
         raise ValueError(f"exp_avgs and exp_avg_sqs must share a shape, got {tuple(exp_avgs[0].shape)} and {tuple(exp_avg_sqs[0].shape)}")
     if step < 1:
         raise ValueError(f"step counts from 1, got {step}")
+    table.check_batch("projected", projected, exp_avgs, (torch.float32,))
+    if out is not None:
+        table.check_batch("out", out, exp_avgs, FLOATS)
 
 
 def prepare(

@@ -74,9 +74,7 @@ def check(bases: list[Tensor], grads: list[Tensor], right: bool) -> None:
     table.check_bucket("grads", grads, FLOATS)
     table.check_same_length(bases=bases, grads=grads)
     table.check_same_device(bases=bases, grads=grads)
-    if bases[0].shape[0] != grads[0].shape[1 if right else 0]:
-        side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
-        raise ValueError(f"a basis (m, r) must fit a {side} gradient {shape}, got {tuple(bases[0].shape)} and {tuple(grads[0].shape)}")
+    table.check_basis_fits("gradient", grads[0], bases[0], right)
 
 
 def prepare(bases_at: Tensor, grads_at: Tensor, basis: Tensor, grad: Tensor, *, right: bool, aligned: bool) -> Callable[[Tensor], None]:

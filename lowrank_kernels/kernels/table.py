@@ -210,8 +210,14 @@ def check_same_device(**buckets: list[Tensor]) -> None:
         raise ValueError(f"buckets must live on one device, got {devices}")
 
 
-def check_found_inf(found_inf: Tensor | None, device: torch.device) -> None:
-    if found_inf is not None and (found_inf.numel() != 1 or found_inf.dtype != torch.float32 or found_inf.device != device):
-        raise ValueError(
-            f"found_inf must be one float32 on {device}, got shape {tuple(found_inf.shape)}, {found_inf.dtype} on {found_inf.device}"
-        )
+def check_basis_fits(name: str, matrix: Tensor, basis: Tensor, right: bool) -> None:
+    """A basis (m, r) goes with a matrix (m, n), as stored (n, m) on the right side."""
+    if basis.shape[0] != matrix.shape[1 if right else 0]:
+        side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
+        raise ValueError(f"a basis (m, r) must fit a {side} {name} {shape}, got {tuple(basis.shape)} and {tuple(matrix.shape)}")
+
+
+def check_one_float(name: str, value: Tensor | None, device: torch.device) -> None:
+    """One fp32 on the device, or None."""
+    if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != device):
+        raise ValueError(f"{name} must be one float32 on {device}, got shape {tuple(value.shape)}, {value.dtype} on {value.device}")

@@ -47,7 +47,7 @@ class LowRankAdamW(LowRankOptimizer):
         state_bits: 32, or 8 for moments as codes of one byte with an fp32 scale for each block of 64 (format: eight_bit.py): the state
             has exp_avg_scale and exp_avg_sq_scale besides, and takes 2·r·(n + 4·⌈n/64⌉) bytes and a basis. Codes are the nearest
             ones: an element of V whose share of its block's largest changes by less than half a code at each step, 0.8 % and more,
-            keeps that share. Where gradients drift that is felt from β2 = 0.999 on, much less at 0.99.
+            keeps that share. Where gradients drift that is felt at β2 = 0.999, little at 0.99.
         rounding: of the weight when it is stored: "nearest" (default), or for bf16 parameters "stochastic", up or down at random so that
             the mean stays, as a function of (seed, index of the parameter, number of the update, element).
         proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".

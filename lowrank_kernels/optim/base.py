@@ -149,7 +149,8 @@ class LowRankOptimizer(Optimizer):
                 for param_index, param in enumerate(group["params"]):
                     if param.grad is not None:
                         buckets.check_grad(group, index, param_index)
-        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        # Nothing is captured before CUDA is initialised, which asking would do.
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if not capturing:
             self._take_back(self._skipped.known(wait=False))
         plan = self._plan_of(low_rank)
@@ -163,12 +164,13 @@ class LowRankOptimizer(Optimizer):
                     dense_adamw_step_(group, self.state, grad_scale, found_inf)
             for bucket in plan.buckets:
                 self._step_low_rank(bucket, grad_scale, found_inf, capturing)
-                stepped += [member.param for member in bucket.members]
+                if found_inf is not None:
+                    stepped += [member.param for member in bucket.members]
         finally:
             plan.release()
             if capturing:
                 self._captured.append(plan)
-            if found_inf is not None and stepped and not capturing:
+            if stepped and not capturing:
                 self._take_back(self._skipped.note(found_inf, stepped))
 
     def _plan_of(self, low_rank: buckets.Groups) -> buckets.Plan:

@@ -49,12 +49,15 @@ class Bucket:
     right: bool
     rank: int
     step: int
-    counted_on_device: bool = False
     members: list[Member] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     copied: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
+
+    @property
+    def counted_on_device(self) -> bool:
+        return bool(self.counts)
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +116,7 @@ class Bucket:
         if not self.may_be_due(0):
             return None
         turn = self.step % self.hyper["update_proj_gap"]
-        found, first = Bucket(self.hyper, self.right, self.rank, self.step, self.counted_on_device), 0
+        found, first = Bucket(self.hyper, self.right, self.rank, self.step), 0
         for member in self.members:
             if self.step == 0 or member.refresh_offset == turn:
                 found.members.append(member)
@@ -131,7 +134,6 @@ class Bucket:
         if not self.counted_on_device:
             for member in self.members:
                 member.state["step"] = torch.full((), float(self.step), dtype=torch.float32, device=self.device)
-            self.counted_on_device = True
             self.counts = [member.state["step"] for member in self.members]
 
     def advance(self, found_inf: Tensor | None, states: dict[Tensor, dict[str, Any]], capturing: bool) -> None:
@@ -228,16 +230,15 @@ class Plan:
                 layout = (weights[0].stride(), grads[0].stride(), param.dtype, grad.dtype, param.device)
                 key = (number, weights[0].shape, layout, count, bool(state), on_device)
                 if (bucket := buckets.get(key)) is None:
-                    bucket = buckets[key] = Bucket(hypers[number], right, rank, count, on_device)
+                    bucket = buckets[key] = Bucket(hypers[number], right, rank, count)
                 offset = refresh_offset(group, param_index)
                 member = Member(param, first + param_index, offset, state, len(weights))
                 bucket.members.append(member)
+                if on_device:
+                    bucket.counts.append(state["step"])
                 members.append((member, bucket))
         self.buckets = list(buckets.values())
         self._numbers_of_buckets = [key[0] for key in buckets]
-        for bucket in self.buckets:
-            if bucket.counted_on_device:
-                bucket.counts = [member.state["step"] for member in bucket.members]
         present = [member.param for member, _ in members]
         self._present = present
         self._states = [member.state for member, _ in members]

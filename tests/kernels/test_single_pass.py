@@ -386,3 +386,12 @@ class TestChoice:
         lists["weights"] = stored(1, 5, 6, False, torch.bfloat16)
         with pytest.raises(ValueError, match=r"no row of configs.SINGLE_PASS serves"):
             run(lists, False)
+
+
+@pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
+def test_no_temporaries(coded, monkeypatch):
+    lists = bucket(3, 70, 130, 17, False, torch.bfloat16, coded)
+    launch = prepare(single_pass, lists, False)
+    for name in ("empty", "zeros", "full", "empty_like"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("an allocation"))
+    launch(**STEP, found_inf=None, device_lr=None, rounding_seeds=None)

@@ -265,3 +265,15 @@ def test_many_threads_keep_their_own(monkeypatch):
     for thread in threads:
         thread.join()
     assert not problems
+
+
+def test_captured_copies_have_a_source_of_their_own():
+    """A graph reads its source at every replay: no two captures share memory, and none is handed out again."""
+    reserve = table._Reserve()
+    with pytest.raises(RuntimeError, match="take one step outside of the graph first"):
+        reserve.take([[1, 2], [3, 4]])
+    reserve._free = torch.zeros(10, dtype=torch.int64)
+    first, second = reserve.take([[1, 2], [3, 4]]), reserve.take([5, 6, 7])
+    assert first.tolist() == [[1, 2], [3, 4]] and second.tolist() == [5, 6, 7]
+    with pytest.raises(RuntimeError, match="no pinned memory is left"):
+        reserve.take([1, 2, 3, 4])

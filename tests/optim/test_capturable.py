@@ -19,7 +19,7 @@ class FakeCapture:
 
     def __init__(self, monkeypatch):
         self.active = False
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: self.active)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: self.active)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.active)
 
     def __enter__(self):

@@ -165,3 +165,18 @@ def test_errors_help():
             lrk.LowRankAdamW([{"params": [single], "rank": 2, "state_bits": bits}])
     with pytest.raises(ValueError, match="state_bits is set but rank is not"):
         lrk.LowRankAdamW([{"params": [single], "state_bits": 8}])
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_checkpoint_of_other_moments_or_without_a_count_is_refused(bits):
+    model, optimizer = build(state_bits=bits)
+    train(model, optimizer, 2)
+    before, saved = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][1]["state_bits"] = 40 - bits
+    with pytest.raises(ValueError, match=f"moments are torch.* but its state_bits are {40 - bits}"):
+        optimizer.load_state_dict(saved)
+    saved = copy.deepcopy(before)
+    del saved["state"][saved["param_groups"][1]["params"][0]]["step"]
+    with pytest.raises(ValueError, match="the checkpoint's step is missing"):
+        optimizer.load_state_dict(saved)
+    assert same_bits(before, optimizer.state_dict())
