@@ -8,7 +8,8 @@ everything else.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +44,15 @@ def update_moments_(
     exp_avg.mul_(beta1).add_(projected, alpha=1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(projected, projected, value=1 - beta2)
     return (exp_avg / (1 - beta1**step)) / ((exp_avg_sq / (1 - beta2**step)).sqrt() + eps)
+
+
+@contextlib.contextmanager
+def kept_where(found_inf: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
+    """What is written to `tensors` inside is undone where found_inf ≠ 0, without asking the device."""
+    before = [] if found_inf is None else [tensor.clone() for tensor in tensors]
+    yield
+    for tensor, kept in zip(tensors, before, strict=False):
+        tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, kept, tensor))
 
 
 def updated_weight(
@@ -90,15 +100,13 @@ def adamw_step_(
     for index, (weight, grad, basis) in enumerate(zip(weights, grads, bases, strict=True)):
         state = [exp_avgs[index], exp_avg_sqs[index]]
         scales = [exp_avg_scales[index], exp_avg_sq_scales[index]] if exp_avg_scales else []
-        kept = None if found_inf is None else [(t, t.clone()) for t in (weight, *state, *scales)]
         count = device_steps[index].double() + 1 if device_steps else step
-        projected = project(basis, grad, right)
-        exp_avg, exp_avg_sq = eight_bit.decode(*state, *scales, projected.dtype) if scales else state
-        normalised = update_moments_(exp_avg, exp_avg_sq, projected, beta1=beta1, beta2=beta2, eps=eps, step=count)
-        if scales:
-            eight_bit.encode_(exp_avg, exp_avg_sq, *state, *scales)
-        rate = lr if device_lr is None else device_lr.double().reshape(())
-        updated = updated_weight(weight, basis, normalised, lr=rate, scale=scale, weight_decay=weight_decay, right=right)
-        weight.copy_(updated if rounding_seeds is None else round_stochastically(updated, rounding_seeds[index : index + 1], count))
-        for tensor, before in kept or ():
-            tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, before, tensor))
+        with kept_where(found_inf, [weight, *state, *scales]):
+            projected = project(basis, grad, right)
+            exp_avg, exp_avg_sq = eight_bit.decode(*state, *scales, projected.dtype) if scales else state
+            normalised = update_moments_(exp_avg, exp_avg_sq, projected, beta1=beta1, beta2=beta2, eps=eps, step=count)
+            if scales:
+                eight_bit.encode_(exp_avg, exp_avg_sq, *state, *scales)
+            rate = lr if device_lr is None else device_lr.double().reshape(())
+            updated = updated_weight(weight, basis, normalised, lr=rate, scale=scale, weight_decay=weight_decay, right=right)
+            weight.copy_(updated if rounding_seeds is None else round_stochastically(updated, rounding_seeds[index : index + 1], count))

@@ -83,11 +83,23 @@ def _project(bases: list[Tensor], grads: list[Tensor], right: bool, workspace: _
 
 
 def update_moments_(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, *, beta1: float, beta2: float, eps: float, step: int
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    projected: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    step: int,
+    found_inf: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Moments in place; returns N (batch, r, n)."""
+    """Moments in place; returns N (batch, r, n), which is not to be used where found_inf ≠ 0."""
+    _check_moments(exp_avgs, exp_avg_sqs, None, shape=tuple(projected.shape[1:]))
     negated = torch.empty_like(projected)
-    steps = [step] * len(exp_avgs)
+    if found_inf is not None and found_inf.item():
+        return negated
+    steps = [count.item() + 1 for count in device_steps or ()] or [step] * len(exp_avgs)
     return _update_moments_(exp_avgs, exp_avg_sqs, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps).neg_()
 
 
@@ -124,9 +136,19 @@ def _update_moments_(
 
 
 def back_project_(
-    weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool
+    weights: list[Tensor],
+    bases: list[Tensor],
+    normalised: Tensor,
+    *,
+    lr: float,
+    scale: float,
+    weight_decay: float,
+    right: bool,
+    found_inf: Tensor | None = None,
 ) -> None:
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32."""
+    if found_inf is not None and found_inf.item():
+        return
     decay, rate = 1 - lr * weight_decay, -lr * scale
     dtype = torch.promote_types(_product_dtype(weights[0], bases[0]), weights[0].dtype)
     for weight, basis, update in zip(weights, bases, normalised.to(dtype).unbind(), strict=True):

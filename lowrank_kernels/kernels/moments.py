@@ -4,7 +4,7 @@ Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch
 codes with a scale for each 64 neighbours along n, see eight_bit.py; N comes from the new moments before they are coded again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -77,24 +77,34 @@ def update_moments_(
     eps: float,
     step: int,
     found_inf: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Updates M and V in place and returns N, for every matrix of a bucket, in one launch.
 
     exp_avgs, exp_avg_sqs: B row-major (r, n) fp32. projected: (B, r, n) fp32, R on entry. N goes to `out`, (B, r, n) of fp32, bf16
-    or fp16; by default to `projected`, overwriting R. `step` is t, counted from 1. Where found_inf is non-zero nothing is written,
-    so M and V keep their bits and N is undefined. Raises ValueError for a list that is not a bucket and for shapes that do not fit.
+    or fp16; by default to `projected`, overwriting R. `step` is t, counted from 1; or device_steps hold t − 1, one fp32 element a
+    matrix. Where found_inf is non-zero nothing is written, so M and V keep their bits and N is undefined. Raises ValueError for a list that is not a bucket and for shapes that do not fit.
     """
-    check(exp_avgs, exp_avg_sqs, projected, step, found_inf, out)
+    check(exp_avgs, exp_avg_sqs, projected, step, found_inf, device_steps, out)
     out = projected if out is None else out
-    launch = prepare(*table.pointer_table(exp_avgs, exp_avg_sqs), exp_avgs[0], aligned=table.aligned(exp_avgs, exp_avg_sqs))
+    rows = table.pointer_table(exp_avgs, exp_avg_sqs, *([] if device_steps is None else [device_steps]))
+    launch = prepare(
+        *rows[:2], exp_avgs[0], aligned=table.aligned(exp_avgs, exp_avg_sqs), steps_at=None if device_steps is None else rows[2]
+    )
     with table.on_device(projected.device):
         launch(projected, out, beta1=beta1, beta2=beta2, eps=eps, step=step, found_inf=found_inf)
     return out
 
 
 def check(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, step: int, found_inf: Tensor | None, out: Tensor | None
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    projected: Tensor,
+    step: int,
+    found_inf: Tensor | None,
+    device_steps: Sequence[Tensor] | None,
+    out: Tensor | None,
 ) -> None:
     table.check_bucket("exp_avgs", exp_avgs, (torch.float32,), row_major=True)
     table.check_bucket("exp_avg_sqs", exp_avg_sqs, (torch.float32,), row_major=True)
@@ -103,7 +113,11 @@ def check(
     table.check_one_float("found_inf", found_inf, exp_avgs[0].device)
     if exp_avgs[0].shape != exp_avg_sqs[0].shape:
         raise ValueError(f"exp_avgs and exp_avg_sqs must share a shape, got {tuple(exp_avgs[0].shape)} and {tuple(exp_avg_sqs[0].shape)}")
-    if step < 1:
+    if device_steps is not None:
+        table.check_same_length(exp_avgs=exp_avgs, device_steps=device_steps)
+        for count in device_steps:
+            table.check_one_float("device_steps", count, exp_avgs[0].device)
+    elif step < 1:
         raise ValueError(f"step counts from 1, got {step}")
     table.check_batch("projected", projected, exp_avgs, (torch.float32,))
     if out is not None:

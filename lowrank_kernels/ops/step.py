@@ -39,8 +39,22 @@ def _project_cuda(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tens
     return project.project(bases, grads, right)
 
 
-def _update_moments_default(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
-    return torch.stack([reference.update_moments_(m, v, r, **scalars) for m, v, r in zip(exp_avgs, exp_avg_sqs, projected, strict=True)])
+def _update_moments_default(
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    projected: Tensor,
+    *,
+    step: int,
+    found_inf: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
+    **scalars,
+) -> Tensor:
+    normalised = []
+    for index, (exp_avg, exp_avg_sq, r) in enumerate(zip(exp_avgs, exp_avg_sqs, projected, strict=True)):
+        count = device_steps[index].double() + 1 if device_steps else step
+        with reference.kept_where(found_inf, [exp_avg, exp_avg_sq]):
+            normalised.append(reference.update_moments_(exp_avg, exp_avg_sq, r, step=count, **scalars))
+    return torch.stack(normalised)
 
 
 def _update_moments_fake(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
@@ -56,14 +70,17 @@ def _update_moments_cuda(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], proj
         return _update_moments_default(exp_avgs, exp_avg_sqs, projected, **scalars)
     from ..kernels import moments
 
-    normalised = moments.update_moments_(exp_avgs, exp_avg_sqs, projected.clone(), **scalars)
+    normalised = moments.update_moments_(exp_avgs, exp_avg_sqs, projected, out=torch.empty_like(projected), **scalars)
     dispatch.written(*exp_avgs, *exp_avg_sqs)
     return normalised
 
 
-def _back_project_default(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, **scalars) -> None:
+def _back_project_default(
+    weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, found_inf: Tensor | None = None, **scalars
+) -> None:
     for weight, basis, update in zip(weights, bases, normalised, strict=True):
-        reference.back_project_(weight, basis, update, **scalars)
+        with reference.kept_where(found_inf, [weight]):
+            reference.back_project_(weight, basis, update, **scalars)
 
 
 def _back_project_fake(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, right: bool, **scalars) -> None:
@@ -126,13 +143,15 @@ def _adamw_step_cuda(
 project = dispatch.define("project", "(Tensor[] bases, Tensor[] grads, bool right) -> Tensor", _project_fake, _project_default)
 update_moments_ = dispatch.define(
     "update_moments_",
-    "(Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor projected, *, float beta1, float beta2, float eps, int step) -> Tensor",
+    "(Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor projected, *, float beta1, float beta2, float eps, int step, "
+    "Tensor? found_inf=None, Tensor[]? device_steps=None) -> Tensor",
     _update_moments_fake,
     _update_moments_default,
 )
 back_project_ = dispatch.define(
     "back_project_",
-    "(Tensor(a!)[] weights, Tensor[] bases, Tensor normalised, *, float lr, float scale, float weight_decay, bool right) -> ()",
+    "(Tensor(a!)[] weights, Tensor[] bases, Tensor normalised, *, float lr, float scale, float weight_decay, bool right, "
+    "Tensor? found_inf=None) -> ()",
     _back_project_fake,
     _back_project_default,
 )

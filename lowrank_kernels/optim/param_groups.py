@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
+from ..targets import is_linear, matching_modules
 from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS
-
-OUTPUT_HEADS = ("lm_head", "embed_out")
 
 
 def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str] = "all-linear", **options: Any) -> list[dict[str, Any]]:
@@ -40,13 +38,7 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             nearest = difflib.get_close_matches(key, allowed, n=1)
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known options are {', '.join(allowed)}"
             raise ValueError(f"unknown option {key!r} for param_groups; {hint}")
-    matched = dict(_matching_modules(model, target_modules))
-    if not matched:
-        names = [name for name, module in model.named_modules() if _is_linear(module)]
-        raise ValueError(
-            f"target_modules={target_modules!r} matches no module of {type(model).__name__}; "
-            + (f"its linear layers have names like {', '.join(map(repr, names[:3]))}" if names else "it has no linear layer")
-        )
+    matched = matching_modules(model, target_modules)
     projected = {}
     for name, module in matched.items():
         for parameter in _projectable(module, experts=target_modules != "all-linear"):
@@ -69,37 +61,9 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
     return [{"params": dense}, {"params": low_rank, "rank": rank, **options}]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, and the Conv1D of transformers (a linear layer with a transposed weight)."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None)
-
-
 def _projectable(module: nn.Module, experts: bool) -> Iterator[nn.Parameter]:
-    if _is_linear(module):
+    if is_linear(module):
         if isinstance(module.weight, nn.Parameter):  # a parametrized weight is computed from others, which stay dense
             yield module.weight
     elif experts and not type(module).__module__.startswith("torch.nn."):  # torch's own have no experts; Conv1d has 3-D weights
         yield from (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)
-
-
-def _matching_modules(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
-    # Wrappers put a prefix of their own in front of the names that a user knows.
-    named = [(name.replace("_orig_mod.", "").removeprefix("module."), module) for name, module in model.named_modules() if name]
-    if target_modules == "all-linear":
-        embeddings = {id(module.weight) for _, module in named if isinstance(module, nn.Embedding)}
-        head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
-        for name, module in named or [("", model)]:
-            is_head = module is head or name.rpartition(".")[2] in OUTPUT_HEADS
-            if _is_linear(module) and not is_head and id(module.weight) not in embeddings:
-                yield name, module
-    elif isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise ValueError(f"target_modules={target_modules!r} is neither 'all-linear' nor a regular expression: {error}") from error
-        yield from ((name, module) for name, module in named if pattern.fullmatch(name))
-    else:
-        parts = list(target_modules)
-        if not parts or not all(isinstance(part, str) and part for part in parts):
-            raise ValueError(f"target_modules must be 'all-linear', a regular expression or a list of non-empty strings, got {parts!r}")
-        yield from ((name, module) for name, module in named if any(part in name for part in parts))
