@@ -20,7 +20,7 @@ MASK32 = 0xFFFFFFFF
 MASK64 = 0xFFFFFFFFFFFFFFFF
 
 # Streams keep the draws of one seed apart. The numbers are part of the format: changing one changes every run.
-SKETCH, TAIL, GUMBEL, COMPLETION, BASIS, ROUNDING = range(6)
+SKETCH, TAIL, GUMBEL, COMPLETION, BASIS, ROUNDING, PROJECTION = range(7)
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

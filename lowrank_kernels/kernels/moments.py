@@ -84,7 +84,8 @@ def update_moments_(
 
     exp_avgs, exp_avg_sqs: B row-major (r, n) fp32. projected: (B, r, n) fp32, R on entry. N goes to `out`, (B, r, n) of fp32, bf16
     or fp16; by default to `projected`, overwriting R. `step` is t, counted from 1; or device_steps hold t − 1, one fp32 element a
-    matrix. Where found_inf is non-zero nothing is written, so M and V keep their bits and N is undefined. Raises ValueError for a list that is not a bucket and for shapes that do not fit.
+    matrix. Where found_inf is non-zero nothing is written, so M and V keep their bits and N is undefined. Raises ValueError for a
+    list that is not a bucket and for shapes that do not fit.
     """
     check(exp_avgs, exp_avg_sqs, projected, step, found_inf, device_steps, out)
     out = projected if out is None else out

@@ -3,5 +3,6 @@
 from .adamw import GaLoreAdamW, I3SAdamW, LowRankAdamW
 from .base import LowRankOptimizer
 from .param_groups import param_groups
+from .rso import RSOAdamW
 
-__all__ = ["GaLoreAdamW", "I3SAdamW", "LowRankAdamW", "LowRankOptimizer", "param_groups"]
+__all__ = ["GaLoreAdamW", "I3SAdamW", "LowRankAdamW", "LowRankOptimizer", "RSOAdamW", "param_groups"]

@@ -14,6 +14,7 @@ from ..ops.dispatch import outside_training
 from . import buckets, groups, scaler
 from .buckets import Bucket
 from .dense import dense_adamw_step_
+from .loading import load_uncast
 
 
 class LowRankOptimizer(Optimizer):
@@ -276,29 +277,18 @@ class LowRankOptimizer(Optimizer):
         Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
         """
         self._take_back(self._skipped.known(wait=True))
-        final: dict[str, Any] = {}
-
-        def check(_: Optimizer, incoming: dict[str, Any]) -> dict[str, Any]:  # after the user's own hooks, which may replace the dict
-            # A checkpoint may be older than a key.
-            defaults = {"capturable": False}, {"capturable": False} | groups.LOW_RANK_DEFAULTS
-            completed = [defaults[groups.is_low_rank(group)] | group for group in incoming["param_groups"]]
-            final.update(incoming, param_groups=completed)
-            self._check_loaded(final)
-            return final
-
-        def restore(_: Optimizer) -> None:  # runs before the user's own hooks
-            self._restore_states(final)
-
-        handles = (
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(restore, prepend=True),
-        )
         try:
-            super().load_state_dict(state_dict)
+            load_uncast(self, super().load_state_dict, state_dict, check=self._completed, restore=self._restore_states)
         finally:
-            for handle in handles:
-                handle.remove()
             self._forget()
+
+    def _completed(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        """With the keys that the checkpoint is older than, and checked."""
+        defaults = {"capturable": False}, {"capturable": False} | groups.LOW_RANK_DEFAULTS
+        completed = [defaults[groups.is_low_rank(group)] | group for group in incoming["param_groups"]]
+        final = {**incoming, "param_groups": completed}
+        self._check_loaded(final)
+        return final
 
     def _check_loaded(self, incoming: dict[str, Any]) -> None:
         for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):

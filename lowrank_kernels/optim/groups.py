@@ -86,7 +86,7 @@ def complete(group: dict[str, Any], group_index: int, selection: str | None) -> 
             )
         check_values(group, group_index, selection)
         return
-    _check_keys(group, group_index)
+    check_keys(group, group_index, ("rank", *LOW_RANK_DEFAULTS, *ADAMW_KEYS), "a low-rank group")
     if selection is not None:
         group.setdefault("selection", selection)
     for key, value in LOW_RANK_DEFAULTS.items():
@@ -98,7 +98,7 @@ def complete(group: dict[str, Any], group_index: int, selection: str | None) -> 
 
 def check_values(group: dict[str, Any], group_index: int, selection: str | None) -> None:
     """Every value of a complete group, also of one that was loaded or changed since; see `complete`."""
-    _check_adamw(group, group_index)
+    check_adamw(group, group_index)
     if is_low_rank(group):
         _check_low_rank(group, group_index)
         if selection not in (None, group["selection"]):
@@ -122,51 +122,54 @@ def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[i
             )
 
 
-def _is_number(value: Any, kind: type = Real) -> bool:
+def is_number(value: Any, kind: type = Real) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
-def _check_adamw(group: dict[str, Any], group_index: int) -> None:
+def check_adamw(group: dict[str, Any], group_index: int) -> None:
+    """AdamW's own values, with `capturable` or without."""
     where = describe(group, group_index)
-    lr = group["lr"]
-    if not isinstance(group["capturable"], bool):
-        raise TypeError(f"capturable must be True or False, got {group['capturable']!r} ({where})")
+    lr, capturable = group["lr"], group.get("capturable", False)
+    if not isinstance(capturable, bool):
+        raise TypeError(f"capturable must be True or False, got {capturable!r} ({where})")
     if isinstance(lr, Tensor):
         on_gpu = lr.device.type != "cpu"
-        if lr.numel() != 1 or not lr.is_floating_point() or (on_gpu and not group["capturable"]):
+        if lr.numel() != 1 or not lr.is_floating_point() or (on_gpu and not capturable):
+            elsewhere = "; with capturable=True it may be on the GPU, where kernels read it" if "capturable" in group else ""
             raise ValueError(
-                f"lr must be a float or a one-element tensor on the CPU, got {tuple(lr.shape)}, {lr.dtype} on {lr.device} ({where}); "
-                "with capturable=True it may be on the GPU, where kernels read it, since reading it here would stall every step"
+                f"lr must be a float or a one-element tensor on the CPU, got {tuple(lr.shape)}, {lr.dtype} on {lr.device} ({where}), "
+                f"since reading it here would stall every step{elsewhere}"
             )
         if on_gpu:
             lr = 0.0  # not looked at
-    elif not _is_number(lr):
+    elif not is_number(lr):
         raise TypeError(f"lr must be a float, got {lr!r} ({where})")
     else:
         group["lr"] = float(lr)
     if not 0 <= float(lr) < math.inf:
         raise ValueError(f"lr must be finite and ≥ 0, got {float(lr)} ({where})")
     for key in ("eps", "weight_decay"):
-        if not _is_number(group[key]):
+        if not is_number(group[key]):
             raise TypeError(f"{key} must be a float, got {group[key]!r} ({where})")
         group[key] = float(group[key])
         if not 0 <= group[key] < math.inf:
             raise ValueError(f"{key} must be finite and ≥ 0, got {group[key]} ({where})")
     betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(_is_number(beta) for beta in betas):
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(is_number(beta) for beta in betas):
         raise TypeError(f"betas must be two floats, got {betas!r} ({where})")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must lie in [0, 1), got {tuple(betas)} ({where})")
     group["betas"] = tuple(float(beta) for beta in betas)
 
 
-def _check_keys(group: dict[str, Any], group_index: int) -> None:
-    known = ("rank", *LOW_RANK_DEFAULTS, *ADAMW_KEYS, *FOREIGN_KEYS)
+def check_keys(group: dict[str, Any], group_index: int, own: tuple[str, ...], kind: str) -> None:
+    """Raises ValueError for a key that is neither the group's own nor one that torch and training scripts put there."""
+    known = (*own, *FOREIGN_KEYS)
     for key in group:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys are {', '.join(known[: -len(FOREIGN_KEYS)])}"
-            raise ValueError(f"unknown key {key!r} in a low-rank group ({describe(group, group_index)}); {hint}")
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys are {', '.join(own)}"
+            raise ValueError(f"unknown key {key!r} in {kind} ({describe(group, group_index)}); {hint}")
 
 
 def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
@@ -174,7 +177,7 @@ def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
     for key, least in (("rank", 1), ("update_proj_gap", 1), ("oversample", 0), ("power_iters", 0)):
         value = group[key]
         kind = "a positive int" if least else "an int ≥ 0"
-        if not _is_number(value, Integral):
+        if not is_number(value, Integral):
             raise TypeError(f"{key} must be {kind}, got {value!r} ({where})")
         group[key] = int(value)
         if value < least:
@@ -184,10 +187,10 @@ def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
     group["state_bits"] = int(group["state_bits"])
     if not isinstance(group["stagger"], bool):
         raise TypeError(f"stagger must be True or False, got {group['stagger']!r} ({where})")
-    if not _is_number(group["seed"], Integral):
+    if not is_number(group["seed"], Integral):
         raise TypeError(f"seed must be an int, got {group['seed']!r} ({where})")
     group["seed"] = int(group["seed"])
-    if not _is_number(group["scale"]):
+    if not is_number(group["scale"]):
         raise TypeError(f"scale must be a float, got {group['scale']!r} ({where})")
     group["scale"] = float(group["scale"])
     if not math.isfinite(group["scale"]):

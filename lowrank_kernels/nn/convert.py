@@ -1,0 +1,133 @@
+"""to_subspace and to_dense: a model's linear layers to SubspaceLinear, and back."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ..targets import matching_modules
+from .linear import SubspaceLinear
+from .subspace import Subspace
+
+SHARED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+"""Names of layers beside each other that read the same input in the usual decoders: LLaMA's and its kin, BERT, Meta's LLaMA, T5."""
+
+
+def to_subspace(
+    model: nn.Module,
+    rank: int,
+    target_modules: str | Iterable[str] = "all-linear",
+    distribution: str = "gaussian",
+    seed: int = 0,
+    share: Sequence[Sequence[str]] | str | None = "auto",
+) -> nn.Module:
+    """Turns linear layers into SubspaceLinear, in place; returns the model. `to_dense` is the inverse.
+
+    Layers stay the objects that they are, with their hooks, names and weights; a weight stops requiring a gradient, and the layer's
+    `coordinates` start to. Build the optimizer afterwards. Parameters that are not converted train as before.
+
+    Args:
+        model: any module, or an nn.Linear itself. Layers with a frozen weight are left alone.
+        rank: r, from 1 to the in_features of every layer converted.
+        target_modules: as in `param_groups`: "all-linear" (all but the output head and layers tied to an embedding), a list of strings
+            that names contain, or a regular expression for whole names. nn.Linear itself is converted, no subclass.
+        distribution: of P: "gaussian", "haar" or "rademacher"; see SubspaceLinear.
+        seed: P is a function of (seed, the layer's name, outer step).
+        share: lists of names of layers that share P, and Z = x·P where they read the same tensor, such as
+            [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]: children of one module with equal in_features. "auto" (default):
+            the names that the usual decoders use. None: no sharing. Layers that share P and are given different inputs compute
+            different Zs, so sharing is never wrong.
+
+    Raises:
+        ValueError: rank outside 1…in_features, an unknown distribution, target_modules that match nothing or nothing that can be
+            converted, a layer that is converted already, a weight that another module uses too. The model is then as it was.
+    """
+    layers = _convertible(model, target_modules)
+    _check_not_tied(model, layers)
+    planned = []
+    for members in _sharing(layers, share):
+        first = members[0]
+        place = int.from_bytes(hashlib.blake2b(first.encode(), digest_size=8).digest(), "little")
+        try:
+            planned.append((members, Subspace(layers[first].in_features, rank, distribution, seed, place)))
+        except ValueError as error:
+            shape = tuple(layers[first].weight.shape)
+            raise ValueError(f"{error} (layer {first!r} of shape {shape}; target_modules may leave it out)") from None
+    for members, subspace in planned:
+        for name in members:
+            layers[name].__class__ = SubspaceLinear
+            layers[name]._enter(subspace)
+    return model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """Turns every SubspaceLinear back into nn.Linear with the weight that it has, in place, trainable; returns the model."""
+    for module in list(model.modules()):
+        if isinstance(module, SubspaceLinear):
+            module._leave()
+    return model
+
+
+def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Linear]:
+    matched = matching_modules(model, target_modules)
+    for name, module in matched.items():
+        if isinstance(module, SubspaceLinear):
+            raise ValueError(
+                f"{name!r} is a SubspaceLinear of rank {module.subspace.rank} already; name other layers in target_modules, or call "
+                "to_dense(model) first"
+            )
+    linear = {name: module for name, module in matched.items() if type(module) is nn.Linear and isinstance(module.weight, nn.Parameter)}
+    if not linear:
+        kinds = sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in matched.values()})
+        raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear, only {', '.join(kinds)}, which cannot be converted")
+    found = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
+    if not found:
+        raise ValueError(
+            f"target_modules={target_modules!r} matches only layers with a frozen weight ({next(iter(linear))!r} and others have "
+            "requires_grad=False); unfreeze them before they are converted"
+        )
+    return found
+
+
+def _check_not_tied(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+    """A weight that another module uses would get that module's gradient too, which has no coordinates to go to."""
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            users[id(parameter)].append(f"{name}.{key}".lstrip("."))
+    for layer in layers.values():
+        if len(tied := users[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"{' and '.join(map(repr, tied))} are one parameter, and its gradient in all but one would be lost; untie them, or leave "
+                "them out of target_modules"
+            )
+
+
+def _sharing(layers: dict[str, nn.Linear], share: Sequence[Sequence[str]] | str | None) -> list[list[str]]:
+    """The names of `layers`, together those that share."""
+    lists = SHARED if share == "auto" else share or ()
+    if isinstance(lists, str) or any(isinstance(names, str) or not all(isinstance(name, str) for name in names) for names in lists):
+        raise ValueError(f"share must be 'auto', None or lists of names such as [['q_proj', 'k_proj', 'v_proj']], got {share!r}")
+    together: dict[object, list[str]] = defaultdict(list)
+    used: set[str] = set()
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        index = next((index for index, names in enumerate(lists) if child in names), None)
+        if index is None:
+            together[name].append(name)
+        else:
+            used.add(child)
+            together[parent, index, layer.in_features, layer.weight.dtype, layer.weight.device].append(name)
+    unused = [name for names in lists for name in names if name not in used]
+    if unused and share != "auto":
+        raise ValueError(f"share names {', '.join(map(repr, unused))}, which no converted layer is called; use the last part of its name")
+    return list(together.values())

@@ -1,0 +1,174 @@
+"""SubspaceLinear: a linear layer that saves Z = x·P for its backward pass, not x, and trains the r × out coordinates of its weight."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .subspace import Subspace
+
+
+class _SubspaceLinearFunction(torch.autograd.Function):
+    """y = x·Wᵀ + b;  dx = dy·W,  dB = Zᵀ·dy,  db = Σ dy. Saves Z and W."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, coordinates: Tensor) -> Tensor:
+        ctx.save_for_backward(z, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # a second derivative would need x
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        z, weight = ctx.saved_tensors
+        needs_x, _, needs_bias, _, needs_coordinates = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = dy @ weight.to(dy.dtype) if needs_x else None
+        db = rows.sum(0) if needs_bias else None
+        dB = z.reshape(-1, z.shape[-1]).mT.to(dy.dtype) @ rows if needs_coordinates else None
+        return dx, None, db, None, dB
+
+
+class SubspaceLinear(nn.Linear):
+    """nn.Linear whose weight moves in a random subspace: Wᵀ ← Wᵀ + P·ΔB (RSO, arXiv 2502.07222).
+
+        y = x·Wᵀ + b          saved for the backward pass: Z = x·P, nothing of size in_features
+        dx = dy·W,  dB = Zᵀ·dy,  db = Σ dy          the gradient of W is never formed
+
+    W (out, in) is `weight`, always up to date and not trained directly. B (r, out) is `coordinates`, the parameter: it carries the
+    gradient dB for RSOAdamW, which moves W, and stays zero, since W has already moved. P (in, r) is not stored: `subspace` draws it.
+    Saved activations: tokens × r elements of the input's dtype, once for all layers that share a Subspace and read the same tensor.
+    The state_dict is that of nn.Linear, `weight` and `bias`.
+
+    With coordinates.requires_grad_(False), and where gradients are off, it is nn.Linear. Second derivatives raise RuntimeError.
+
+    Args:
+        in_features, out_features, bias, device, dtype: of nn.Linear.
+        rank: r, from 1 to in_features.
+        distribution: of P, with E[P·Pᵀ] = I: "gaussian" N(0, 1/r) (default), "haar" sqrt(in/r)·Q with orthonormal Q, "rademacher" ±1/√r.
+        seed: P is a function of (seed, outer step) and its shape, so layers that are to have different Ps need different seeds;
+            `to_subspace` gives them such.
+
+    Raises:
+        ValueError: rank or distribution out of range. TypeError: a seed that is no int.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int,
+        distribution: str = "gaussian",
+        seed: int = 0,
+    ) -> None:
+        subspace = Subspace(in_features, rank, distribution, seed)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._enter(subspace)
+
+    def _enter(self, subspace: Subspace) -> None:
+        """From here on the weight moves in `subspace`."""
+        self.weight.requires_grad_(False)
+        self.weight.grad = None
+        self.coordinates = nn.Parameter(self.weight.new_zeros(subspace.rank, self.out_features))
+        self.subspace = subspace
+        subspace.layers += 1
+        _register(self)
+        _note_conversion()
+
+    def _leave(self) -> None:
+        """Back to nn.Linear, in place; the weight is what it is."""
+        self.subspace.layers -= 1
+        del self.coordinates, self.subspace
+        self.weight.requires_grad_(True)
+        self.__class__ = nn.Linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.coordinates.requires_grad:
+            z = self.subspace.project(x, self.weight)
+            return _SubspaceLinearFunction.apply(x, self.weight, self.bias, z, self.coordinates)
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.subspace.rank}, distribution={self.subspace.distribution!r}"
+
+    # Coordinates are in no checkpoint: they are zero.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "coordinates"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if prefix + "coordinates" in missing:
+            missing.remove(prefix + "coordinates")
+
+    # An optimizer knows layers by their parameters, and these may become others.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceLinear:
+        super()._apply(fn, recurse)
+        _register(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _register(self)
+
+
+_LAYERS = WeakTensorKeyDictionary()
+"""Weight or coordinates → weak reference to the layer."""
+_conversions = 0
+
+
+def conversions() -> int:
+    """How many layers have been converted in this process: an optimizer that has looked for them need not look again."""
+    return _conversions
+
+
+def _note_conversion() -> None:
+    global _conversions
+    if not _conversions:
+        register_optimizer_step_pre_hook(_refuse_others)
+    _conversions += 1
+
+
+def _register(layer: SubspaceLinear) -> None:
+    for parameter in (layer.weight, layer.coordinates):
+        _LAYERS[parameter] = weakref.ref(layer)
+
+
+def layer_of(parameter: Tensor) -> SubspaceLinear | None:
+    """The converted layer whose weight or coordinates this is."""
+    found = _LAYERS.get(parameter)
+    layer = None if found is None else found()
+    # Not of one that went back to nn.Linear, nor of a parameter that was replaced.
+    return layer if isinstance(layer, SubspaceLinear) and (parameter is layer.coordinates or parameter is layer.weight) else None
+
+
+_examined: WeakKeyDictionary[Optimizer, tuple[int, int]] = WeakKeyDictionary()
+
+
+def _refuse_others(optimizer: Optimizer, *_: object) -> None:
+    """Any other optimizer would move coordinates, which stay zero, and no weight: training without effect. Looks once at each."""
+    seen = _conversions, len(optimizer.param_groups)
+    if _examined.get(optimizer) == seen or getattr(optimizer, "moves_coordinates", False):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if (layer := layer_of(parameter)) is not None and parameter is layer.coordinates:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} was given the coordinates of {layer}, whose weight only RSOAdamW moves; build "
+                    "RSOAdamW(model.parameters()), or call to_dense(model) before this optimizer is built"
+                )
+    _examined[optimizer] = seen

@@ -1,0 +1,109 @@
+"""Subspace: P of one layer, or of several that read the same input, and the Z = x·P that they share."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import philox
+from ..ops.dispatch import outside_training
+from ..subspaces import DISTRIBUTIONS, draw_projection, own_memory
+
+
+@dataclass(frozen=True)
+class _Projected:
+    """Z of an input that is still in use, and how many layers may yet ask for it."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    autocast: bool
+    z: Tensor
+    left: int
+
+
+class Subspace:
+    """P (in_features, r) with E[P·Pᵀ] = I, a function of (seed, place, outer_step). It is drawn where it is needed and never stored.
+
+    in_features, rank, distribution, seed: see SubspaceLinear. place: numbers that keep the Ps of one seed apart. outer_step: how often
+    the optimizer has moved on to a new P.
+    """
+
+    def __init__(self, in_features: int, rank: int, distribution: str, seed: int, *place: int) -> None:
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= in_features:
+            raise ValueError(f"rank must be an int from 1 to in_features = {in_features}, got {rank!r}")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution must be one of {', '.join(map(repr, DISTRIBUTIONS))}, got {distribution!r}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed must be an int, got {seed!r}")
+        self.in_features, self.rank, self.distribution, self.seed, self.place = in_features, rank, distribution, seed, place
+        self.outer_step = 0
+        self.layers = 0
+        """How many layers share it."""
+        self._matrices: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._projected: _Projected | None = None
+
+    @property
+    def fingerprint(self) -> int:
+        """A signed 64-bit number that differs where the Ps do: of seed, place and distribution. Checkpoints hold it."""
+        return philox.signed64(philox.derive_seed(self.seed, list(DISTRIBUTIONS).index(self.distribution), *self.place))
+
+    def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """P, in the dtype and on the device of a layer's weight."""
+        matrix = self._matrices.get((device, dtype))
+        if matrix is None:
+            matrix = self._matrices[device, dtype] = self._draw(device, dtype)
+        return matrix
+
+    @torch.compiler.disable
+    @outside_training
+    def _draw(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        with torch.inference_mode(False):
+            if device.type == "meta":
+                return torch.empty(self.in_features, self.rank, device=device, dtype=dtype)
+            seed = philox.derive_seed(self.fingerprint, self.outer_step)
+            return own_memory(draw_projection(self.distribution, self.in_features, self.rank, seed=seed, device=device, dtype=dtype))
+
+    def move_to(self, outer_step: int) -> None:
+        """The P of that outer step, in the same memory."""
+        if outer_step == self.outer_step:
+            return
+        self.outer_step = outer_step
+        self._projected = None
+        with torch.no_grad():
+            for (device, dtype), matrix in self._matrices.items():
+                matrix.copy_(self._draw(device, dtype))
+
+    def project(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Z = x·P, outside of autograd: (…, in_features) → (…, r). Layers that give the same x get the same Z."""
+        with torch.no_grad():
+            if self.layers == 1 or torch.compiler.is_compiling():  # the compiler finds equal products by itself
+                return x @ self.matrix(weight.device, weight.dtype)
+            return self._shared(x, weight)
+
+    def _shared(self, x: Tensor, weight: Tensor) -> Tensor:
+        if x.is_inference():  # has no version to tell whether it changed
+            return x @ self.matrix(weight.device, weight.dtype)
+        last, autocast = self._projected, torch.is_autocast_enabled(x.device.type)
+        if last is not None and last.x() is x and last.version == x._version and last.autocast == autocast:
+            # The last one to ask takes it: what autograd does not save is then free.
+            self._projected = _Projected(last.x, last.version, autocast, last.z, last.left - 1) if last.left > 1 else None
+            return last.z
+        z = x @ self.matrix(weight.device, weight.dtype)
+        mine = weakref.ref(self)
+
+        def forget(gone: weakref.ref[Tensor]) -> None:
+            if (subspace := mine()) is not None and (kept := subspace._projected) is not None and kept.x is gone:
+                subspace._projected = None
+
+        self._projected = _Projected(weakref.ref(x, forget), x._version, autocast, z, self.layers - 1)
+        return z
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrices": {}, "_projected": None}
+
+    def __repr__(self) -> str:
+        return f"Subspace(in_features={self.in_features}, rank={self.rank}, distribution={self.distribution!r}, seed={self.seed})"

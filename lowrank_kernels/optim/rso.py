@@ -1,0 +1,360 @@
+"""RSOAdamW: trains the coordinates of SubspaceLinear layers for some steps at a time, each time in new random subspaces."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import ops, reference
+from ..nn import SubspaceLinear, conversions, layer_of
+from ..ops.dispatch import outside_training
+from . import groups
+from .buckets import check_grad
+from .dense import dense_adamw_step_
+from .loading import load_uncast
+
+INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""Inner optimizers, and the tensors (r, out) of their state."""
+OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum")
+POSITION = ("outer_step", "inner_step")
+"""Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
+
+PART_ELEMENTS = 2**25
+"""The gradients of a bucket are copied to fp32 this many elements (128 MiB), or one matrix, at a time."""
+
+
+class RSOAdamW(Optimizer):
+    """AdamW on the coordinates B of W₀ᵀ + P·B, afresh every `inner_steps` steps: randomized subspace optimization (arXiv 2502.07222).
+
+        R = dB + proximal·B;  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε)
+        B = (1 − lr·wd)·B − lr·N;      Wᵀ = (1 − lr·wd)·Wᵀ − lr·P·N,      which keeps Wᵀ = W₀ᵀ + P·B, where W₀ decays as well
+        after `inner_steps` steps: the next P from the seed, and B = M = V = t = 0
+
+    The weights of the layers (`SubspaceLinear`, `to_subspace`) are merged at all times: nothing is to be done before evaluating or saving
+    the model. All other parameters get torch's own fused AdamW. With inner="sgd" N is M = momentum·M + R, on the layers alone.
+
+    State of a layer: `step` (t), exp_avg and exp_avg_sq (or momentum_buffer) of (r, out) in fp32 (fp64 for fp64), where proximal is not 0
+    `displacement`, which is B, and `subspace`, a number by which load_state_dict recognises P; the group holds `outer_step` and
+    `inner_step`. P is in no checkpoint. A resumed run continues bit for bit, in the middle of an outer step too; the model has to be
+    converted as it was.
+
+    Calls of step() count for `inner_steps`, also those that a GradScaler skips; t counts updates. Layers that share P belong into one
+    group.
+
+    Args:
+        params: `model.parameters()` after the conversion, (name, parameter) pairs or groups.
+        lr: step size; a float, or a one-element tensor on the CPU.
+        betas: β1, β2 in [0, 1).
+        eps: ε ≥ 0, added to the root of the bias-corrected second moment.
+        weight_decay: wd ≥ 0, decoupled, of the whole weight.
+        inner_steps: steps in one subspace (200).
+        proximal: weight of ½·proximal·‖B‖² in the inner problem (0).
+        inner: "adamw", or "sgd" with momentum.
+        momentum: of "sgd", in [0, 1) (0.9).
+
+    Every argument but params is a key of a group too, and may be changed between steps.
+
+    Raises:
+        ValueError, TypeError: at construction for what is out of range, an unknown key, parameters of which none belongs to a
+        converted layer, layers that share P in different groups. RuntimeError in step(): a layer of these parameters was converted
+        after the optimizer was built, its P belongs to another optimizer, or its weight has a gradient of its own.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
+    moves_coordinates = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        inner_steps: int = 200,
+        proximal: float = 0.0,
+        inner: str = "adamw",
+        momentum: float = 0.9,
+    ) -> None:
+        adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum)
+        super().__init__(params, adamw | own | dict.fromkeys(POSITION, 0))
+        if not any(_coordinates(group) for group in self.param_groups):
+            raise ValueError(
+                "params hold no coordinates of a SubspaceLinear; convert the model with to_subspace before the optimizer is built, or use "
+                "torch.optim.AdamW"
+            )
+        self._checked: int | None = None
+
+    # Groups.
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it was."""
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        try:
+            group = self.param_groups[index]
+            groups.check_keys(group, index, ("lr", "betas", "eps", "weight_decay", *OWN_KEYS, *POSITION), "a group of RSOAdamW")
+            _check_values(group, index)
+            self._check_shared(index)
+        except BaseException:
+            del self.param_groups[index]
+            raise
+        self._checked = None
+        _move_subspaces(group)
+
+    def _check_shared(self, index: int) -> None:
+        owners = {id(layer.subspace): other for other, group in enumerate(self.param_groups[:index]) for _, layer in _coordinates(group)}
+        group = self.param_groups[index]
+        for param_index, layer in _coordinates(group):
+            if (owner := owners.get(id(layer.subspace))) is not None:
+                raise ValueError(
+                    f"{groups.describe(group, index, param_index)} belongs to a layer that shares P with one in group {owner}; put "
+                    "them into one group, or convert with share=None"
+                )
+
+    # The step.
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; the last one of an outer step draws the next P. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    @outside_training
+    def _update(self) -> None:
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._check_converted()
+        work = []
+        for index, group in enumerate(self.param_groups):
+            _check_values(group, index)
+            layers = {group["params"][param_index]: layer for param_index, layer in _coordinates(group)}
+            for param_index, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    check_grad(group, index, param_index)
+                if param in layers:
+                    _check_layer(layers[param], group, groups.describe(group, index, param_index))
+            work.append((group, layers, [param for param in group["params"] if param not in layers]))
+        for group, layers, others in work:
+            dense_adamw_step_(group | {"params": others, "capturable": False}, self.state, grad_scale, found_inf)
+            for part in _parts({param: layer for param, layer in layers.items() if param.grad is not None}):
+                self._step_layers(part, group, grad_scale, found_inf)
+        for group, layers, _ in work:
+            group["inner_step"] += 1
+            if group["inner_step"] >= group["inner_steps"]:
+                self._next_outer_step(group, layers)
+
+    def _step_layers(
+        self, part: dict[Tensor, SubspaceLinear], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        params, layers = list(part), list(part.values())
+        device, weight = params[0].device, layers[0].weight
+        if found_inf is not None:
+            found_inf = found_inf.to(device, non_blocking=True)
+            if device.type == "cpu" and found_inf.item():
+                return
+        states = [self._state_of(param, layer, group) for param, layer in part.items()]
+        lr, wd, proximal = float(group["lr"]), group["weight_decay"], group["proximal"]
+        wide = torch.promote_types(params[0].grad.dtype, torch.float32)
+        projected = torch.empty(len(part), *params[0].shape, dtype=wide, device=device)
+        torch._foreach_copy_(list(projected.unbind()), [param.grad for param in params])
+        if grad_scale is not None:
+            projected.div_(grad_scale.to(device, non_blocking=True))
+        if proximal:
+            displacements = [state["displacement"] for state in states]
+            torch._foreach_add_(list(projected.unbind()), displacements, alpha=proximal)
+        update = _inner_step(group, states, projected, found_inf)
+        bases = [layer.subspace.matrix(device, weight.dtype) for layer in layers]
+        weights = [layer.weight for layer in layers]
+        ops.back_project_(weights, bases, update, lr=lr, scale=1.0, weight_decay=wd, right=True, found_inf=found_inf)
+        if proximal:
+            with reference.kept_where(found_inf, displacements):
+                torch._foreach_mul_(displacements, 1 - lr * wd)
+                torch._foreach_add_(displacements, list(update.unbind()), alpha=-lr)
+        torch._foreach_add_([state["step"] for state in states], 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
+
+    def _state_of(self, param: Tensor, layer: SubspaceLinear, group: dict[str, Any]) -> dict[str, Any]:
+        """The layer's state, with zeros for what it lacks."""
+        state = self.state[param]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["subspace"] = layer.subspace.fingerprint
+        wide = torch.promote_types(param.dtype, torch.float32)
+        for key in (*INNER[group["inner"]], *(["displacement"] if group["proximal"] else [])):
+            if key not in state:
+                state[key] = torch.zeros(param.shape, dtype=wide, device=param.device)
+        return state
+
+    def _next_outer_step(self, group: dict[str, Any], layers: dict[Tensor, SubspaceLinear]) -> None:
+        group["inner_step"] = 0
+        group["outer_step"] += 1
+        _move_subspaces(group)
+        for param in layers:
+            for value in self.state.get(param, {}).values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+
+    def _check_converted(self) -> None:
+        """Once after each conversion of some model: no layer that trained as a whole has become a SubspaceLinear unnoticed."""
+        if self._checked == conversions():
+            return
+        owned = {param for group in self.param_groups for param in group["params"]}
+        for index, group in enumerate(self.param_groups):
+            for param_index, param in enumerate(group["params"]):
+                layer = layer_of(param)
+                if layer is not None and param is layer.weight and layer.coordinates not in owned and layer.coordinates.requires_grad:
+                    raise RuntimeError(
+                        f"{groups.describe(group, index, param_index)} is the weight of a SubspaceLinear whose coordinates are not in this "
+                        "optimizer; build the optimizer after the conversion, from model.parameters(), or call to_dense(model)"
+                    )
+        self._checked = conversions()
+
+    # State.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._checked = None
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but fp32 states of half-precision layers stay fp32, and the layers' Ps become those of the checkpoint's outer step.
+
+        Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
+        """
+        load_uncast(self, super().load_state_dict, state_dict, check=self._check_loaded, restore=self._restore)
+
+    def _check_loaded(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):
+            if missing := [key for key in (*OWN_KEYS, *POSITION) if key not in saved]:
+                raise ValueError(f"the checkpoint's group {index} has no {missing[0]!r}; it was saved for another optimizer")
+            if len(group["params"]) != len(saved["params"]):
+                continue  # torch says so
+            _check_values(dict(saved), index)
+            layers = dict(_coordinates(group))
+            for param_index, saved_id in enumerate(saved["params"]):
+                state, where = incoming["state"].get(saved_id), groups.describe(group, index, param_index)
+                if state and ("subspace" in state) != (param_index in layers):
+                    kinds = ("an ordinary parameter", "coordinates of a SubspaceLinear")
+                    raise ValueError(
+                        f"the checkpoint has the state of {kinds['subspace' in state]} for {where}, which is "
+                        f"{kinds[param_index in layers]}; convert the model as it was when the checkpoint was saved"
+                    )
+                if state and param_index in layers:
+                    _check_loaded_state(state, saved, layers[param_index], where)
+        return incoming
+
+    def _restore(self, final: dict[str, Any]) -> None:
+        for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
+            layers = {group["params"][param_index] for param_index, _ in _coordinates(group)}
+            for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                for key, value in final["state"].get(saved_id, {}).items():
+                    if isinstance(value, Tensor):
+                        uncast = param in layers or key == "step"  # torch's fused AdamW wants its step beside the parameter
+                        self.state[param][key] = (value.detach() if uncast else self.state[param][key]).clone().to(param.device)
+            _move_subspaces(group)
+        self._checked = None
+
+
+def _coordinates(group: dict[str, Any]) -> list[tuple[int, SubspaceLinear]]:
+    """(index of the parameter in the group, layer) for each that is a layer's coordinates."""
+    found = ((index, param, layer_of(param)) for index, param in enumerate(group["params"]))
+    return [(index, layer) for index, param, layer in found if layer is not None and param is layer.coordinates]
+
+
+def _move_subspaces(group: dict[str, Any]) -> None:
+    for _, layer in _coordinates(group):
+        layer.subspace.move_to(group["outer_step"])
+
+
+def _parts(layers: dict[Tensor, SubspaceLinear]) -> Iterator[dict[Tensor, SubspaceLinear]]:
+    """Layers whose weights, coordinates and gradients are alike, at most PART_ELEMENTS of their gradients at a time."""
+    buckets: dict[Any, list[tuple[Tensor, SubspaceLinear]]] = defaultdict(list)
+    for param, layer in layers.items():
+        weight = layer.weight
+        key = weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device, param.grad.dtype
+        buckets[key].append((param, layer))
+    for members in buckets.values():
+        at_once = max(1, PART_ELEMENTS // members[0][0].numel())
+        for start in range(0, len(members), at_once):
+            yield dict(members[start : start + at_once])
+
+
+def _inner_step(group: dict[str, Any], states: list[dict[str, Any]], projected: Tensor, found_inf: Tensor | None) -> Tensor:
+    """N (batch, r, out) of R, and the states that go with it."""
+    if group["inner"] == "adamw":
+        exp_avgs, exp_avg_sqs, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        return ops.update_moments_(
+            exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=0, found_inf=found_inf, device_steps=steps
+        )
+    buffers = [state["momentum_buffer"] for state in states]
+    with reference.kept_where(found_inf, buffers):
+        torch._foreach_mul_(buffers, group["momentum"])
+        torch._foreach_add_(buffers, list(projected.unbind()))
+    return torch.stack(buffers)
+
+
+def _check_layer(layer: SubspaceLinear, group: dict[str, Any], where: str) -> None:
+    if layer.subspace.outer_step != group["outer_step"]:
+        raise RuntimeError(
+            f"P of {where} is that of outer step {layer.subspace.outer_step} and the optimizer is at {group['outer_step']}: another "
+            "optimizer moves it. Layers that share P belong into one group of one optimizer; or convert with share=None"
+        )
+    if layer.weight.grad is not None:
+        raise RuntimeError(
+            f"the weight that {where} stands for has a gradient of its own, from a module that it was tied to after the conversion, or "
+            "from a use outside of its layer; untie it, or leave that layer out of target_modules"
+        )
+
+
+def _check_loaded_state(state: dict[str, Any], saved: dict[str, Any], layer: SubspaceLinear, where: str) -> None:
+    wanted = tuple(layer.coordinates.shape)
+    for key in (*INNER[saved["inner"]], *(["displacement"] if saved["proximal"] and "displacement" in state else [])):
+        found = tuple(state[key].shape) if key in state else None
+        if found is None or len(found) != 2:
+            raise ValueError(f"the checkpoint's {key} is {found or 'missing'}, expected {wanted} ({where}); it is of another optimizer")
+        if found[0] != wanted[0]:
+            raise ValueError(
+                f"the checkpoint was saved at rank {found[0]} and {where} has rank {wanted[0]}; convert the model with rank={found[0]}, "
+                "or, to change the rank, load the model's checkpoint alone and start with a new optimizer"
+            )
+        if found != wanted:
+            raise ValueError(f"the checkpoint's {key} is {found}, expected {wanted} ({where}); it was saved for another model")
+    if state["subspace"] != layer.subspace.fingerprint:
+        raise ValueError(
+            f"the checkpoint's subspaces are others than those of {where}: convert the model with the seed, distribution, target_modules "
+            "and share that it had when the checkpoint was saved"
+        )
+
+
+def _check_values(group: dict[str, Any], index: int) -> None:
+    """Every value of a group, also of one that was loaded or changed since."""
+    groups.check_adamw(group, index)
+    where = groups.describe(group, index)
+    for key in ("inner_steps", *POSITION):
+        least = 1 if key == "inner_steps" else 0
+        if not groups.is_number(group[key], Integral):
+            raise TypeError(f"{key} must be an int, got {group[key]!r} ({where})")
+        group[key] = int(group[key])
+        if group[key] < least:
+            raise ValueError(f"{key} must be an int ≥ {least}, got {group[key]} ({where})")
+    for key, below in (("proximal", math.inf), ("momentum", 1.0)):
+        if not groups.is_number(group[key]):
+            raise TypeError(f"{key} must be a float, got {group[key]!r} ({where})")
+        group[key] = float(group[key])
+        if not 0 <= group[key] < below:
+            raise ValueError(f"{key} must lie in [0, {below:g}), got {group[key]} ({where})")
+    if group["inner"] not in INNER:
+        raise ValueError(f"inner must be one of {', '.join(map(repr, INNER))}, got {group['inner']!r} ({where})")
