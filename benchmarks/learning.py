@@ -41,8 +41,8 @@ from stopping import stop_on_signal  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SCRATCH = ROOT / "runs" / "learning"
-LOW_RANK_ONLY = ("rank", "update_proj_gap", "scale", "svd", "state_bits", "rounding")
-GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", *LOW_RANK_ONLY)
+METHODS_OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.reads))
+GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", *METHODS_OWN)
 NEWER = ("state_bits", "rounding")
 """Settings that the first results do not have: a key names them only where they are not the default."""
 
@@ -57,15 +57,15 @@ class Run:
         """Equal for runs that are the same experiment: the number of threads changes last bits, not what is learnt."""
         settings = dataclasses.asdict(self.settings)
         del settings["threads"]
-        for name in LOW_RANK_ONLY:
-            if not METHODS[self.method].has_basis or (name in NEWER and settings[name] == getattr(Settings(), name)):
+        for name in METHODS_OWN:
+            if name not in METHODS[self.method].reads or (name in NEWER and settings[name] == getattr(Settings(), name)):
                 del settings[name]
         return json.dumps([self.method, self.lr, settings], sort_keys=True)
 
     def __str__(self) -> str:
         s = self.settings
-        projection = f" rank {s.rank} gap {s.update_proj_gap} scale {s.scale:g}" if METHODS[self.method].has_basis else ""
-        return f"{self.method} lr {self.lr:g}{projection} {s.model} {s.steps} steps seed {s.seed}"
+        own = "".join(f" {name} {value}" for name in METHODS[self.method].reads if (value := getattr(s, name)) != getattr(Settings(), name))
+        return f"{self.method} lr {self.lr:g}{own} {s.model} {s.steps} steps seed {s.seed}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,10 +179,9 @@ def report(records: list[dict[str, Any]], name: str) -> None:
     def described(record: dict[str, Any]) -> dict[str, Any]:
         hidden = {"seed", "threads", "data_digest", "eval_sequences", "eval_every", "warmup"}
         shown = {key: value for key, value in record["settings"].items() if key not in hidden}
-        if METHODS[record["optimizer"]].has_basis:
-            shown = {name: getattr(Settings(), name) for name in NEWER} | shown
-        else:
-            shown |= dict.fromkeys(LOW_RANK_ONLY)
+        reads = METHODS[record["optimizer"]].reads
+        shown = {name: getattr(Settings(), name) for name in METHODS_OWN} | shown
+        shown |= {name: None for name in METHODS_OWN if name not in reads}
         return {**shown, "lr": record["lr"], "optimizer": record["optimizer"]}
 
     groups = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Peak memory of one run in a process that makes several."""
+"""Memory of one run in a process that makes several: its peak, and what the backward pass needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import ctypes
 import gc
 from pathlib import Path
 
+import llama
 import torch
+from torch import Tensor, nn
 
 
 class PeakMemory:
@@ -35,6 +37,23 @@ class PeakMemory:
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device)
         return None if self._start_bytes is None else max(0, _status_bytes("VmHWM") - self._start_bytes)
+
+
+def saved_activation_bytes(model: nn.Module, tokens: Tensor) -> int:
+    """Bytes that the forward pass of the loss keeps for the backward pass: each tensor's memory once, parameters left out."""
+    found = {}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = llama.loss(model, tokens)  # lives until everything is counted, so that no address is used twice
+    del loss
+    return sum(found.values())
 
 
 def _status_bytes(key: str) -> int:

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
     from settings import Settings
 
 
+LOW_RANK = ("rank", "update_proj_gap", "scale", "svd", "state_bits", "rounding")
+RSO = ("rso_rank", "inner_steps", "distribution")
+
+
 @dataclass(frozen=True)
 class Method:
     title: str
     lr: float  # default peak learning rate for the width of tiny and 9m; see `default_lr`
     color: str  # in pictures; Okabe and Ito's palette, told apart by colour-blind readers
-    build: Callable[[nn.Module, float, Settings], torch.optim.Optimizer]
-    has_basis: bool  # whether state[p]["basis"] is there to compare
+    build: Callable[[nn.Module, float, Settings], torch.optim.Optimizer]  # may convert layers of the model, in place
+    reads: tuple[str, ...] = ()  # settings that alter its runs, of those that do not alter every method's
 
 
 def _adamw(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
@@ -31,17 +35,24 @@ def _low_rank(class_name: str) -> Callable[[nn.Module, float, Settings], torch.o
     def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
         import lowrank_kernels as lrk  # here, so that adamw alone needs nothing but torch
 
-        keys = ("rank", "update_proj_gap", "scale", "svd", "state_bits", "rounding", "seed")
-        groups = lrk.param_groups(model, **{key: getattr(settings, key) for key in keys})
+        groups = lrk.param_groups(model, **{key: getattr(settings, key) for key in (*LOW_RANK, "seed")})
         return getattr(lrk, class_name)(groups, lr=lr, weight_decay=settings.weight_decay)
 
     return build
 
 
+def _rso(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    import lowrank_kernels as lrk
+
+    lrk.to_subspace(model, rank=settings.rso_rank, distribution=settings.distribution, seed=settings.seed)
+    return lrk.RSOAdamW(model.parameters(), lr=lr, weight_decay=settings.weight_decay, inner_steps=settings.inner_steps)
+
+
 METHODS: dict[str, Method] = {
-    "adamw": Method("AdamW", 2e-3, "#4d4d4d", _adamw, has_basis=False),
-    "galore": Method("GaLore", 2e-2, "#d55e00", _low_rank("GaLoreAdamW"), has_basis=True),
-    "i3s": Method("I3S", 2e-2, "#0072b2", _low_rank("I3SAdamW"), has_basis=True),
+    "adamw": Method("AdamW", 2e-3, "#4d4d4d", _adamw),
+    "galore": Method("GaLore", 2e-2, "#d55e00", _low_rank("GaLoreAdamW"), LOW_RANK),
+    "i3s": Method("I3S", 2e-2, "#0072b2", _low_rank("I3SAdamW"), LOW_RANK),
+    "rso": Method("RSO", 2e-3, "#009e73", _rso, RSO),
 }
 
 

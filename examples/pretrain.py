@@ -80,12 +80,16 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--warmup", type=int, help="steps of linear warm-up before the cosine (a tenth of --steps)")
     option(how, "clip", float, "norm to which the gradient is clipped; 0 for never")
     option(how, "weight_decay", float, "decoupled, as in AdamW")
-    option(how, "rank", int, "of the low-rank optimizers' subspaces")
+    option(how, "rank", int, "of the subspaces of GaLore and I3S")
     option(how, "update_proj_gap", int, "steps between subspace refreshes")
     option(how, "scale", float, "factor on the low-rank update")
     option(how, "svd", str, "how a refresh finds its subspace", choices=["randomized", "exact"])
     option(how, "state_bits", int, "of each of the low-rank optimizers' moments: 32 or 8", choices=[32, 8])
     option(how, "rounding", str, "of weights in bf16 that a low-rank optimizer moves", choices=["nearest", "stochastic"])
+
+    option(how, "rso_rank", int, "of RSO's random subspaces")
+    option(how, "inner_steps", int, "steps that RSO takes in one of them")
+    option(how, "distribution", str, "that RSO draws them from", choices=["gaussian", "haar", "rademacher"])
 
     where = result.add_argument_group("where and how often")
     where.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights and their gradients (fp32)")
@@ -310,7 +314,7 @@ def main(argv: list[str] | None = None) -> int:
             if directory is None:
                 directory = new_directory(plan.settings.model)
             directory.mkdir(parents=True, exist_ok=True)
-        if any(METHODS[method].has_basis for method in plan.lr):
+        if any(METHODS[method].reads for method in plan.lr):
             _require("lowrank_kernels", "all but adamw need it; in its checkout, pip install -e .")
     except (SettingsError, text.TextError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)

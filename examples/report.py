@@ -19,8 +19,8 @@ QUIET_S = 30.0  # a log gets a line at least this often
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One run's metrics rows → its figures. None stands for what was not measured.
 
-    step_ms is the median over steps that refreshed no basis; refresh_ms is the median of those that did, less step_ms. The first step is in
-    neither (it allocates the states). overlap is the mean over refreshes from the second on.
+    step_ms is the median over steps that refreshed no basis; refresh_ms is the median of those that did (RSO: drew new
+    subspaces), less step_ms. The first step is in neither (it allocates the states). overlap is the mean over refreshes from the second on.
     """
     end = rows[-1]
     steps = [row for row in rows if row["event"] == "step"]
@@ -37,6 +37,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "step_ms": step_ms,
         "refresh_ms": median(refresh_ms) - step_ms if refresh_ms and step_ms is not None else None,
         "state_bytes": end["state_bytes"],
+        "activation_bytes": end.get("activation_bytes"),
         "peak_bytes": end["peak_bytes"],
         "wall_s": end["wall_s"],
     }
@@ -51,6 +52,7 @@ TABLE_ROWS = [
     ("optimizer step, median ms", "step_ms", "{:.2f}".format),
     ("refresh, median ms over a step", "refresh_ms", "{:.2f}".format),
     ("optimizer state, MB", "state_bytes", lambda n: f"{n / 1e6:.2f}"),
+    ("activations saved for backward, MB", "activation_bytes", lambda n: f"{n / 1e6:.2f}"),
     ("peak memory of the run, MB", "peak_bytes", lambda n: f"{n / 1e6:.0f}"),
     ("whole run, s", "wall_s", "{:.1f}".format),
 ]

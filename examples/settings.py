@@ -40,6 +40,10 @@ class Settings:
     state_bits: int = 32  # of the low-rank optimizers' moments
     rounding: str = "nearest"
 
+    rso_rank: int = 64
+    inner_steps: int = 50
+    distribution: str = "gaussian"
+
     dtype: str = "fp32"
     device: str = "cpu"
     threads: int = 1  # CPU threads; the order of sums, and so the last bits, depend on it
@@ -50,7 +54,19 @@ class Settings:
 
     def check(self) -> Settings:
         """Raise SettingsError for what cannot run."""
-        for name in ("steps", "batch_size", "accumulate", "seq_len", "rank", "update_proj_gap", "threads", "eval_every", "eval_sequences"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "seq_len",
+            "rank",
+            "update_proj_gap",
+            "rso_rank",
+            "inner_steps",
+            "threads",
+            "eval_every",
+            "eval_sequences",
+        ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{flag(name)} must be a positive integer, got {getattr(self, name)}")
         for name in ("warmup", "clip", "weight_decay", "seed"):
@@ -63,15 +79,51 @@ class Settings:
         return self
 
 
-# Rank is a quarter of the width, as in GaLore's experiments. Beyond "tiny" the schedule is theirs in shape and ours in length:
-# a start for your own runs, not a recipe anyone has tuned.
+# Rank is a quarter of the width, as in GaLore's experiments; RSO's, whose directions nobody chooses, is half of it. Beyond "tiny" the
+# schedule is theirs in shape and ours in length: a start for your own runs, not a recipe anyone has tuned.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "9m": {"steps": 1000},
-    "60m": {"steps": 10_000, "batch_size": 128, "seq_len": 256, "rank": 128, "update_proj_gap": 200, "eval_every": 500},
-    "130m": {"steps": 20_000, "batch_size": 128, "seq_len": 256, "rank": 192, "update_proj_gap": 200, "eval_every": 500},
-    "350m": {"steps": 60_000, "batch_size": 128, "seq_len": 256, "rank": 256, "update_proj_gap": 200, "eval_every": 1000},
-    "1b": {"steps": 100_000, "batch_size": 128, "seq_len": 256, "rank": 512, "update_proj_gap": 200, "eval_every": 1000},
+    "60m": {
+        "steps": 10_000,
+        "batch_size": 128,
+        "seq_len": 256,
+        "rank": 128,
+        "update_proj_gap": 200,
+        "rso_rank": 256,
+        "inner_steps": 200,
+        "eval_every": 500,
+    },
+    "130m": {
+        "steps": 20_000,
+        "batch_size": 128,
+        "seq_len": 256,
+        "rank": 192,
+        "update_proj_gap": 200,
+        "rso_rank": 384,
+        "inner_steps": 200,
+        "eval_every": 500,
+    },
+    "350m": {
+        "steps": 60_000,
+        "batch_size": 128,
+        "seq_len": 256,
+        "rank": 256,
+        "update_proj_gap": 200,
+        "rso_rank": 512,
+        "inner_steps": 200,
+        "eval_every": 1000,
+    },
+    "1b": {
+        "steps": 100_000,
+        "batch_size": 128,
+        "seq_len": 256,
+        "rank": 512,
+        "update_proj_gap": 200,
+        "rso_rank": 1024,
+        "inner_steps": 200,
+        "eval_every": 1000,
+    },
 }
 
 

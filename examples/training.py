@@ -16,7 +16,7 @@ import llama
 import text
 import torch
 from checkpoints import Metrics
-from memory import PeakMemory
+from memory import PeakMemory, saved_activation_bytes
 from methods import METHODS
 from settings import Settings
 from torch import Tensor, nn
@@ -77,6 +77,12 @@ def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int) -> float
     return torch.stack(losses).sum().item()
 
 
+def first_tokens(settings: Settings, corpus: text.Corpus) -> Tensor:
+    """The first micro-batch."""
+    tokens = text.batch(corpus.train, seed=settings.seed, step=0, batch_size=settings.batch_size, seq_len=settings.seq_len)
+    return tokens.chunk(settings.accumulate)[0]
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch_size: int) -> float:
     """Mean loss of each held-out byte, nats."""
@@ -116,8 +122,9 @@ def train(
 ) -> list[dict[str, Any]]:
     """Train to the end and return the rows of the metrics file.
 
-    Rows: "step" (loss in nats a byte, lr, grad_norm, optimizer_ms; at a refresh the overlap with the previous basis), "eval" (val_loss) and
-    a last "end" (state_bytes, peak_bytes, wall_s). `step` counts finished steps; a row's loss is that of the weights before its step.
+    Rows: "step" (loss in nats a byte, lr, grad_norm, optimizer_ms; at a refresh of bases the overlap with the previous ones), "eval"
+    (val_loss) and a last "end" (state_bytes, activation_bytes, peak_bytes, wall_s). `step` counts finished steps; a row's loss is that of
+    the weights before its step.
     Raises Stopped once `should_stop()` holds and the step under way is saved, Diverged on a loss that is not finite.
     """
     torch.set_num_threads(settings.threads)
@@ -127,6 +134,8 @@ def train(
     model = build_model(settings)
     optimizer = METHODS[method].build(model, lr, settings)
     windows = text.windows(corpus.val, count=settings.eval_sequences, seq_len=settings.seq_len).to(device)
+
+    activation_bytes = saved_activation_bytes(model, first_tokens(settings, corpus).to(device))
 
     done, wall_s, earlier_peak_bytes, position = 0, 0.0, 0, 0
     if resume and (saved := checkpoints.load(files.checkpoint)):
@@ -173,6 +182,7 @@ def train(
                 "event": "end",
                 "step": settings.steps,
                 "state_bytes": state_bytes(optimizer),
+                "activation_bytes": activation_bytes,
                 "peak_bytes": highest_bytes(),
                 "wall_s": time.perf_counter() - started_s,
             }
@@ -205,6 +215,7 @@ def train_step(
         group["lr"] = lr_now
 
     before = bases(optimizer) if step % settings.update_proj_gap == 0 else {}
+    outer_step = optimizer.param_groups[0].get("outer_step")
     _synchronize(settings.device)
     start_s = time.perf_counter()
     optimizer.step()
@@ -221,6 +232,8 @@ def train_step(
         after = bases(optimizer)
         if after:
             row |= {"refresh": True, "overlap": mean_overlap(before, after)}
+    if optimizer.param_groups[0].get("outer_step") != outer_step:
+        row["refresh"] = True
     return row
 
 
