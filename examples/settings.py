@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import llama
 from checkpoints import write_atomically
 
 
@@ -74,6 +75,8 @@ class Settings:
                 raise SettingsError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
         if not self.scale > 0:
             raise SettingsError(f"--scale must be positive, got {self.scale}")
+        if self.rso_rank > (hidden := llama.SIZES[self.model].hidden):
+            raise SettingsError(f"--rso-rank {self.rso_rank} is more than the width of {self.model}, {hidden}")
         if self.batch_size % self.accumulate:
             raise SettingsError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         return self

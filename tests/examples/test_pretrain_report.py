@@ -24,6 +24,7 @@ def test_refreshes_and_ordinary_steps_are_told_apart():
     assert summary["refresh_ms"] == (23 + 43) / 2 - 3.5
     assert summary["overlap"] == pytest.approx(0.6)
     assert summary["val_loss"] == 1.0
+    assert summary["activation_bytes"] is None  # of a run before it was counted
 
 
 def test_what_was_not_measured_is_none():

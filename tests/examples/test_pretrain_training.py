@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import memory
 import pytest
 import text
 import torch
@@ -10,6 +11,8 @@ import training
 from checkpoints import Metrics, read_metrics, write_atomically
 from pretrain_runs import arithmetic
 from settings import Settings
+
+import lowrank_kernels
 
 MICRO = Settings(steps=4, batch_size=4, seq_len=16, threads=1)
 
@@ -63,6 +66,24 @@ def test_state_bytes_counts_every_tensor():
     assert training.state_bytes(optimizer) == 2 * 15 * 4 + 4  # two moments, and the step as one fp32
 
 
+def test_saved_activations_are_counted_once_and_without_parameters():
+    """Of a model that is embedding, one projection and logits: x for the projection, Z where it is a SubspaceLinear."""
+    tokens = torch.randint(256, (3, 17), generator=torch.Generator().manual_seed(0))
+    model = training.build_model(dataclasses.replace(MICRO, model="tiny"))
+    dense = memory.saved_activation_bytes(model, tokens)
+    assert dense == memory.saved_activation_bytes(model, tokens)
+    with torch.no_grad():
+        assert memory.saved_activation_bytes(model, tokens) == 0
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert memory.saved_activation_bytes(model, tokens) == 0
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    lowrank_kernels.to_subspace(model, rank=8, target_modules=["down_proj"])
+    # The input of down_proj (352 of fp32) is saved for nothing else, and its Z (8) takes its place, in two layers.
+    assert dense - memory.saved_activation_bytes(model, tokens) == 2 * 3 * 16 * (352 - 8) * 4
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
     corpus = text._split_tail(bytes(range(256)) * 20, "bytes")
     monkeypatch.setattr(training, "accumulate_gradients", lambda *_: math.nan)
@@ -79,12 +100,12 @@ def test_bf16_weights_train(tmp_path):
     assert rows[-2]["val_loss"] < rows[0]["loss"] - 1
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("adamw", "fp32"), ("galore", "bf16"), ("i3s", "fp32")])
+@pytest.mark.parametrize(("method", "dtype"), [("adamw", "fp32"), ("galore", "bf16"), ("i3s", "fp32"), ("rso", "fp32"), ("rso", "bf16")])
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, method, dtype, stop_after):
-    """Refreshes fall on steps 1 and 3, so the parts meet after a refresh, before one and between."""
+    """Refreshes fall on steps 1 and 3, RSO's on 2, so the parts meet after a refresh, before one and between."""
     corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
-    settings = dataclasses.replace(MICRO, dtype=dtype, rank=4, update_proj_gap=2, eval_every=2, eval_sequences=4, warmup=0)
+    settings = dataclasses.replace(MICRO, dtype=dtype, rank=4, update_proj_gap=2, inner_steps=2, eval_every=2, eval_sequences=4, warmup=0)
 
     def run(name, **how):
         (tmp_path / name).mkdir(exist_ok=True)
