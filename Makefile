@@ -22,7 +22,7 @@ SEED ?=
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 # Those that run on a GPU; the others would only be collected, and need more packages for it.
-GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_operators.py tests/kernels tests/subspaces tests/optim tests/test_fuzz.py
+GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_operators.py tests/kernels tests/subspaces tests/nn tests/optim tests/test_fuzz.py
 # Small matrices through every CUDA kernel of csrc/, for compute-sanitizer, which makes them slow.
 RACE_TESTS := tests/test_range_finder.py -k "shapes_that_hurt or err_alike or not_finite"
 

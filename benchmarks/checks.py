@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
+import lowrank_kernels as lrk
 from lowrank_kernels import eight_bit, reference
 
 from .contenders import SCALE, low_rank_optimizer, make_params
+from .iterations import Training, layers
 from .shapes import is_right
 
 UPDATE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -81,4 +84,52 @@ def check_step(weights: list[tuple[int, int]], rank: int, dtype: torch.dtype, de
             worst = max(worst, require(f"the update of {shape}", error, UPDATE_ERROR[dtype]))
             for name, found, truth in zip("MV", decoded(optimizer.state[param]), moments, strict=True):
                 require(f"{name} of {shape}", relative_error(found, truth), MOMENT_ERROR[bits][dtype])
+    return worst
+
+
+ITERATION_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Largest relative error of y, dx and dB. fp32: sums as in the kernel suite. 16 bits: Z, dB and what lies between the layers of a block are
+each rounded once, by 2⁻⁹ at most, and a dozen such errors add up as the root of their squares, to a third of this."""
+
+
+def check_iteration(training: Training, dtype: torch.dtype) -> float:
+    """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of RSO's first iteration, the worst over layers; WrongResult where anything is off.
+
+    y and dx against nn.Linear in fp64, dB against its full weight gradient projected on P; M, V and W against the formulas in fp64 on
+    the dB that was found, as N is the sign of dB at first, and the rounding of dB would count twice.
+    """
+    exact = lrk.to_dense(copy.deepcopy(training.module)).double()
+    x = training.x.detach().double().requires_grad_()
+    dense_y = exact(x)
+    dense_y.backward(training.dy.double())
+    dense_grads = {name: param.grad for name, param in exact.named_parameters()}
+
+    y = training.module(training.x)
+    y.backward(training.dy)
+    bound = ITERATION_ERROR[dtype]
+    require("y", relative_error(y.detach(), dense_y.detach()), bound)
+    require("dx", relative_error(training.x.grad, x.grad), bound)
+    found = layers(training.module)
+    before, expected = {}, {}
+    for name, layer in found.items():
+        basis, dB = layer.subspace.matrix(training.x.device, dtype).double(), layer.coordinates.grad.double()
+        weight_name = f"{name}.weight".lstrip(".")
+        require(f"dB of {weight_name}", relative_error(dB, (dense_grads[weight_name] @ basis).mT), bound)
+        moments = torch.zeros_like(dB), torch.zeros_like(dB)
+        normalised = reference.update_moments_(*moments, dB, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
+        before[name] = layer.weight.double()
+        weight = reference.updated_weight(before[name], basis, normalised, lr=1.0, scale=1.0, weight_decay=0.0, right=True)
+        expected[name] = weight, moments
+    [optimizer] = training.optimizers
+    optimizer.param_groups[0]["lr"] = 1.0  # so that the update is not lost in the weight's rounding
+    training.step()
+    training.free_gradients()
+    worst = 0.0
+    for name, layer in found.items():
+        weight, moments = expected[name]
+        error = relative_error(layer.weight.double() - before[name], weight - before[name])
+        worst = max(worst, require(f"the update of {name or 'the layer'}", error, UPDATE_ERROR[dtype]))
+        for key, truth in zip(MOMENTS, moments, strict=True):
+            error = relative_error(optimizer.state[layer.coordinates][key], truth)
+            require(f"{key} of {name or 'the layer'}", error, MOMENT_ERROR[32][torch.float32])
     return worst

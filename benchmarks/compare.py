@@ -20,7 +20,7 @@ from .provenance import print_table, short
 from .records import Row, is_ours, read
 
 Key = tuple[str, str]
-BYTES = ("state_mb", "step_peak_mb")
+BYTES = ("state_mb", "step_peak_mb", "saved_mb", "gradient_mb", "peak_mb")
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
-"""Counting bytes: the peak of a call, and what an optimizer's state holds."""
+"""Counting bytes: the peak of a call, what an optimizer's state holds, what autograd saves, and how large a batch fits."""
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -51,3 +52,51 @@ def tensor_bytes(holder: Any) -> int:
         elif hasattr(found, "__dict__") and not callable(found):
             remaining += vars(found).values()
     return sum(storages.values())
+
+
+def saved_bytes(forward: Callable[[], Tensor], lasting: Sequence[Tensor]) -> int:
+    """Bytes of all storages that autograd saves for the backward pass of `forward`, each counted once; those of `lasting` do not count."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()  # which keeps the graph, and so the addresses of what is in it
+    count = tensor_bytes([saved, *lasting]) - tensor_bytes([*lasting])
+    del result
+    return count
+
+
+def largest(attempt: Callable[[int], Result], limit: int = 2**16) -> tuple[int, Result] | None:
+    """The largest number, to an eighth, at which `attempt` does not run out of a GPU's memory, and what it returned; None where 1 does.
+
+    By doubling from 1, then by halving the interval.
+    """
+    found, too_large, number = None, limit + 1, 1
+    while number <= limit:
+        result = _unless_full(attempt, number)
+        if result is None:
+            too_large = number
+        else:
+            found = number, result
+        low = found[0] if found else 0
+        if too_large > limit:
+            number = 2 * low
+        elif too_large - low <= max(1, low // 8):
+            break
+        else:
+            number = (low + too_large) // 2
+    return found
+
+
+def _unless_full(attempt: Callable[[int], Result], number: int) -> Result | None:
+    try:
+        return attempt(number)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        if torch.cuda.is_available():
+            gc.collect()
+            torch.cuda.empty_cache()

@@ -83,7 +83,7 @@ def speedup(rows: list[Row], path: Path) -> Path | None:
 
 def memory(rows: list[Row], path: Path) -> Path | None:
     """Bars of state, with a step's peak on top."""
-    shown = [row for row in rows if "state_mb" in row]
+    shown = [row for row in rows if "step_peak_mb" in row]
     if not shown:
         return None
     pyplot = _pyplot()

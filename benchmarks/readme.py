@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from .provenance import RESULTS, short
@@ -25,10 +26,21 @@ ABOUT = {
     "refresh": "A new basis, of one gradient or of each of several, at the default accuracy (`PyTorch version`: the same without the "
     "extension; `torch.svd_lowrank` with niter = 1): median ms, and the median over rounds of the time against ours.",
     "memory": "MB of optimizer state, and in parentheses the peak of a step beyond what was live.",
+    "rso": "A training iteration, forward, backward and step, of a layer in → out and of a LLaMA block at batch × sequence tokens, between "
+    "draws of P and refreshes: median ms, and the median over rounds of the time against ours. `this`: `SubspaceLinear` with `RSOAdamW`, "
+    "with share=None without sharing Z; all others train `nn.Linear`.",
     "host": "What a step takes of the host's time, Python and launches, over small matrices of three shapes: median ms. Without a GPU "
     "everything is run but the driver's launches.",
 }
-FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matrix", "memory": "weights", "host": "weights"}
+HELD = (
+    "MB that autograd saves / of gradients / of what stays beside the weights (optimizer states with bases, of RSO also P and the "
+    "coordinates), and in parentheses the peak of an iteration beyond what was live, its input included. A single block is all "
+    "that checkpointing computes again at a time, so its peak is not lower."
+)
+LARGEST = (
+    "The largest batch of all of a model's blocks that fits the device, to an eighth, and in parentheses the tokens a second at that batch."
+)
+FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matrix", "memory": "weights", "rso": "what", "host": "weights"}
 LAST_COLUMN = {"refresh": "spectrum or dtype"}
 
 
@@ -48,7 +60,7 @@ def _device(device: str, suites: dict[str, list[Row]]) -> list[str]:
     parts = [f"**`{device}`**"]
     for suite in SUITES:
         if suite in suites:
-            parts += [f"{ABOUT[suite]} {_origin(suites[suite])}", table(suite, suites[suite])]
+            parts += [f"{ABOUT[suite]} {_origin(suites[suite])}", *tables(suite, suites[suite])]
     missing = [f"`{suite}`" for suite in SUITES if suite not in suites]
     return [*parts, f"Not measured yet on this device: {', '.join(missing)}."] if missing else parts
 
@@ -69,12 +81,22 @@ def _origin(rows: list[Row]) -> str:
     return f"File `{row['file']}`; {versions}; measured ceilings: copy {row['copy_gb_per_s']:.3g} GB/s, {', '.join(rates)}."
 
 
-def table(suite: str, rows: list[Row]) -> str:
-    """Markdown: a line a case, a column a contender, those of this package first."""
+def tables(suite: str, rows: list[Row]) -> list[str]:
+    """What a suite measured; of iterations also what they hold and the largest batches, each with a line that says so."""
+    batches = [row for row in rows if "largest_batch" in row]
+    found = [table(suite, timed)] if (timed := [row for row in rows if "largest_batch" not in row]) else []
+    if held := [row for row in rows if "saved_mb" in row]:
+        found += [HELD, table(suite, held, _held_cell)]
+    return [*found, LARGEST, table(suite, batches, _batch_cell)] if batches else found
+
+
+def table(suite: str, rows: list[Row], cell: Callable[[Row], str] | None = None) -> str:
+    """Markdown: a line a case, a column a contender, those of this package first. Without `cell` times, or states and peaks of steps."""
     cases = list(dict.fromkeys(str(row["case"]) for row in rows))
     contenders = sorted(dict.fromkeys(str(row["contender"]) for row in rows), key=lambda name: not name.startswith(OURS))
     by_key = {(row["case"], row["contender"]): row for row in rows}
-    with_ceiling = any("percent_of_ceiling" in row for row in rows if row["contender"] == OURS)
+    with_ceiling = cell is None and any("percent_of_ceiling" in row for row in rows if row["contender"] == OURS)
+    write = cell or _cell
     header = [
         FIRST_COLUMN[suite],
         "r",
@@ -85,7 +107,8 @@ def table(suite: str, rows: list[Row]) -> str:
         header += ["this, % of ceiling", "predicted ms"]
     lines = []
     for case in cases:
-        line = [*title({"case": case}), *(_cell(by_key.get((case, contender))) for contender in contenders)]
+        found = [by_key.get((case, contender)) for contender in contenders]
+        line = [*title({"case": case}), *("–" if row is None else write(row) for row in found)]
         if with_ceiling:
             ours = by_key.get((case, OURS), {})
             line += [short(ours[key]) if key in ours else "–" for key in ("percent_of_ceiling", "predicted_ms")]
@@ -93,13 +116,19 @@ def table(suite: str, rows: list[Row]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "–"
-    if "state_mb" in row:
+def _cell(row: Row) -> str:
+    if "step_peak_mb" in row:
         return f"{_megabytes(row['state_mb'])} ({_megabytes(row['step_peak_mb'])})"
     ratio = "" if row["contender"] == OURS else f" ({row['ratio_to_ours']:.{1 if row['ratio_to_ours'] >= 10 else 2}f}×)"
     return short(row["p50_ms"]) + ratio
+
+
+def _held_cell(row: Row) -> str:
+    return " / ".join(_megabytes(row[key]) for key in ("saved_mb", "gradient_mb", "state_mb")) + f" ({_megabytes(row['peak_mb'])})"
+
+
+def _batch_cell(row: Row) -> str:
+    return f"{row['largest_batch']} ({row['tokens_per_s']:.3g})"
 
 
 def _megabytes(value: float) -> str:

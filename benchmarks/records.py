@@ -3,7 +3,10 @@
 A row is one contender in one case. Those of a run share its provenance and ceilings. Timed rows have p20_ms, p50_ms, p80_ms, rounds and
 ratio_to_ours (time over that of the case's first contender, median over rounds); where it is known what the work costs also
 predicted_ms (roofline.py on the ceilings measured in the same run), percent_of_ceiling (predicted / p50), gb_per_s and tflop_per_s; those
-of this package the strongest_baseline and speedup, its time over theirs. Memory rows have state_mb, step_peak_mb and theory_mb.
+of this package the strongest_baseline and speedup, its time over theirs. Memory rows have state_mb, step_peak_mb and theory_mb. Rows of
+the rso suite also have medians of an iteration's parts, forward_ms, backward_ms and step_ms, tokens_per_s, and bytes: saved_mb,
+gradient_mb, state_mb (with whatever else stays beside the weights), each with …_theory_mb where there is a formula, and peak_mb, an
+iteration's; or, instead of times and bytes, largest_batch, tokens_per_s, and ratio_to_ours of the batch.
 """
 
 from __future__ import annotations
@@ -72,6 +75,20 @@ COUNTED = {
     "× ours": ("ratio_to_ours", ".2f"),
     "a step's peak MB": ("step_peak_mb", ".2f"),
 }
+ITERATION = {
+    "forward ms": ("forward_ms", ""),
+    "backward": ("backward_ms", ""),
+    "step": ("step_ms", ""),
+    "tokens/s": ("tokens_per_s", ".0f"),
+    "MB saved": ("saved_mb", ".2f"),
+    "formula": ("saved_theory_mb", ".2f"),
+    "gradients": ("gradient_mb", ".2f"),
+    " formula": ("gradient_theory_mb", ".2f"),
+    "states": ("state_mb", ".2f"),
+    "formula ": ("state_theory_mb", ".2f"),
+    "peak": ("peak_mb", ".2f"),
+}
+LARGEST = {"largest batch": ("largest_batch", "d"), "× ours": ("ratio_to_ours", ".2f"), "tokens/s": ("tokens_per_s", ".0f")}
 """Columns: the key of a row and how it is written, by default with three digits."""
 NOTES = {
     "error": "error",
@@ -85,7 +102,8 @@ NOTES = {
 
 
 def print_rows(rows: list[Row]) -> None:
-    for columns, notes, key in ((TIMED, NOTES, "p50_ms"), (COUNTED, {}, "state_mb")):
+    kinds = ((TIMED, NOTES, "p50_ms"), (ITERATION, {}, "saved_mb"), (COUNTED, {}, "step_peak_mb"), (LARGEST, {}, "largest_batch"))
+    for columns, notes, key in kinds:
         lines = [
             (
                 str(row["case"]),
@@ -136,9 +154,14 @@ def title(row: Row) -> tuple[str, str, str]:
     place = next((index for index, word in enumerate(words) if word.startswith("r=")), len(words))
     rank, rest = "".join(words[place : place + 1])[2:], words[place + 1 :]
     of_model = suite in ("step", "memory") or (suite == "refresh" and rest and rest[0] in DTYPE_NAMES)
-    what = " ".join(_model(word) if of_model else re.sub(r"(?<=\d)x(?=\d)", " × ", word) for word in words[:place])
+    what = " ".join(map(_model if of_model else _word, words[:place]))
     return what, rank, " ".join(PRETTY.get(word, word) for word in rest)
 
 
 def _model(name: str) -> str:
     return f"LLaMA {name.upper()}" if name in LLAMA else f"{name.replace('x', ' × ')}²"
+
+
+def _word(word: str) -> str:
+    name = word.rstrip(":")
+    return _model(name) + word[len(name) :] if name in LLAMA else re.sub(r"(?<=\d)x(?=\d)", " × ", word)

@@ -154,6 +154,44 @@ def _again(size: int, tile: int) -> int:
     return -(-size // tile) - 1
 
 
+# An iteration of linear layers, y = x·Wᵀ on T tokens with W (out, in), in x's dtype; and what is around them in a LLaMA block.
+
+
+def product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Work:
+    """(rows, inner) · (inner, columns): each matrix passes once."""
+    return (Cost((rows * inner + inner * columns + rows * columns) * dtype.itemsize, 2 * rows * inner * columns),)
+
+
+def forward_and_dx(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> Work:
+    """y = x·Wᵀ and dx = dy·W."""
+    return product(tokens, inputs, outputs, dtype) + product(tokens, outputs, inputs, dtype)
+
+
+def weight_gradient(tokens: int, inputs: int, outputs: int, dtype: torch.dtype) -> Work:
+    """dW = dyᵀ·x."""
+    return product(outputs, tokens, inputs, dtype)
+
+
+def coordinates_gradient(tokens: int, outputs: int, r: int, dtype: torch.dtype) -> Work:
+    """dB = Zᵀ·dy."""
+    return product(r, tokens, outputs, dtype)
+
+
+def subspace_step(inputs: int, outputs: int, r: int, dtype: torch.dtype) -> Work:
+    """RSO's, where N stays on the chip: reads dB and P, reads and writes W, M and V."""
+    moved = (r * outputs + inputs * r + 2 * inputs * outputs) * dtype.itemsize
+    return (Cost(moved + 2 * moments_bytes(outputs, r), 2 * inputs * outputs * r),)
+
+
+def causal_attention(tokens: int, sequence: int, hidden: int, dtype: torch.dtype) -> Work:
+    """softmax(QKᵀ)·V and its gradients, without what a backward pass computes again: two products and four, half of each masked.
+
+    Reads Q, K, V and writes y; reads these and dy and writes three gradients.
+    """
+    size, flops = tokens * hidden * dtype.itemsize, tokens * sequence * hidden
+    return Cost(4 * size, 2 * flops), Cost(8 * size, 4 * flops)
+
+
 # A whole model.
 
 

@@ -66,10 +66,10 @@ def seed_tensor(seeds: Sequence[int], device: torch.device | str) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
-def words(seeds: Tensor, count: int, stream: int) -> Tensor:
-    """(batch,) seeds → (batch, count) int64 tensor of uniform uint32 values."""
+def words(seeds: Tensor, count: int, stream: int, first: int = 0) -> Tensor:
+    """(batch,) seeds → (batch, count) int64 tensor of uniform uint32 values, from word number `first` on, a multiple of 4."""
     blocks = -(-count // 4)
-    index = torch.arange(blocks, device=seeds.device)
+    index = first // 4 + torch.arange(blocks, device=seeds.device)
     zero = torch.zeros_like(index)
     counter = (index & MASK32, index >> 32, zero + stream, zero)
     key = ((seeds & MASK32)[:, None], ((seeds >> 32) & MASK32)[:, None])
@@ -91,10 +91,13 @@ def rounding_bits(seed: Tensor, rows: int, columns: int, step: int | Tensor) -> 
     return halves.flatten(-2)[:, :columns]
 
 
-def normal(seeds: Tensor, shape: tuple[int, ...], stream: int, dtype: torch.dtype) -> Tensor:
-    """(batch,) seeds → (batch, *shape) of N(0, 1), by Box–Muller in fp32 (23-bit uniforms: |z| < 5.8), then cast to `dtype`."""
+def normal(seeds: Tensor, shape: tuple[int, ...], stream: int, dtype: torch.dtype, first: int = 0) -> Tensor:
+    """(batch,) seeds → (batch, *shape) of N(0, 1), by Box–Muller in fp32 (23-bit uniforms: |z| < 5.8), then cast to `dtype`.
+
+    first: number of the first element, a multiple of 4, so that a large matrix can be drawn in pieces.
+    """
     count = math.prod(shape)
-    bits = words(seeds, count + count % 2, stream)
+    bits = words(seeds, count + count % 2, stream, first)
     unit = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23  # in (0, 1), exactly
     radius = unit[:, 0::2].log().mul_(-2.0).sqrt_()
     angle = unit[:, 1::2] * (2.0 * math.pi)

@@ -166,6 +166,10 @@ def test_opcheck_of_the_step(right):
     torch.library.opcheck(ops.update_moments_, (exp_avgs, exp_avg_sqs, projected), adam)
     torch.library.opcheck(ops.back_project_, (weights, bases, projected), back)
     torch.library.opcheck(ops.adamw_step_, tensors, {**HYPER, "step": 1, "right": right})
+    skipped = dict(found_inf=torch.zeros(()))
+    counted = dict(device_steps=[torch.tensor(0.0), torch.tensor(7.0)])
+    torch.library.opcheck(ops.update_moments_, (exp_avgs, exp_avg_sqs, projected), {**adam, **skipped, **counted})
+    torch.library.opcheck(ops.back_project_, (weights, bases, projected), {**back, **skipped})
 
 
 @pytest.mark.parametrize("rank", [3, 12])

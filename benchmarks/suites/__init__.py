@@ -4,6 +4,6 @@ cases(selection, on_gpu) -> list of cases     a case has a `label`, which begins
 run(case, context) -> rows                    what was measured, as records.py describes it; checked before it is timed
 """
 
-from . import host, kernel, memory, refresh, step
+from . import host, kernel, memory, refresh, rso, step
 
-SUITES = {"step": step, "kernel": kernel, "refresh": refresh, "memory": memory, "host": host}
+SUITES = {"step": step, "kernel": kernel, "refresh": refresh, "memory": memory, "rso": rso, "host": host}

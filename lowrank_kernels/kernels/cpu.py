@@ -96,6 +96,7 @@ def update_moments_(
 ) -> Tensor:
     """Moments in place; returns N (batch, r, n), which is not to be used where found_inf ≠ 0."""
     _check_moments(exp_avgs, exp_avg_sqs, None, shape=tuple(projected.shape[1:]))
+    projected = projected.contiguous()
     negated = torch.empty_like(projected)
     if found_inf is not None and found_inf.item():
         return negated
@@ -149,6 +150,12 @@ def back_project_(
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32."""
     if found_inf is not None and found_inf.item():
         return
+    m, n = weights[0].shape[::-1] if right else weights[0].shape
+    if bases[0].shape[0] != m or normalised.shape != (len(weights), bases[0].shape[1], n) or len(bases) != len(weights):
+        raise ValueError(  # PyTorch would broadcast a product of one row or column
+            f"{len(weights)} weights {tuple(weights[0].shape)}, {len(bases)} bases {tuple(bases[0].shape)} and normalised "
+            f"{tuple(normalised.shape)} do not fit with right={right}"
+        )
     decay, rate = 1 - lr * weight_decay, -lr * scale
     dtype = torch.promote_types(_product_dtype(weights[0], bases[0]), weights[0].dtype)
     for weight, basis, update in zip(weights, bases, normalised.to(dtype).unbind(), strict=True):
@@ -220,13 +227,18 @@ def adamw_step_(
 def _check_moments(
     exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], exp_avg_scales: Sequence[Tensor] | None, shape: tuple[int, int]
 ) -> None:
-    """torch's fused AdamW looks at the sizes of nothing, and would write past the end of moments of another size."""
+    """torch's fused AdamW looks at the sizes and strides of nothing: it would write past the end of moments of another size, and pair the
+    wrong elements of those that are not row-major.
+    """
     for name, tensors in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         if [tensor.shape for tensor in tensors].count(shape) != len(tensors):
             found = next(tuple(tensor.shape) for tensor in tensors if tensor.shape != shape)
             raise ValueError(
                 f"{name} must be (r, n) = {shape}, got {found}; the state is of a parameter of another shape, or of another rank"
             )
+        if not exp_avg_scales and not all(tensor.is_contiguous() for tensor in tensors):
+            strides = next(tensor.stride() for tensor in tensors if not tensor.is_contiguous())
+            raise ValueError(f"{name} must be row-major, got strides {strides} of shape {shape}")
         if exp_avg_scales and any(tensor.dtype != torch.uint8 for tensor in tensors):
             raise ValueError(f"{name} must be codes (torch.uint8) where there are scales, got {tensors[0].dtype}")
 

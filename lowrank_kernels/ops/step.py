@@ -49,20 +49,27 @@ def _update_moments_default(
     device_steps: Sequence[Tensor] | None = None,
     **scalars,
 ) -> Tensor:
+    _check_moments(exp_avgs, exp_avg_sqs, projected)
+    counts = [count.double() + 1 for count in device_steps] if device_steps else [step] * len(exp_avgs)
     normalised = []
-    for index, (exp_avg, exp_avg_sq, r) in enumerate(zip(exp_avgs, exp_avg_sqs, projected, strict=True)):
-        count = device_steps[index].double() + 1 if device_steps else step
+    for exp_avg, exp_avg_sq, r, count in list(zip(exp_avgs, exp_avg_sqs, projected, counts, strict=True)):  # all or none
         with reference.kept_where(found_inf, [exp_avg, exp_avg_sq]):
             normalised.append(reference.update_moments_(exp_avg, exp_avg_sq, r, step=count, **scalars))
     return torch.stack(normalised)
 
 
-def _update_moments_fake(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
+def _check_moments(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor) -> None:
     torch._check(
         exp_avgs[0].shape == exp_avg_sqs[0].shape == projected.shape[1:],
-        lambda: f"exp_avg {tuple(exp_avgs[0].shape)} does not fit projected {tuple(projected.shape)}",
+        lambda: (
+            f"exp_avg {tuple(exp_avgs[0].shape)} and exp_avg_sq {tuple(exp_avg_sqs[0].shape)} do not fit projected {tuple(projected.shape)}"
+        ),
     )
-    return torch.empty_like(projected)
+
+
+def _update_moments_fake(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
+    _check_moments(exp_avgs, exp_avg_sqs, projected)
+    return torch.empty_like(projected, memory_format=torch.contiguous_format)
 
 
 def _update_moments_cuda(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], projected: Tensor, **scalars) -> Tensor:
@@ -76,14 +83,15 @@ def _update_moments_cuda(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], proj
 
 
 def _back_project_default(
-    weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, found_inf: Tensor | None = None, **scalars
+    weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, right: bool, found_inf: Tensor | None = None, **scalars
 ) -> None:
-    for weight, basis, update in zip(weights, bases, normalised, strict=True):
+    _check_back_project(weights, bases, normalised, right)
+    for weight, basis, update in list(zip(weights, bases, normalised, strict=True)):  # all or none
         with reference.kept_where(found_inf, [weight]):
-            reference.back_project_(weight, basis, update, **scalars)
+            reference.back_project_(weight, basis, update, right=right, **scalars)
 
 
-def _back_project_fake(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, right: bool, **scalars) -> None:
+def _check_back_project(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, right: bool) -> None:
     weight = reference.orient(weights[0], right)
     torch._check(
         weight.shape == (bases[0].shape[0], normalised.shape[2]) and bases[0].shape[1] == normalised.shape[1],
@@ -92,6 +100,10 @@ def _back_project_fake(weights: list[Tensor], bases: list[Tensor], normalised: T
             f"with right={right}"
         ),
     )
+
+
+def _back_project_fake(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, right: bool, **scalars) -> None:
+    _check_back_project(weights, bases, normalised, right)
 
 
 def _back_project_cuda(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, **scalars) -> None:
@@ -114,8 +126,8 @@ def _adamw_step_fake(
     **scalars,
 ) -> None:
     projected = _project_fake(bases, grads, right)
-    _update_moments_fake(exp_avgs, exp_avg_sqs, projected)
-    _back_project_fake(weights, bases, projected, right=right)
+    _check_moments(exp_avgs, exp_avg_sqs, projected)
+    _check_back_project(weights, bases, projected, right)
 
 
 def _adamw_step_cuda(

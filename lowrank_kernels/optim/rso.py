@@ -25,7 +25,8 @@ INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum")
 POSITION = ("outer_step", "inner_step")
 """Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
-
+HOST = ("cpu",)
+"""Devices whose tensors can be read without waiting."""
 PART_ELEMENTS = 2**25
 """The gradients of a bucket are copied to fp32 this many elements (128 MiB), or one matrix, at a time."""
 
@@ -59,7 +60,9 @@ class RSOAdamW(Optimizer):
         inner: "adamw", or "sgd" with momentum.
         momentum: of "sgd", in [0, 1) (0.9).
 
-    Every argument but params is a key of a group too, and may be changed between steps.
+    Every argument but params is a key of a group too, and may be changed between steps. Within an outer step: `inner_steps` at or below
+    the position ends it with the next call, another `inner` starts from zero moments, and a proximal term that was off until now takes
+    the B of this moment for 0.
 
     Raises:
         ValueError, TypeError: at construction for what is out of range, an unknown key, parameters of which none belongs to a
@@ -146,7 +149,9 @@ class RSOAdamW(Optimizer):
                     check_grad(group, index, param_index)
                 if param in layers:
                     _check_layer(layers[param], group, groups.describe(group, index, param_index))
-            work.append((group, layers, [param for param in group["params"] if param not in layers]))
+            # What has the state of coordinates and no layer belonged to one that is dense again.
+            others = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
+            work.append((group, layers, others))
         for group, layers, others in work:
             dense_adamw_step_(group | {"params": others, "capturable": False}, self.state, grad_scale, found_inf)
             for part in _parts({param: layer for param, layer in layers.items() if param.grad is not None}):
@@ -159,42 +164,47 @@ class RSOAdamW(Optimizer):
     def _step_layers(
         self, part: dict[Tensor, SubspaceLinear], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        params, layers = list(part), list(part.values())
-        device, weight = params[0].device, layers[0].weight
+        params, weights = list(part), [layer.weight for layer in part.values()]
+        device, wide = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
+        on_host = device.type in HOST
         if found_inf is not None:
-            found_inf = found_inf.to(device, non_blocking=True)
-            if device.type == "cpu" and found_inf.item():
-                return
-        states = [self._state_of(param, layer, group) for param, layer in part.items()]
+            found_inf = found_inf.to(device, non_blocking=not on_host)  # a copy to the CPU must have arrived before it is read
+            if on_host:
+                if found_inf.item():
+                    return
+                found_inf = None
         lr, wd, proximal = float(group["lr"]), group["weight_decay"], group["proximal"]
-        wide = torch.promote_types(params[0].grad.dtype, torch.float32)
+        bases = [layer.subspace.matrix(device, weights[0].dtype) for layer in part.values()]
+        states = [self._state_of(param, layer, group) for param, layer in part.items()]
+        grads = [param.grad for param in params]
         projected = torch.empty(len(part), *params[0].shape, dtype=wide, device=device)
-        torch._foreach_copy_(list(projected.unbind()), [param.grad for param in params])
+        torch._foreach_copy_(list(projected.unbind()), grads)
         if grad_scale is not None:
-            projected.div_(grad_scale.to(device, non_blocking=True))
+            projected.div_(grad_scale.to(device, non_blocking=not on_host))
+            torch._foreach_copy_(grads, list(projected.unbind()))  # as torch's fused AdamW leaves them
         if proximal:
-            displacements = [state["displacement"] for state in states]
-            torch._foreach_add_(list(projected.unbind()), displacements, alpha=proximal)
+            torch._foreach_add_(list(projected.unbind()), [state["displacement"] for state in states], alpha=proximal)
         update = _inner_step(group, states, projected, found_inf)
-        bases = [layer.subspace.matrix(device, weight.dtype) for layer in layers]
-        weights = [layer.weight for layer in layers]
         ops.back_project_(weights, bases, update, lr=lr, scale=1.0, weight_decay=wd, right=True, found_inf=found_inf)
-        if proximal:
+        if moved := [(state["displacement"], n) for state, n in zip(states, update, strict=True) if "displacement" in state]:
+            displacements, updates = (list(tensors) for tensors in zip(*moved, strict=True))
             with reference.kept_where(found_inf, displacements):
                 torch._foreach_mul_(displacements, 1 - lr * wd)
-                torch._foreach_add_(displacements, list(update.unbind()), alpha=-lr)
+                torch._foreach_add_(displacements, updates, alpha=-lr)
         torch._foreach_add_([state["step"] for state in states], 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
 
     def _state_of(self, param: Tensor, layer: SubspaceLinear, group: dict[str, Any]) -> dict[str, Any]:
-        """The layer's state, with zeros for what it lacks."""
+        """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""
         state = self.state[param]
-        if "step" not in state:
+        wide = torch.promote_types(param.dtype, torch.float32)
+        if any(key not in state for key in INNER[group["inner"]]):
+            for key in (key for keys in INNER.values() for key in keys):
+                state.pop(key, None)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer.subspace.fingerprint
-        wide = torch.promote_types(param.dtype, torch.float32)
-        for key in (*INNER[group["inner"]], *(["displacement"] if group["proximal"] else [])):
-            if key not in state:
-                state[key] = torch.zeros(param.shape, dtype=wide, device=param.device)
+            state |= {key: torch.zeros(param.shape, dtype=wide, device=param.device) for key in INNER[group["inner"]]}
+        if group["proximal"] and "displacement" not in state:
+            state["displacement"] = torch.zeros(param.shape, dtype=wide, device=param.device)
         return state
 
     def _next_outer_step(self, group: dict[str, Any], layers: dict[Tensor, SubspaceLinear]) -> None:
@@ -252,17 +262,24 @@ class RSOAdamW(Optimizer):
                         f"{kinds[param_index in layers]}; convert the model as it was when the checkpoint was saved"
                     )
                 if state and param_index in layers:
-                    _check_loaded_state(state, saved, layers[param_index], where)
+                    _check_loaded_state(state, layers[param_index], where)
         return incoming
 
     def _restore(self, final: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
             layers = {group["params"][param_index] for param_index, _ in _coordinates(group)}
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                state, wide = self.state[param] if param in self.state else {}, torch.promote_types(param.dtype, torch.float32)
                 for key, value in final["state"].get(saved_id, {}).items():
-                    if isinstance(value, Tensor):
-                        uncast = param in layers or key == "step"  # torch's fused AdamW wants its step beside the parameter
-                        self.state[param][key] = (value.detach() if uncast else self.state[param][key]).clone().to(param.device)
+                    if not isinstance(value, Tensor):
+                        continue
+                    if param in layers:
+                        dtype = torch.float32 if key == "step" else wide
+                        state[key] = value.detach().to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
+                    elif key == "step":  # torch's fused AdamW wants it beside the parameter
+                        state[key] = value.detach().to(param.device, copy=True)
+                    else:
+                        state[key] = state[key].clone()
             _move_subspaces(group)
         self._checked = None
 
@@ -319,19 +336,19 @@ def _check_layer(layer: SubspaceLinear, group: dict[str, Any], where: str) -> No
         )
 
 
-def _check_loaded_state(state: dict[str, Any], saved: dict[str, Any], layer: SubspaceLinear, where: str) -> None:
-    wanted = tuple(layer.coordinates.shape)
-    for key in (*INNER[saved["inner"]], *(["displacement"] if saved["proximal"] and "displacement" in state else [])):
-        found = tuple(state[key].shape) if key in state else None
-        if found is None or len(found) != 2:
-            raise ValueError(f"the checkpoint's {key} is {found or 'missing'}, expected {wanted} ({where}); it is of another optimizer")
-        if found[0] != wanted[0]:
+def _check_loaded_state(state: dict[str, Any], layer: SubspaceLinear, where: str) -> None:
+    rank, out = wanted = tuple(layer.coordinates.shape)
+    if "step" not in state or not any(all(key in state for key in keys) for keys in INNER.values()):
+        raise ValueError(f"the checkpoint's state of {where} lacks {', '.join(INNER['adamw'])} or step; it is of another optimizer")
+    for key, value in state.items():
+        if key == "step" or not isinstance(value, Tensor) or value.shape == wanted:
+            continue
+        if value.dim() == 2 and value.shape[1] == out:
             raise ValueError(
-                f"the checkpoint was saved at rank {found[0]} and {where} has rank {wanted[0]}; convert the model with rank={found[0]}, "
-                "or, to change the rank, load the model's checkpoint alone and start with a new optimizer"
+                f"the checkpoint was saved at rank {value.shape[0]} and {where} has rank {rank}; convert the model with "
+                f"rank={value.shape[0]}, or, to change the rank, load the model's checkpoint alone and start with a new optimizer"
             )
-        if found != wanted:
-            raise ValueError(f"the checkpoint's {key} is {found}, expected {wanted} ({where}); it was saved for another model")
+        raise ValueError(f"the checkpoint's {key} is {tuple(value.shape)}, expected {wanted} ({where}); it was saved for another model")
     if state["subspace"] != layer.subspace.fingerprint:
         raise ValueError(
             f"the checkpoint's subspaces are others than those of {where}: convert the model with the seed, distribution, target_modules "

@@ -274,3 +274,6 @@ def test_errors_help():
         back_project_(weights, bases, normalised_of(1, 2, 6), right=True, **UPDATE)
     with pytest.raises(ValueError, match="equally many"):
         back_project_(weights * 2, bases, normalised_of(1, 2, 6), right=False, **UPDATE)
+    for wrong in (torch.zeros(2, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)):
+        with pytest.raises(ValueError, match="found_inf must be one float32"):
+            back_project_(weights, bases, normalised_of(1, 2, 6), right=False, **UPDATE, found_inf=wrong)

@@ -250,3 +250,26 @@ def test_errors_help():
         update_moments_([m.bfloat16() for m in exp_avgs], exp_avg_sqs, projected, **ADAM)
     with pytest.raises(ValueError, match="found_inf must be one float32"):
         update_moments_(exp_avgs, exp_avg_sqs, projected, **ADAM, found_inf=torch.zeros(2, device=DEVICE))
+    counts = [torch.zeros((), device=DEVICE) for _ in range(3)]
+    with pytest.raises(ValueError, match="equally many"):
+        update_moments_(exp_avgs, exp_avg_sqs, projected, **ADAM, device_steps=counts)
+    with pytest.raises(ValueError, match="device_steps must be one float32"):
+        update_moments_(exp_avgs, exp_avg_sqs, projected, **ADAM, device_steps=[count.long() for count in counts[:2]])
+    with pytest.raises(ValueError, match=r"exp_avgs and exp_avg_sqs must share a shape, got \(4, 6\) and \(3, 8\)"):
+        update_moments_(exp_avgs, [torch.zeros(3, 8, device=DEVICE)] * 2, projected, **ADAM)
+
+
+def test_the_launcher_takes_counts_on_the_device_instead_of_a_step():
+    """What `step` says is then not looked at, nor are the counts raised."""
+    counts = [torch.full((), float(count), device=DEVICE) for count in (0, 7, 100_000)]
+    exp_avgs, exp_avg_sqs = states(3, 9, 150)
+    projected = torch.randn(3, 9, 150, device=DEVICE)
+    before = [(m.double(), v.double(), r.double()) for m, v, r in zip(exp_avgs, exp_avg_sqs, projected, strict=True)]
+    out = torch.full_like(projected, float("nan"))
+    assert update_moments_(exp_avgs, exp_avg_sqs, projected, **{**ADAM, "step": 0}, device_steps=counts, out=out) is out
+    for (m, v, r), result, step in zip(before, out, (1, 8, 100_001), strict=True):
+        errors = moments_error(m, v, r, ADAM["beta1"], ADAM["beta2"])
+        here = {**ADAM, "step": step}
+        expected = reference.update_moments_(m, v, r, **here)
+        assert_within(result, expected, normalised_error(m, v, errors, **here, correction=BIAS_CORRECTION_ERROR), "N")
+    assert [int(count) for count in counts] == [0, 7, 100_000] and frames_intact([*exp_avgs, *exp_avg_sqs])

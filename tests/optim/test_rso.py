@@ -1,27 +1,18 @@
-"""RSOAdamW: the rule against a naive one in fp64, schedule, state and resume, and what training code relies on."""
+"""RSOAdamW: the rule against naive ones, and against what it comes to in special cases."""
 
 import copy
-import io
 
 import pytest
 import torch
-from optim.models import Net, batch, same_bits, train
+from optim.models import batch, same_bits, train
+from optim.rso_runs import DEVICE, build, converted, matrix, random_gradients
+from tolerances import UNIT, assert_within, back_project_error, moments_error, normalised_error
 from torch import nn
 from torch.nn import functional as F
 
 import lowrank_kernels as lrk
-from lowrank_kernels.nn import layer_of
-
-
-def build(dtype=torch.float32, rank=6, lr=1e-2, model=None, device="cpu", share="auto", distribution="gaussian", seed=0, **options):
-    torch.manual_seed(0)
-    model = (model or Net(dtype)).to(device)
-    lrk.to_subspace(model, rank=rank, share=share, distribution=distribution, seed=seed)
-    return model, lrk.RSOAdamW(model.parameters(), lr=lr, **({"inner_steps": 4} | options))
-
-
-def converted(model):
-    return {name: module for name, module in model.named_modules() if isinstance(module, lrk.SubspaceLinear)}
+from lowrank_kernels import reference
+from lowrank_kernels.kernels import cpu
 
 
 class Naive:
@@ -109,3 +100,148 @@ def test_three_outer_steps_are_the_naive_ones_in_fp64(inner, proximal, weight_de
             assert (layer.weight - merged).norm() <= 1e-12 * merged.norm()
             assert torch.allclose(layer.bias, twin.bias, rtol=1e-11, atol=1e-14)
     assert optimizer.param_groups[0]["outer_step"] == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_weight_is_b_kept_aside_and_merged_at_the_end_to_rounding(dtype, weight_decay):
+    """Errors of a step (tolerances.py), each carried on by 1 − lr·wd: at most their sum. The moments' own pass from step to step."""
+    lr, adam = 0.02, dict(beta1=0.9, beta2=0.999, eps=1e-8)
+    torch.manual_seed(0)
+    layer = lrk.SubspaceLinear(33, 20, rank=5, dtype=dtype, device=DEVICE)
+    optimizer = lrk.RSOAdamW(layer.parameters(), lr=lr, weight_decay=weight_decay, inner_steps=100)
+    P, start = matrix(layer).double(), layer.weight.double().mT
+    B, M, V = (torch.zeros(5, 20, dtype=torch.float64, device=DEVICE) for _ in range(3))
+    bound, errors = torch.zeros_like(start), (0.0, 0.0)
+    tf32 = 2.0**-11 if dtype == torch.float32 and DEVICE == "cuda" and torch.get_float32_matmul_precision() != "highest" else 0.0
+    rounds_n = dtype == torch.bfloat16 and (DEVICE == "cuda" or cpu.NATIVE_BF16)
+    for step in range(1, 13):
+        before = layer.weight.detach().mT
+        layer.coordinates.grad = torch.randn_like(layer.coordinates)
+        R = layer.coordinates.grad.double()
+        errors = moments_error(M, V, R, 0.9, 0.999, state_errors=errors)
+        N = reference.update_moments_(M, V, R, **adam, step=step)
+        of_n = normalised_error(M, V, errors, **adam, step=step, correction=8 * UNIT[torch.float32])
+        bound = abs(1 - lr * weight_decay) * bound + back_project_error(
+            before, P, N, lr=lr, scale=1.0, weight_decay=weight_decay, store=UNIT[dtype], normalised_error=of_n,
+            operand_unit=(2 * UNIT[dtype] if rounds_n else 0.0) + tf32, basis_unit=tf32,
+        )  # fmt: skip
+        optimizer.step()
+        B = (1 - lr * weight_decay) * B - lr * N
+        start = (1 - lr * weight_decay) * start
+        assert_within(layer.weight.mT, start + P @ B, bound, "W")
+    assert bound.norm() <= 13 * (2 * UNIT[dtype] + 2e-6) * (layer.weight.norm() + (P @ B).norm()), "and the bound is not a large one"
+
+
+def test_of_full_rank_with_a_haar_p_an_outer_step_is_adamw_in_a_rotated_frame():
+    """PᵀP = P·Pᵀ = I: W·P moves as torch's AdamW moves it along the gradient of W·P."""
+    torch.manual_seed(0)
+    layer = lrk.SubspaceLinear(12, 20, rank=12, distribution="haar", dtype=torch.float64)
+    P = matrix(layer).clone()
+    assert torch.allclose(P.mT @ P, torch.eye(12, dtype=torch.float64), atol=1e-12)
+    rotated = nn.Parameter(layer.weight.detach() @ P)
+    bias = nn.Parameter(layer.bias.detach().clone())
+    ours = lrk.RSOAdamW(layer.parameters(), lr=0.01, weight_decay=0.1, inner_steps=10)
+    theirs = torch.optim.AdamW([rotated, bias], lr=0.01, weight_decay=0.1)
+    for step in range(9):
+        x = torch.randn(30, 12, dtype=torch.float64)
+        (layer(x).tanh().square().sum() + layer(x)[step].sum()).backward()
+        y = F.linear(x, rotated @ P.mT, bias)
+        (y.tanh().square().sum() + y[step].sum()).backward()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+            optimizer.zero_grad()
+        assert torch.allclose(layer.weight, rotated @ P.mT, rtol=1e-10, atol=1e-12)
+        assert torch.allclose(layer.bias, bias, rtol=1e-10, atol=1e-12)
+
+
+def test_sgd_without_momentum_moves_by_the_projected_gradient():
+    """W ← W − lr·G·P·Pᵀ, with G of the same layer unconverted."""
+    model, optimizer = build(torch.float64, lr=0.05, inner="sgd", momentum=0.0, inner_steps=3)
+    for step in range(7):
+        dense = lrk.to_dense(copy.deepcopy(model))
+        x, y = batch(step, torch.float64)
+        for each in (model, dense):
+            (each(x) - y).square().mean().backward()
+        twins = dict(dense.named_modules())
+        expected = {
+            name: layer.weight - 0.05 * twins[name].weight.grad @ matrix(layer) @ matrix(layer).mT
+            for name, layer in converted(model).items()
+        }
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, layer in converted(model).items():
+            assert torch.allclose(layer.weight, expected[name], rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("outer_step", [0, 2])
+def test_the_first_step_in_a_subspace_has_the_size_of_the_learning_rate(outer_step):
+    """M̂ = R and V̂ = R²: Wᵀ moves by −lr·P·sign(dB), whatever came before."""
+    model, optimizer = build(torch.float64, eps=0.0)
+    train(model, optimizer, 4 * outer_step)
+    random_gradients(model)
+    before = {name: layer.weight.detach().clone() for name, layer in converted(model).items()}
+    optimizer.step()
+    for name, layer in converted(model).items():
+        moved = -1e-2 * (matrix(layer) @ layer.coordinates.grad.sign()).mT
+        assert torch.allclose(layer.weight - before[name], moved, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", ["adamw", "sgd"])
+def test_weight_decay_is_of_the_whole_weight(inner):
+    model, optimizer = build(weight_decay=0.5, lr=0.1, inner=inner, device=DEVICE)
+    start = {name: layer.weight.double() for name, layer in converted(model).items()}
+    for _ in range(10):
+        random_gradients(model, scale=0.0)
+        optimizer.step()
+    for name, layer in converted(model).items():
+        assert_within(layer.weight, start[name] * 0.95**10, 20 * UNIT[torch.float32] * start[name].abs(), "W")
+
+
+@pytest.mark.gpu
+def test_parameters_outside_get_the_bits_of_torchs_fused_adamw():
+    model, optimizer = build(lr=0.02, weight_decay=0.1, betas=(0.8, 0.95), device=DEVICE)
+    coordinates = {id(layer.coordinates) for layer in converted(model).values()}
+    ours = [p for p in model.parameters() if p.requires_grad and id(p) not in coordinates]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    adamw = torch.optim.AdamW(theirs, lr=0.02, weight_decay=0.1, betas=(0.8, 0.95), fused=True)
+    assert ours
+    for step in range(6):
+        random_gradients(model, step)
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad = p.grad.clone()
+        optimizer.step()
+        adamw.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert torch.equal(p, q) and same_bits(dict(optimizer.state[p]), dict(adamw.state[q]))
+
+
+def test_it_trains():
+    model, optimizer = build(lr=0.01, inner_steps=10)
+    x, y = batch(0)
+    losses = []
+    for _ in range(300):
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gradient", ["zero", "of rank 1", 1e30, 1e-30], ids=str)
+@pytest.mark.parametrize("inner, proximal", [("adamw", 0.0), ("adamw", 0.1), ("sgd", 0.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_no_rank_and_of_any_size_leave_everything_finite(dtype, inner, proximal, gradient):
+    lr = 1e-35 if inner == "sgd" and gradient == 1e30 else 1e-2
+    model, optimizer = build(dtype, lr=lr, inner=inner, proximal=proximal, device=DEVICE)
+    for step in range(9):
+        random_gradients(model, step, scale=gradient if isinstance(gradient, float) else 0.0)
+        if gradient == "of rank 1":
+            for layer in converted(model).values():
+                layer.coordinates.grad[0] = 1.0
+        optimizer.step()
+        assert all(layer.weight.isfinite().all() for layer in converted(model).values())
