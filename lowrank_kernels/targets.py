@@ -19,7 +19,7 @@ def matching_modules(model: nn.Module, target_modules: str | Iterable[str]) -> d
     """
     matched = dict(_matches(model, target_modules))
     if not matched:
-        names = [name for name, module in model.named_modules() if is_linear(module)]
+        names = [name for name, module in _named_modules(model) if is_linear(module)]
         raise ValueError(
             f"target_modules={target_modules!r} matches no module of {type(model).__name__}; "
             + (f"its linear layers have names like {', '.join(map(repr, names[:3]))}" if names else "it has no linear layer")
@@ -32,9 +32,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None)
 
 
+def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """All but the model itself, without what torch.compile and DistributedDataParallel put in front of the names that a user knows."""
+    named = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules() if name]
+    if all(name in ("_orig_mod", "module") or name.startswith("module.") for name, _ in named):  # else it is a child of that name
+        named = [(name.removeprefix("module."), module) for name, module in named]
+    return named
+
+
 def _matches(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
-    # Wrappers put a prefix of their own in front of the names that a user knows.
-    named = [(name.replace("_orig_mod.", "").removeprefix("module."), module) for name, module in model.named_modules() if name]
+    named = _named_modules(model)
     if target_modules == "all-linear":
         embeddings = {id(module.weight) for _, module in named if isinstance(module, nn.Embedding)}
         head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None

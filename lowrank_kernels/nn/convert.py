@@ -17,9 +17,10 @@ SHARED = (
     ("gate_proj", "up_proj"),
     ("query", "key", "value"),
     ("w1", "w3"),
+    ("q", "k", "v"),
     ("wi_0", "wi_1"),
 )
-"""Names of layers beside each other that read the same input in the usual decoders: LLaMA's and its kin, BERT, Meta's LLaMA, T5."""
+"""Names of layers beside each other that mostly read the same input: in LLaMA and its kin, BERT, Meta's own LLaMA, T5."""
 
 
 def to_subspace(
@@ -85,24 +86,38 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
                 f"{name!r} is a SubspaceLinear of rank {module.subspace.rank} already; name other layers in target_modules, or call "
                 "to_dense(model) first"
             )
-    linear = {name: module for name, module in matched.items() if type(module) is nn.Linear and isinstance(module.weight, nn.Parameter)}
+    linear = {name: module for name, module in matched.items() if _is_plain(module)}
     if not linear:
         kinds = sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in matched.values()})
-        raise ValueError(f"target_modules={target_modules!r} matches no nn.Linear, only {', '.join(kinds)}, which cannot be converted")
+        raise ValueError(
+            f"target_modules={target_modules!r} matches no nn.Linear with a real weight of its own, only {', '.join(kinds)}, which cannot "
+            "be converted"
+        )
     found = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
     if not found:
         raise ValueError(
             f"target_modules={target_modules!r} matches only layers with a frozen weight ({next(iter(linear))!r} and others have "
             "requires_grad=False); unfreeze them before they are converted"
         )
+    for name, layer in found.items():
+        if "forward" in vars(layer):
+            raise ValueError(
+                f"the forward method of {name!r} has been replaced, as by accelerate's hooks, and would go on computing nn.Linear; remove "
+                "what replaced it, and put it in place again after the conversion"
+            )
     return found
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """An nn.Linear itself, with a weight that is neither complex nor computed from others, as by parametrizations and pruning."""
+    return type(module) is nn.Linear and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
 
 
 def _check_not_tied(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
     """A weight that another module uses would get that module's gradient too, which has no coordinates to go to."""
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+        for key, parameter in module.named_parameters(recurse=False):
             users[id(parameter)].append(f"{name}.{key}".lstrip("."))
     for layer in layers.values():
         if len(tied := users[id(layer.weight)]) > 1:
@@ -114,8 +129,8 @@ def _check_not_tied(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
 
 def _sharing(layers: dict[str, nn.Linear], share: Sequence[Sequence[str]] | str | None) -> list[list[str]]:
     """The names of `layers`, together those that share."""
-    lists = SHARED if share == "auto" else share or ()
-    if isinstance(lists, str) or any(isinstance(names, str) or not all(isinstance(name, str) for name in names) for names in lists):
+    lists = SHARED if share == "auto" else () if share is None else share
+    if not _is_sequence(lists) or not all(_is_sequence(names) and all(isinstance(name, str) for name in names) for names in lists):
         raise ValueError(f"share must be 'auto', None or lists of names such as [['q_proj', 'k_proj', 'v_proj']], got {share!r}")
     together: dict[object, list[str]] = defaultdict(list)
     used: set[str] = set()
@@ -131,3 +146,7 @@ def _sharing(layers: dict[str, nn.Linear], share: Sequence[Sequence[str]] | str 
     if unused and share != "auto":
         raise ValueError(f"share names {', '.join(map(repr, unused))}, which no converted layer is called; use the last part of its name")
     return list(together.values())
+
+
+def _is_sequence(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)

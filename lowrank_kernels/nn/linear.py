@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from .registry import register, unregister
 from .subspace import Subspace
 
 
@@ -23,17 +21,19 @@ class _SubspaceLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, coordinates: Tensor) -> Tensor:
         ctx.save_for_backward(z, weight)
-        return F.linear(x, weight, bias)
+        y = F.linear(x, weight, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # for some x it is a view, which autograd would not let be changed in place
 
     @staticmethod
     @once_differentiable  # a second derivative would need x
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, weight = ctx.saved_tensors
         needs_x, _, needs_bias, _, needs_coordinates = ctx.needs_input_grad
-        rows = dy.reshape(-1, dy.shape[-1])
+        z = z.reshape(-1, z.shape[-1])
+        rows = dy.reshape(z.shape[0], dy.shape[-1])
         dx = dy @ weight.to(dy.dtype) if needs_x else None
         db = rows.sum(0) if needs_bias else None
-        dB = z.reshape(-1, z.shape[-1]).mT.to(dy.dtype) @ rows if needs_coordinates else None
+        dB = z.mT @ rows if needs_coordinates else None
         return dx, None, db, None, dB
 
 
@@ -58,7 +58,7 @@ class SubspaceLinear(nn.Linear):
             `to_subspace` gives them such.
 
     Raises:
-        ValueError: rank or distribution out of range. TypeError: a seed that is no int.
+        ValueError: rank, distribution or dtype out of range. TypeError: a seed that is no int.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class SubspaceLinear(nn.Linear):
     ) -> None:
         subspace = Subspace(in_features, rank, distribution, seed)
         super().__init__(in_features, out_features, bias, device, dtype)
+        if not self.weight.is_floating_point():
+            raise ValueError(f"dtype must be a real floating-point type, got {dtype}")
         self._enter(subspace)
 
     def _enter(self, subspace: Subspace) -> None:
@@ -84,11 +86,11 @@ class SubspaceLinear(nn.Linear):
         self.coordinates = nn.Parameter(self.weight.new_zeros(subspace.rank, self.out_features))
         self.subspace = subspace
         subspace.layers += 1
-        _register(self)
-        _note_conversion()
+        register(self)
 
     def _leave(self) -> None:
         """Back to nn.Linear, in place; the weight is what it is."""
+        unregister(self)
         self.subspace.layers -= 1
         del self.coordinates, self.subspace
         self.weight.requires_grad_(True)
@@ -110,65 +112,32 @@ class SubspaceLinear(nn.Linear):
         del destination[prefix + "coordinates"]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any):
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        with self._changing_parameters():
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         if prefix + "coordinates" in missing:
             missing.remove(prefix + "coordinates")
 
     # An optimizer knows layers by their parameters, and these may become others.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceLinear:
-        super()._apply(fn, recurse)
-        _register(self)
-        return self
+        with self._changing_parameters():
+            return super()._apply(fn, recurse)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _register(self)
+        register(self)
 
-
-_LAYERS = WeakTensorKeyDictionary()
-"""Weight or coordinates → weak reference to the layer."""
-_conversions = 0
-
-
-def conversions() -> int:
-    """How many layers have been converted in this process: an optimizer that has looked for them need not look again."""
-    return _conversions
-
-
-def _note_conversion() -> None:
-    global _conversions
-    if not _conversions:
-        register_optimizer_step_pre_hook(_refuse_others)
-    _conversions += 1
-
-
-def _register(layer: SubspaceLinear) -> None:
-    for parameter in (layer.weight, layer.coordinates):
-        _LAYERS[parameter] = weakref.ref(layer)
-
-
-def layer_of(parameter: Tensor) -> SubspaceLinear | None:
-    """The converted layer whose weight or coordinates this is."""
-    found = _LAYERS.get(parameter)
-    layer = None if found is None else found()
-    # Not of one that went back to nn.Linear, nor of a parameter that was replaced.
-    return layer if isinstance(layer, SubspaceLinear) and (parameter is layer.coordinates or parameter is layer.weight) else None
-
-
-_examined: WeakKeyDictionary[Optimizer, tuple[int, int]] = WeakKeyDictionary()
-
-
-def _refuse_others(optimizer: Optimizer, *_: object) -> None:
-    """Any other optimizer would move coordinates, which stay zero, and no weight: training without effect. Looks once at each."""
-    seen = _conversions, len(optimizer.param_groups)
-    if _examined.get(optimizer) == seen or getattr(optimizer, "moves_coordinates", False):
-        return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if (layer := layer_of(parameter)) is not None and parameter is layer.coordinates:
-                raise RuntimeError(
-                    f"{type(optimizer).__name__} was given the coordinates of {layer}, whose weight only RSOAdamW moves; build "
-                    "RSOAdamW(model.parameters()), or call to_dense(model) before this optimizer is built"
-                )
-    _examined[optimizer] = seen
+    @contextmanager
+    def _changing_parameters(self) -> Iterator[None]:
+        """Around what may give the parameters other memory, dtypes or devices, or make others of them."""
+        unregister(self)  # torch.utils.swap_tensors, by which some of it goes, refuses tensors with weak references
+        try:
+            yield
+        finally:
+            weight, coordinates = self.weight, self.coordinates
+            if (coordinates.device, coordinates.dtype) != (weight.device, weight.dtype):  # no checkpoint had any to assign
+                self.coordinates = nn.Parameter(weight.new_zeros(coordinates.shape), coordinates.requires_grad)
+            else:
+                coordinates.data.zero_()  # to_empty leaves what was in the memory
+            self.subspace.keep_only(weight.device, weight.dtype)
+            register(self)

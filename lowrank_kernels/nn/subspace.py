@@ -20,7 +20,7 @@ class _Projected:
 
     x: weakref.ref[Tensor]
     version: int
-    autocast: bool
+    autocast: torch.dtype | None
     z: Tensor
     left: int
 
@@ -43,6 +43,8 @@ class Subspace:
         self.outer_step = 0
         self.layers = 0
         """How many layers share it."""
+        self.has_optimizer = False
+        """Whether an RSOAdamW was built for them."""
         self._matrices: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._projected: _Projected | None = None
 
@@ -53,12 +55,19 @@ class Subspace:
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         """P, in the dtype and on the device of a layer's weight."""
-        matrix = self._matrices.get((device, dtype))
-        if matrix is None:
-            matrix = self._matrices[device, dtype] = self._draw(device, dtype)
-        return matrix
+        self._ensure_drawn(device, dtype)
+        return self._matrices[device, dtype]
 
-    @torch.compiler.disable
+    @torch.compiler.assume_constant_result  # it runs while the compiler traces, so that P is an input of the graph
+    def _ensure_drawn(self, device: torch.device, dtype: torch.dtype) -> None:
+        if type(self._matrices.get((device, dtype))) is not Tensor:  # a FakeTensor is of one trace
+            self._matrices[device, dtype] = self._draw(device, dtype)
+
+    def keep_only(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Frees the Ps of where and what the layers no longer are."""
+        self._projected = None
+        self._matrices = {key: matrix for key, matrix in self._matrices.items() if key == (device, dtype)}
+
     @outside_training
     def _draw(self, device: torch.device, dtype: torch.dtype) -> Tensor:
         with torch.inference_mode(False):
@@ -87,7 +96,7 @@ class Subspace:
     def _shared(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.is_inference():  # has no version to tell whether it changed
             return x @ self.matrix(weight.device, weight.dtype)
-        last, autocast = self._projected, torch.is_autocast_enabled(x.device.type)
+        last, autocast = self._projected, _autocast_dtype(x.device.type)
         if last is not None and last.x() is x and last.version == x._version and last.autocast == autocast:
             # The last one to ask takes it: what autograd does not save is then free.
             self._projected = _Projected(last.x, last.version, autocast, last.z, last.left - 1) if last.left > 1 else None
@@ -107,3 +116,9 @@ class Subspace:
 
     def __repr__(self) -> str:
         return f"Subspace(in_features={self.in_features}, rank={self.rank}, distribution={self.distribution!r}, seed={self.seed})"
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):  # the meta device has none
+        return None
+    return torch.get_autocast_dtype(device_type)

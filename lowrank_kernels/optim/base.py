@@ -337,7 +337,8 @@ class LowRankOptimizer(Optimizer):
                     if groups.is_low_rank(group) and key == "basis":
                         self.state[param][key] = subspaces.own_memory(value.detach().to(param.device))
                     elif groups.is_low_rank(group) or key == "step":  # torch's fused AdamW wants its step beside the parameter
-                        self.state[param][key] = value.detach().clone().to(param.device)
+                        # Row-major, which the step relies on.
+                        self.state[param][key] = value.detach().to(param.device, copy=True, memory_format=torch.contiguous_format)
                     else:
                         self.state[param][key] = self.state[param][key].clone()
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import ops, reference
-from ..nn import SubspaceLinear, conversions, layer_of
+from ..nn import SubspaceLinear, changes, layer_of
 from ..ops.dispatch import outside_training
 from . import groups
 from .buckets import check_grad
@@ -27,6 +27,9 @@ POSITION = ("outer_step", "inner_step")
 """Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
 HOST = ("cpu",)
 """Devices whose tensors can be read without waiting."""
+Layers = dict[Tensor, SubspaceLinear]
+"""Coordinates → their layer."""
+
 PART_ELEMENTS = 2**25
 """The gradients of a bucket are copied to fp32 this many elements (128 MiB), or one matrix, at a time."""
 
@@ -72,6 +75,7 @@ class RSOAdamW(Optimizer):
 
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
     moves_coordinates = True
+    _built = False
 
     def __init__(
         self,
@@ -87,13 +91,16 @@ class RSOAdamW(Optimizer):
     ) -> None:
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum)
+        self._known: tuple[Any, list[Layers]] | None = None
         super().__init__(params, adamw | own | dict.fromkeys(POSITION, 0))
-        if not any(_coordinates(group) for group in self.param_groups):
+        if not any(map(_layers_of, self.param_groups)):
             raise ValueError(
                 "params hold no coordinates of a SubspaceLinear; convert the model with to_subspace before the optimizer is built, or use "
                 "torch.optim.AdamW"
             )
-        self._checked: int | None = None
+        self._built = True
+        for group in self.param_groups:  # when nothing can be refused any more: another optimizer may be at work on these layers
+            _move_subspaces(_layers_of(group), group["outer_step"])
 
     # Groups.
 
@@ -110,18 +117,40 @@ class RSOAdamW(Optimizer):
         except BaseException:
             del self.param_groups[index]
             raise
-        self._checked = None
-        _move_subspaces(group)
+        if self._built:
+            _move_subspaces(_layers_of(group), group["outer_step"])
 
     def _check_shared(self, index: int) -> None:
-        owners = {id(layer.subspace): other for other, group in enumerate(self.param_groups[:index]) for _, layer in _coordinates(group)}
+        earlier = ((other, layer) for other, group in enumerate(self.param_groups[:index]) for layer in _layers_of(group).values())
+        owners = {id(layer.subspace): other for other, layer in earlier}
         group = self.param_groups[index]
-        for param_index, layer in _coordinates(group):
+        for param, layer in _layers_of(group).items():
             if (owner := owners.get(id(layer.subspace))) is not None:
                 raise ValueError(
-                    f"{groups.describe(group, index, param_index)} belongs to a layer that shares P with one in group {owner}; put "
-                    "them into one group, or convert with share=None"
+                    f"{_describe(group, index, param)} belongs to a layer that shares P with one in group {owner}; put them into one "
+                    "group, or convert with share=None"
                 )
+
+    def _layers(self) -> list[Layers]:
+        """The converted layers of each group, found anew where layers or groups have changed since the last time."""
+        key = changes(), [len(group["params"]) for group in self.param_groups]
+        if self._known is None or self._known[0] != key:
+            found = list(map(_layers_of, self.param_groups))
+            self._check_converted(found)
+            self._known = key, found
+        return self._known[1]
+
+    def _check_converted(self, found: list[Layers]) -> None:
+        """No layer that trained as a whole has become a SubspaceLinear unnoticed."""
+        owned = {param for layers in found for param in layers}
+        for index, group in enumerate(self.param_groups):
+            for param in group["params"]:
+                layer = layer_of(param)
+                if layer is not None and param is layer.weight and layer.coordinates not in owned and layer.coordinates.requires_grad:
+                    raise RuntimeError(
+                        f"{_describe(group, index, param)} is the weight of a SubspaceLinear whose coordinates are not in this optimizer; "
+                        "build the optimizer after the conversion, from model.parameters(), or call to_dense(model)"
+                    )
 
     # The step.
 
@@ -139,16 +168,14 @@ class RSOAdamW(Optimizer):
     @outside_training
     def _update(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._check_converted()
         work = []
-        for index, group in enumerate(self.param_groups):
+        for index, (group, layers) in enumerate(zip(self.param_groups, self._layers(), strict=True)):
             _check_values(group, index)
-            layers = {group["params"][param_index]: layer for param_index, layer in _coordinates(group)}
             for param_index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     check_grad(group, index, param_index)
-                if param in layers:
-                    _check_layer(layers[param], group, groups.describe(group, index, param_index))
+            for param, layer in layers.items():
+                _check_layer(layer, group, index, param)
             # What has the state of coordinates and no layer belonged to one that is dense again.
             others = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
             work.append((group, layers, others))
@@ -161,9 +188,7 @@ class RSOAdamW(Optimizer):
             if group["inner_step"] >= group["inner_steps"]:
                 self._next_outer_step(group, layers)
 
-    def _step_layers(
-        self, part: dict[Tensor, SubspaceLinear], group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> None:
+    def _step_layers(self, part: Layers, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         params, weights = list(part), [layer.weight for layer in part.values()]
         device, wide = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
         on_host = device.type in HOST
@@ -207,35 +232,20 @@ class RSOAdamW(Optimizer):
             state["displacement"] = torch.zeros(param.shape, dtype=wide, device=param.device)
         return state
 
-    def _next_outer_step(self, group: dict[str, Any], layers: dict[Tensor, SubspaceLinear]) -> None:
+    def _next_outer_step(self, group: dict[str, Any], layers: Layers) -> None:
         group["inner_step"] = 0
         group["outer_step"] += 1
-        _move_subspaces(group)
+        _move_subspaces(layers, group["outer_step"])
         for param in layers:
             for value in self.state.get(param, {}).values():
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def _check_converted(self) -> None:
-        """Once after each conversion of some model: no layer that trained as a whole has become a SubspaceLinear unnoticed."""
-        if self._checked == conversions():
-            return
-        owned = {param for group in self.param_groups for param in group["params"]}
-        for index, group in enumerate(self.param_groups):
-            for param_index, param in enumerate(group["params"]):
-                layer = layer_of(param)
-                if layer is not None and param is layer.weight and layer.coordinates not in owned and layer.coordinates.requires_grad:
-                    raise RuntimeError(
-                        f"{groups.describe(group, index, param_index)} is the weight of a SubspaceLinear whose coordinates are not in this "
-                        "optimizer; build the optimizer after the conversion, from model.parameters(), or call to_dense(model)"
-                    )
-        self._checked = conversions()
-
     # State.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._checked = None
+        self._known = None
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -252,22 +262,22 @@ class RSOAdamW(Optimizer):
             if len(group["params"]) != len(saved["params"]):
                 continue  # torch says so
             _check_values(dict(saved), index)
-            layers = dict(_coordinates(group))
-            for param_index, saved_id in enumerate(saved["params"]):
-                state, where = incoming["state"].get(saved_id), groups.describe(group, index, param_index)
-                if state and ("subspace" in state) != (param_index in layers):
+            layers = _layers_of(group)
+            for param, saved_id in zip(group["params"], saved["params"], strict=True):
+                state, where = incoming["state"].get(saved_id), _describe(group, index, param)
+                if state and ("subspace" in state) != (param in layers):
                     kinds = ("an ordinary parameter", "coordinates of a SubspaceLinear")
                     raise ValueError(
-                        f"the checkpoint has the state of {kinds['subspace' in state]} for {where}, which is "
-                        f"{kinds[param_index in layers]}; convert the model as it was when the checkpoint was saved"
+                        f"the checkpoint has the state of {kinds['subspace' in state]} for {where}, which is {kinds[param in layers]}; "
+                        "convert the model as it was when the checkpoint was saved"
                     )
-                if state and param_index in layers:
-                    _check_loaded_state(state, layers[param_index], where)
+                if state and param in layers:
+                    _check_loaded_state(state, layers[param], where)
         return incoming
 
     def _restore(self, final: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
-            layers = {group["params"][param_index] for param_index, _ in _coordinates(group)}
+            layers = _layers_of(group)
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
                 state, wide = self.state[param] if param in self.state else {}, torch.promote_types(param.dtype, torch.float32)
                 for key, value in final["state"].get(saved_id, {}).items():
@@ -280,22 +290,25 @@ class RSOAdamW(Optimizer):
                         state[key] = value.detach().to(param.device, copy=True)
                     else:
                         state[key] = state[key].clone()
-            _move_subspaces(group)
-        self._checked = None
+            _move_subspaces(layers, group["outer_step"])
 
 
-def _coordinates(group: dict[str, Any]) -> list[tuple[int, SubspaceLinear]]:
-    """(index of the parameter in the group, layer) for each that is a layer's coordinates."""
-    found = ((index, param, layer_of(param)) for index, param in enumerate(group["params"]))
-    return [(index, layer) for index, param, layer in found if layer is not None and param is layer.coordinates]
+def _layers_of(group: dict[str, Any]) -> Layers:
+    found = ((param, layer_of(param)) for param in group["params"])
+    return {param: layer for param, layer in found if layer is not None and param is layer.coordinates}
 
 
-def _move_subspaces(group: dict[str, Any]) -> None:
-    for _, layer in _coordinates(group):
-        layer.subspace.move_to(group["outer_step"])
+def _describe(group: dict[str, Any], index: int, param: Tensor) -> str:
+    return groups.describe(group, index, next(place for place, each in enumerate(group["params"]) if each is param))
 
 
-def _parts(layers: dict[Tensor, SubspaceLinear]) -> Iterator[dict[Tensor, SubspaceLinear]]:
+def _move_subspaces(layers: Layers, outer_step: int) -> None:
+    for layer in layers.values():
+        layer.subspace.move_to(outer_step)
+        layer.subspace.has_optimizer = True
+
+
+def _parts(layers: Layers) -> Iterator[Layers]:
     """Layers whose weights, coordinates and gradients are alike, at most PART_ELEMENTS of their gradients at a time."""
     buckets: dict[Any, list[tuple[Tensor, SubspaceLinear]]] = defaultdict(list)
     for param, layer in layers.items():
@@ -323,16 +336,17 @@ def _inner_step(group: dict[str, Any], states: list[dict[str, Any]], projected: 
     return torch.stack(buffers)
 
 
-def _check_layer(layer: SubspaceLinear, group: dict[str, Any], where: str) -> None:
+def _check_layer(layer: SubspaceLinear, group: dict[str, Any], index: int, param: Tensor) -> None:
     if layer.subspace.outer_step != group["outer_step"]:
         raise RuntimeError(
-            f"P of {where} is that of outer step {layer.subspace.outer_step} and the optimizer is at {group['outer_step']}: another "
-            "optimizer moves it. Layers that share P belong into one group of one optimizer; or convert with share=None"
+            f"P of {_describe(group, index, param)} is that of outer step {layer.subspace.outer_step} and the optimizer is at "
+            f"{group['outer_step']}: another optimizer moves it. Layers that share P belong into one group of one optimizer; or convert "
+            "with share=None"
         )
     if layer.weight.grad is not None:
         raise RuntimeError(
-            f"the weight that {where} stands for has a gradient of its own, from a module that it was tied to after the conversion, or "
-            "from a use outside of its layer; untie it, or leave that layer out of target_modules"
+            f"the weight that {_describe(group, index, param)} stands for has a gradient of its own, from a module that it was tied to "
+            "after the conversion, or from a use outside of its layer; untie it, or leave that layer out of target_modules"
         )
 
 

@@ -18,20 +18,40 @@ from torch import Tensor
 from .. import philox
 from ..range_finder import orthonormalise
 
+PIECE = 2**20
+"""Elements drawn at a time, a multiple of 128: random words take some hundred bytes an element on the way."""
+
 
 def _gaussian(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
-    return philox.normal(seeds, (m, rank), philox.PROJECTION, dtype)[0] * rank**-0.5
+    return _in_pieces(_normals, seeds, m, rank, dtype) * rank**-0.5
 
 
 def _haar(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
     # The R of CholeskyQR has a positive diagonal, which makes Q unique and so as rotation-invariant as the Gaussian.
-    return orthonormalise(philox.normal(seeds, (m, rank), philox.PROJECTION, dtype))[0] * math.sqrt(m / rank)
+    return orthonormalise(_in_pieces(_normals, seeds, m, rank, dtype)[None])[0] * math.sqrt(m / rank)
 
 
 def _rademacher(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
-    words = philox.words(seeds, -(-m * rank // 32), philox.PROJECTION)[0]
+    return _in_pieces(_signs, seeds, m, rank, dtype) * rank**-0.5
+
+
+def _normals(seeds: Tensor, first: int, count: int) -> Tensor:
+    return philox.normal(seeds, (count,), philox.PROJECTION, torch.float32, first)[0]
+
+
+def _signs(seeds: Tensor, first: int, count: int) -> Tensor:
+    """±1 by the bits of each word, from the lowest on."""
+    words = philox.words(seeds, -(-count // 32), philox.PROJECTION, first // 32)[0]
     bits = (words[:, None] >> torch.arange(32, device=words.device)) & 1
-    return (2 * bits.flatten()[: m * rank].view(m, rank) - 1).to(dtype) * rank**-0.5
+    return (2 * bits - 1).flatten()[:count]
+
+
+def _in_pieces(draw: Callable[[Tensor, int, int], Tensor], seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
+    drawn = torch.empty(m * rank, dtype=dtype, device=seeds.device)
+    for first in range(0, m * rank, PIECE):
+        piece = drawn[first : first + PIECE]
+        piece.copy_(draw(seeds, first, piece.numel()))
+    return drawn.view(m, rank)
 
 
 DISTRIBUTIONS: dict[str, Callable[[Tensor, int, int, torch.dtype], Tensor]] = {
