@@ -1,4 +1,4 @@
-"""python -m benchmarks readme: writes README's tables of figures, between two markers, from the newest results of each device.
+"""python -m benchmarks readme: writes README's tables of figures, between markers, from the newest results of each device.
 
 Every number comes from a file in benchmarks/results; what no file holds is said to be not measured yet. With --check nothing is
 written, and the exit status is 1 where README is not what would be.
@@ -11,12 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .iterations import CHECKPOINTED, DENSE, GALORE
 from .provenance import RESULTS, short
 from .records import OURS, Row, folders, newest, title
 from .suites import SUITES
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 EXPECTED = {"nvidia-h100": "H100"}
 """GPUs that the kernels are meant for, by how their results' folder begins: missing ones are named."""
 
@@ -40,16 +40,54 @@ HELD = (
 LARGEST = (
     "The largest batch of all of a model's blocks that fits the device, to an eighth, and in parentheses the tokens a second at that batch."
 )
+METHODS = {
+    DENSE: "`torch.optim.AdamW`",
+    CHECKPOINTED: "`torch.optim.AdamW`, blocks checkpointed",
+    GALORE: "`GaLoreAdamW`, `I3SAdamW`",
+    OURS: "`RSOAdamW`",
+}
+"""Contenders of the rso suite by what a user picks."""
+HELD_COLUMNS = {
+    "activations saved": "saved_mb",
+    "gradients": "gradient_mb",
+    "states, bases, P and B": "state_mb",
+    "peak of an iteration": "peak_mb",
+}
 FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matrix", "memory": "weights", "rso": "what", "host": "weights"}
 LAST_COLUMN = {"refresh": "spectrum or dtype"}
 
 
-def block(results: Path = RESULTS) -> str:
-    """What stands between the markers."""
-    parts = ["Generated from [benchmarks/results](benchmarks/results) by `python -m benchmarks readme`."]
+def measured(results: Path) -> dict[str, dict[str, list[Row]]]:
+    """Rows by suite by device, GPUs first."""
     found = {folder.name: suites for folder in folders(results) if (suites := newest(folder)) and set(suites) & set(SUITES)}
-    for device in sorted(found, key=lambda name: (name.startswith("cpu"), name)):
-        parts += _device(device, found[device])
+    return {device: found[device] for device in sorted(found, key=lambda name: (name.startswith("cpu"), name))}
+
+
+def methods(results: Path = RESULTS) -> str:
+    """What each method takes of memory and time, for the first block that the first device with any has measured."""
+    for device, suites in measured(results).items():
+        held = [row for row in suites.get("rso", ()) if "saved_mb" in row and " block at " in str(row["case"])]
+        rows = {row["contender"]: row for row in held if row["case"] == held[0]["case"]}
+        if not rows:
+            continue
+        what, rank, dtype = title(held[0])
+        lines = [("optimizer", *HELD_COLUMNS, "time of an iteration, ms"), ("---",) * (len(HELD_COLUMNS) + 2)]
+        for name, pretty in METHODS.items():
+            if name in rows:
+                lines.append((pretty, *(_megabytes(rows[name][key]) for key in HELD_COLUMNS.values()), short(rows[name]["p50_ms"])))
+        return (
+            f"Measured, MB: forward, backward and step of one {what}, r = {rank}, {dtype}, on `{device}` (`{held[0]['file']}`).\n\n"
+            + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        )
+    return "Not measured yet."
+
+
+def block(results: Path = RESULTS) -> str:
+    """All tables, device by device."""
+    parts = ["Generated from [benchmarks/results](benchmarks/results) by `python -m benchmarks readme`."]
+    found = measured(results)
+    for device, suites in found.items():
+        parts += _device(device, suites)
     for prefix, name in EXPECTED.items():
         if not any(device.startswith(prefix) for device in found):
             parts.append(f"**{name}: not measured yet.**")
@@ -135,11 +173,16 @@ def _megabytes(value: float) -> str:
     return short(value) if value >= 0.01 else "0"
 
 
-def replaced(text: str, generated: str) -> str:
-    """README with the block between the markers exchanged. ValueError where they do not stand there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README needs one {BEGIN} and one {END} after it")
-    return text.partition(BEGIN)[0] + f"{BEGIN}\n\n{generated}\n\n{END}" + text.partition(END)[2]
+def replaced(text: str, name: str, generated: str) -> str:
+    """README with the block between the markers of that name exchanged. ValueError where they do not stand there once, in order."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README needs one {begin} and one {end} after it")
+    return text.partition(begin)[0] + f"{begin}\n\n{generated}\n\n{end}" + text.partition(end)[2]
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"methods": methods, "benchmarks": block}
+"""By the name in their markers."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,7 +192,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     settings = parser.parse_args(arguments)
     text = settings.readme.read_text()
-    wanted = replaced(text, block(settings.results))
+    wanted = text
+    for name, generate in BLOCKS.items():
+        wanted = replaced(wanted, name, generate(settings.results))
     if text == wanted:
         print(f"{settings.readme} is what the results say")
         return 0

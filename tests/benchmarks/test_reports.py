@@ -117,11 +117,16 @@ class TestCompare:
         assert stopped.value.code == 1
 
 
+def markers(name, text, spaced=False):
+    between = f"\n{text}\n" if spaced else text
+    return f"<!-- {name}: begin -->\n{between}\n<!-- {name}: end -->"
+
+
 class TestReadme:
     @pytest.fixture
     def text(self, tmp_path):
         path = tmp_path / "README.md"
-        path.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+        path.write_text(f"before\n{markers('methods', 'old')}\nbetween\n{markers('benchmarks', 'old')}\nafter\n")
         return path
 
     def run(self, text, results, *options):
@@ -131,7 +136,8 @@ class TestReadme:
         write(tmp_path / "results" / "cpu-a" / "2026-01-02-abc1234.jsonl", timed(), counted())
         assert self.run(text, tmp_path / "results") == 0
         found = text.read_text()
-        assert found.startswith(f"before\n{readme.BEGIN}\n") and found.endswith(f"{readme.END}\nafter\n")
+        assert found.startswith(f"before\n{markers('methods', 'Not measured yet.', True)}\nbetween\n<!-- benchmarks: begin -->\n")
+        assert found.endswith("<!-- benchmarks: end -->\nafter\n") and "old" not in found
         assert "| LLaMA 60M | 128 | fp32 | 10.0 | 12.0 (1.20×) | 20.0 (2.00×) | 30.0 (3.00×) | 5.00 (0.50×) | 50.0 | 5.00 |" in found
         assert "| 28 × 512² | 128 | bf16 | 10.0 (1.00) | 80.0 (1.00) |" in found
         assert readme.table("memory", counted(peak=1e-5)).endswith("| 10.0 (0) | 80.0 (0) |")
@@ -184,10 +190,11 @@ class TestReadme:
         text.write_text(text.read_text().replace("10.0", "9.0"))
         assert self.run(text, tmp_path / "results", "--check") == 1
 
-    @pytest.mark.parametrize("broken", ["nothing", f"{readme.END}{readme.BEGIN}", f"{readme.BEGIN}{readme.END}{readme.END}"])
+    @pytest.mark.parametrize("broken", ["nothing", "{end}{begin}", "{begin}{end}{end}"])
     def test_markers_that_are_missing_or_crossed_are_an_error(self, broken):
+        text = broken.format(begin="<!-- methods: begin -->", end="<!-- methods: end -->")
         with pytest.raises(ValueError, match="README needs one"):
-            readme.replaced(broken, "x")
+            readme.replaced(text, "methods", "x")
 
     def test_the_readme_is_what_the_results_say(self):
         assert readme.main(["--check"]) == 0

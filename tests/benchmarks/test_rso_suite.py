@@ -297,6 +297,19 @@ def test_readme_shows_times_then_bytes_then_batches(rows, tmp_path):
     assert "| LLaMA 1B: largest batch of 2048 tokens | 256 | bf16 | 24 (1e+04) | 16 (1e+04) |" in largest
 
 
+def test_readme_compares_the_methods_on_a_block(rows, tmp_path):
+    path = tmp_path / "cpu-x" / "x.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(ORIGIN | row) + "\n" for row in rows[LAYER].values()))
+    assert readme.methods(tmp_path) == "Not measured yet."
+    path.write_text("".join(json.dumps(ORIGIN | row) + "\n" for row in [*rows[LAYER].values(), *rows[BLOCK].values()]))
+    header, line, *lines = readme.methods(tmp_path).splitlines()[2:]
+    assert len(line.split("|")) == len(header.split("|")) and len(lines) == len(set(readme.METHODS) & set(rows[BLOCK])) == 4
+    mine = rows[BLOCK][OURS]
+    shown = [readme._megabytes(mine[key]) for key in ("saved_mb", "gradient_mb", "state_mb", "peak_mb")]
+    assert lines[-1] == "| `RSOAdamW` | " + " | ".join(shown) + f" | {readme.short(mine['p50_ms'])} |"
+
+
 def test_titles_name_the_model():
     assert records.title({"case": IterationCase("60m", 8, 256, 128, HALF).label}) == ("LLaMA 60M block at 8 × 256 tokens", "128", "bf16")
     assert records.title({"case": LAYER.label}) == ("linear 24→40 at 16 tokens", "8", "fp32")
