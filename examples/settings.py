@@ -42,7 +42,7 @@ class Settings:
     rounding: str = "nearest"
 
     rso_rank: int = 64
-    inner_steps: int = 50
+    inner_steps: int = 100
     distribution: str = "gaussian"
 
     dtype: str = "fp32"

@@ -100,6 +100,8 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
             "requires_grad=False); unfreeze them before they are converted"
         )
     for name, layer in found.items():
+        if hasattr(layer.weight, "device_mesh"):
+            raise TypeError(f"{name!r} has a sharded weight ({type(layer.weight).__name__}); sharded parameters are not supported yet")
         if "forward" in vars(layer):
             raise ValueError(
                 f"the forward method of {name!r} has been replaced, as by accelerate's hooks, and would go on computing nn.Linear; remove "

@@ -93,6 +93,8 @@ class RSOAdamW(Optimizer):
         own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum)
         self._known: tuple[Any, list[Layers]] | None = None
         super().__init__(params, adamw | own | dict.fromkeys(POSITION, 0))
+        if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
+            raise TypeError("params are sharded (DTensor), which RSOAdamW does not support yet; replicate the model, as with DDP")
         if not any(map(_layers_of, self.param_groups)):
             raise ValueError(
                 "params hold no coordinates of a SubspaceLinear; convert the model with to_subspace before the optimizer is built, or use "
