@@ -11,6 +11,7 @@ from tolerances import assert_within
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lowrank_kernels as lrk
 
@@ -91,6 +92,16 @@ def test_saves_tokens_times_rank(shape, rank, dtype):
     with Saved(layer) as of_layer:
         layer(x)
     assert (of_dense.bytes, of_layer.bytes) == (tokens * 12 * dtype.itemsize, tokens * rank * dtype.itemsize)
+
+
+@pytest.mark.parametrize("rank", [1, 7, 24])
+def test_forward_and_backward_take_two_large_products_instead_of_three(rank):
+    tokens, wide, out = 30, 24, 40
+    layer = lrk.SubspaceLinear(wide, out, rank=rank)
+    x = torch.randn(2, 15, wide, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    assert counter.get_total_flops() == 4 * tokens * wide * out + 2 * tokens * rank * (wide + out)
 
 
 def test_saves_z_alone_of_an_expanded_input():
