@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 LOW_RANK = ("rank", "update_proj_gap", "scale", "svd", "state_bits", "rounding")
-RSO = ("rso_rank", "inner_steps", "distribution")
+RSO = ("rso_rank", "inner_steps", "distribution", "rounding")
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ def _rso(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimiz
     import lowrank_kernels as lrk
 
     lrk.to_subspace(model, rank=settings.rso_rank, distribution=settings.distribution, seed=settings.seed)
-    return lrk.RSOAdamW(model.parameters(), lr=lr, weight_decay=settings.weight_decay, inner_steps=settings.inner_steps)
+    options = dict(weight_decay=settings.weight_decay, inner_steps=settings.inner_steps, rounding=settings.rounding)
+    return lrk.RSOAdamW(model.parameters(), lr=lr, **options)
 
 
 METHODS: dict[str, Method] = {

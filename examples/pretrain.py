@@ -1,6 +1,6 @@
 """Pretrain a small LLaMA-style decoder on bytes of real text, with full-rank and low-rank optimizers side by side.
 
-    python examples/pretrain.py                                    # AdamW, GaLore and I3S in turn; a few minutes on two CPU cores
+    python examples/pretrain.py                                    # AdamW, GaLore, I3S and RSO in turn; a few minutes on two CPU cores
     python examples/pretrain.py --optimizer i3s --rank 16 --lr 2e-2
     python examples/pretrain.py --resume                           # go on after a kill or Ctrl-C
 

@@ -64,9 +64,24 @@ def updated_weight(
     return (1 - lr * weight_decay) * weight.to(dtype) - (lr * scale) * orient(update, right)
 
 
-def back_project_(weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float, scale: float, weight_decay: float, right: bool) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·P·N in place: decay first, one rounding. weight as stored; basis (…, m, r); normalised (…, r, n)."""
-    weight.copy_(updated_weight(weight, basis, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right))
+def back_project_(
+    weight: Tensor,
+    basis: Tensor,
+    normalised: Tensor,
+    *,
+    lr: float | Tensor,
+    scale: float,
+    weight_decay: float,
+    right: bool,
+    rounding_seed: Tensor | None = None,
+    step: int | Tensor | None = None,
+) -> None:
+    """W' = (1 − lr·wd)·W' − lr·α·P·N in place: decay first, one rounding. weight as stored; basis (…, m, r); normalised (…, r, n).
+
+    rounding_seed: (1,) int64, for one bf16 weight rounded stochastically at update number `step`.
+    """
+    updated = updated_weight(weight, basis, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right)
+    weight.copy_(updated if rounding_seed is None else round_stochastically(updated, rounding_seed, step))
 
 
 def adamw_step_(
@@ -108,5 +123,6 @@ def adamw_step_(
             if scales:
                 eight_bit.encode_(exp_avg, exp_avg_sq, *state, *scales)
             rate = lr if device_lr is None else device_lr.double().reshape(())
-            updated = updated_weight(weight, basis, normalised, lr=rate, scale=scale, weight_decay=weight_decay, right=right)
-            weight.copy_(updated if rounding_seeds is None else round_stochastically(updated, rounding_seeds[index : index + 1], count))
+            seed = None if rounding_seeds is None else rounding_seeds[index : index + 1]
+            options = dict(scale=scale, weight_decay=weight_decay, right=right, rounding_seed=seed, step=count)
+            back_project_(weight, basis, normalised, lr=rate, **options)

@@ -7,6 +7,7 @@ from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within, back_project_
 from lowrank_kernels import ops, reference
 from lowrank_kernels.kernels import cpu
 from lowrank_kernels.ops import step as implementations
+from lowrank_kernels.rounding import round_stochastically
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,6 +71,26 @@ def test_moments_against_fp64(implementation, counts):
         assert_within(exp_avg_sqs[index], v, errors[1], "V")
         assert_within(found[index], expected, normalised_error(m, v, errors, **ADAM, step=t, correction=correction), "N")
     assert counts is None or [int(count) for count in on_device] == list(counts), "whoever keeps the counts raises them"
+
+
+@SIDES
+def test_weights_are_rounded_stochastically_as_the_reference_does(implementation, right):
+    weights, bases, normalised = weights_of(right, torch.bfloat16)
+    seeds = torch.tensor([3, 2**62], device=DEVICE)
+    counts = [torch.tensor(float(count), device=DEVICE) for count in (0, 41)]
+    exact = [reference.updated_weight(w, p, n, **UPDATE, right=right) for w, p, n in zip(weights, bases, normalised, strict=True)]
+    before = bits(weights)
+    options = dict(**UPDATE, right=right, rounding_seeds=seeds, device_steps=counts)
+    implementation("back_project_")(weights, bases, normalised, **options, found_inf=torch.ones((), device=DEVICE))
+    assert same(before, bits(weights))
+    implementation("back_project_")(weights, bases, normalised, **options)
+    for weight, value, basis, n, seed, count in zip(weights, exact, bases, normalised, seeds.split(1), (1, 42), strict=True):
+        expected = round_stochastically(value, seed, count)
+        # fp32 sums in another order, and N rounded to the basis' 16 bits before a dot, land on the other neighbour now and then.
+        assert (weight == expected).float().mean() > 0.8
+        of_n = UPDATE["lr"] * UPDATE["scale"] * 2.0**-8 * reference.orient(basis.double().abs() @ n.double().abs(), right)
+        assert ((weight.double() - value.double()).abs() <= (2.0**-7 * (value.double().abs() + of_n) + of_n)).all()
+        assert not torch.equal(weight, value.bfloat16())
 
 
 def test_moments_of_fp64_stay_in_fp64(implementation):

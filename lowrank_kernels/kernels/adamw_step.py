@@ -63,7 +63,7 @@ def adamw_step_(
         raise ValueError(f"step counts from 1, got {step}")
     table.check_one_float("found_inf", found_inf, device)
     table.check_one_float("device_lr", device_lr, device)
-    _check_seeds(rounding_seeds, weights)
+    table.check_rounding_seeds(rounding_seeds, weights)
     launch = _prepared(lists, right, rounding_seeds is not None, vouched)
     launch(
         lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, scale=scale, step=step,
@@ -175,15 +175,3 @@ def _check_buckets(lists: dict[str, list[Tensor]], device: torch.device) -> None
             table.check_bucket(name, tensors, (torch.float32, torch.uint8), row_major=True)
         else:
             table.check_bucket(name, tensors, (torch.float32,), row_major=True)
-
-
-def _check_seeds(seeds: Tensor | None, weights: list[Tensor]) -> None:
-    if seeds is None:
-        return
-    if seeds.shape != (len(weights),) or seeds.dtype != torch.int64 or seeds.device != weights[0].device:
-        raise ValueError(
-            f"rounding_seeds must be ({len(weights)},) int64 on {weights[0].device}, got {tuple(seeds.shape)}, {seeds.dtype} on "
-            f"{seeds.device}"
-        )
-    if weights[0].dtype != torch.bfloat16:
-        raise ValueError(f"rounding_seeds are for bfloat16 weights, got {weights[0].dtype}; leave them out to round to nearest")

@@ -4,7 +4,7 @@ W' is W of shape (m, n) on the left side and Wᵀ on the right, where the stored
 which way the random bits of a stochastic rounding run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import triton
 import triton.language as tl
@@ -77,21 +77,28 @@ def back_project_(
     weight_decay: float,
     right: bool,
     found_inf: Tensor | None = None,
+    rounding_seeds: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
 ) -> None:
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place, for every matrix of a bucket, in one launch.
 
     weights: B as stored, (m, n), or (n, m) on the right side, with any strides. bases: B of (m, r). normalised: (B, r, n) of fp32 or
     16 bits, rounded to the bases' dtype for the dot, which accumulates in fp32 (fp32 bases: in tf32
-    where torch allows it). Where found_inf is non-zero the weights keep their bits. Raises ValueError for a list
-    that is not a bucket and for shapes that do not fit.
+    where torch allows it). Where found_inf is non-zero the weights keep their bits. rounding_seeds: (B,) int64, for bf16 weights rounded
+    stochastically, at the update after the device_steps that each has had, one fp32 element a matrix; at the first without. Raises
+    ValueError for a list that is not a bucket and for shapes that do not fit.
     """
     check(weights, bases, right, found_inf)
     m, rank = bases[0].shape
     table.check_batch("normalised", normalised, bases, FLOATS, shape=(rank, weights[0].shape[0 if right else 1]))
-    rows, aligned = table.pointer_table(weights, bases), table.aligned(weights, bases)
-    launch = prepare(*rows, weights[0], bases[0], right=right, aligned=aligned)
+    table.check_rounding_seeds(rounding_seeds, weights)
+    table.check_counts(device_steps, weights)
+    rows = table.pointer_table(weights, bases, *([] if device_steps is None else [device_steps]))
+    steps_at = None if device_steps is None else rows[2]
+    launch = prepare(*rows[:2], weights[0], bases[0], right=right, aligned=table.aligned(weights, bases), steps_at=steps_at)
+    options = dict(lr=lr, scale=scale, weight_decay=weight_decay, found_inf=found_inf)
     with table.on_device(normalised.device):
-        launch(normalised, lr=lr, scale=scale, weight_decay=weight_decay, found_inf=found_inf)
+        launch(normalised, **options, rounding_seeds=rounding_seeds, step=1)
 
 
 def check(weights: list[Tensor], bases: list[Tensor], right: bool, found_inf: Tensor | None) -> None:

@@ -146,8 +146,10 @@ def back_project_(
     weight_decay: float,
     right: bool,
     found_inf: Tensor | None = None,
+    rounding_seeds: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
 ) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32."""
+    """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32: to nearest, or with seeds stochastically."""
     if found_inf is not None and found_inf.item():
         return
     m, n = weights[0].shape[::-1] if right else weights[0].shape
@@ -156,6 +158,10 @@ def back_project_(
             f"{len(weights)} weights {tuple(weights[0].shape)}, {len(bases)} bases {tuple(bases[0].shape)} and normalised "
             f"{tuple(normalised.shape)} do not fit with right={right}"
         )
+    if rounding_seeds is not None:
+        steps = [count.item() + 1 for count in device_steps or ()] or [1] * len(weights)
+        options = dict(lr=lr, scale=scale, weight_decay=weight_decay, right=right)
+        return _back_project_stochastically_(weights, bases, normalised, rounding_seeds.split(1), steps, **options)
     decay, rate = 1 - lr * weight_decay, -lr * scale
     dtype = torch.promote_types(_product_dtype(weights[0], bases[0]), weights[0].dtype)
     for weight, basis, update in zip(weights, bases, normalised.to(dtype).unbind(), strict=True):

@@ -114,11 +114,8 @@ def check(
     table.check_one_float("found_inf", found_inf, exp_avgs[0].device)
     if exp_avgs[0].shape != exp_avg_sqs[0].shape:
         raise ValueError(f"exp_avgs and exp_avg_sqs must share a shape, got {tuple(exp_avgs[0].shape)} and {tuple(exp_avg_sqs[0].shape)}")
-    if device_steps is not None:
-        table.check_same_length(exp_avgs=exp_avgs, device_steps=device_steps)
-        for count in device_steps:
-            table.check_one_float("device_steps", count, exp_avgs[0].device)
-    elif step < 1:
+    table.check_counts(device_steps, exp_avgs)
+    if device_steps is None and step < 1:
         raise ValueError(f"step counts from 1, got {step}")
     table.check_batch("projected", projected, exp_avgs, (torch.float32,))
     if out is not None:

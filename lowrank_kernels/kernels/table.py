@@ -221,3 +221,24 @@ def check_one_float(name: str, value: Tensor | None, device: torch.device) -> No
     """One fp32 on the device, or None."""
     if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != device):
         raise ValueError(f"{name} must be one float32 on {device}, got shape {tuple(value.shape)}, {value.dtype} on {value.device}")
+
+
+def check_counts(counts: Sequence[Tensor] | None, bucket: list[Tensor]) -> None:
+    """One fp32 for each matrix of the bucket, on its device, or None."""
+    if counts is not None:
+        check_same_length(bucket=bucket, device_steps=counts)
+        for count in counts:
+            check_one_float("device_steps", count, bucket[0].device)
+
+
+def check_rounding_seeds(seeds: Tensor | None, weights: list[Tensor]) -> None:
+    """One int64 for each of a bucket of bf16 weights, or None."""
+    if seeds is None:
+        return
+    if seeds.shape != (len(weights),) or seeds.dtype != torch.int64 or seeds.device != weights[0].device:
+        raise ValueError(
+            f"rounding_seeds must be ({len(weights)},) int64 on {weights[0].device}, got {tuple(seeds.shape)}, {seeds.dtype} on "
+            f"{seeds.device}"
+        )
+    if weights[0].dtype != torch.bfloat16:
+        raise ValueError(f"rounding_seeds are for bfloat16 weights, got {weights[0].dtype}; leave them out to round to nearest")

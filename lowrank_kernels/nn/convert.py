@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..targets import matching_modules
 from .linear import SubspaceLinear
@@ -42,16 +43,20 @@ def to_subspace(
         target_modules: as in `param_groups`: "all-linear" (all but the output head and layers tied to an embedding), a list of strings
             that names contain, or a regular expression for whole names. nn.Linear itself is converted, no subclass.
         distribution: of P: "gaussian", "haar" or "rademacher"; see SubspaceLinear.
-        seed: P is a function of (seed, the layer's name, outer step).
+        seed: P is a function of (seed, the layer's name, outer step); the same on every rank of a data-parallel run. Layers of equal
+            names, in two models or in parts that are converted one by one, have equal Ps where the seeds are equal.
         share: lists of names of layers that share P, and Z = x·P where they read the same tensor, such as
             [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]: children of one module with equal in_features. "auto" (default):
-            the names that the usual decoders use. None: no sharing. Layers that share P and are given different inputs compute
-            different Zs, so sharing is never wrong.
+            the names that the usual decoders use. None: no sharing. Layers that share P and are given different tensors compute
+            different Zs; a tensor that was changed between two layers in a way that autograd cannot see (`x.data`, memory shared with
+            NumPy) counts as the same.
 
     Raises:
         ValueError: rank outside 1…in_features, an unknown distribution, target_modules that match nothing or nothing that can be
-            converted, a layer that is converted already, a weight that another module uses too. The model is then as it was.
+            converted, a layer that is converted already, a weight that another module uses too, a model in DistributedDataParallel, which
+        has to be put around the converted one. The model is then as it was.
     """
+    _check_not_wrapped(model)
     layers = _convertible(model, target_modules)
     _check_not_tied(model, layers)
     planned = []
@@ -72,10 +77,17 @@ def to_subspace(
 
 def to_dense(model: nn.Module) -> nn.Module:
     """Turns every SubspaceLinear back into nn.Linear with the weight that it has, in place, trainable; returns the model."""
+    _check_not_wrapped(model)
     for module in list(model.modules()):
         if isinstance(module, SubspaceLinear):
             module._leave()
     return model
+
+
+def _check_not_wrapped(model: nn.Module) -> None:
+    """DistributedDataParallel reduces the gradients of the parameters that it finds when it is built, and of no others."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError("the model is in DistributedDataParallel, which would not reduce the new parameters' gradients; convert it first")
 
 
 def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Linear]:
@@ -136,6 +148,7 @@ def _sharing(layers: dict[str, nn.Linear], share: Sequence[Sequence[str]] | str 
         raise ValueError(f"share must be 'auto', None or lists of names such as [['q_proj', 'k_proj', 'v_proj']], got {share!r}")
     together: dict[object, list[str]] = defaultdict(list)
     used: set[str] = set()
+    firsts: dict[tuple[str, int], str] = {}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         index = next((index for index, names in enumerate(lists) if child in names), None)
@@ -144,6 +157,10 @@ def _sharing(layers: dict[str, nn.Linear], share: Sequence[Sequence[str]] | str 
         else:
             used.add(child)
             together[parent, index, layer.in_features, layer.weight.dtype, layer.weight.device].append(name)
+            if share != "auto" and layers[(first := firsts.setdefault((parent, index), name))].in_features != layer.in_features:
+                raise ValueError(
+                    f"share puts {first!r} and {name!r} together, whose in_features are {layers[first].in_features} and {layer.in_features}"
+                )
     unused = [name for names in lists for name in names if name not in used]
     if unused and share != "auto":
         raise ValueError(f"share names {', '.join(map(repr, unused))}, which no converted layer is called; use the last part of its name")

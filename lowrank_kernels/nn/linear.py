@@ -31,7 +31,7 @@ class _SubspaceLinearFunction(torch.autograd.Function):
         needs_x, _, needs_bias, _, needs_coordinates = ctx.needs_input_grad
         z = z.reshape(-1, z.shape[-1])
         rows = dy.reshape(z.shape[0], dy.shape[-1])
-        dx = dy @ weight.to(dy.dtype) if needs_x else None
+        dx = (rows @ weight.to(dy.dtype)).view(*dy.shape[:-1], weight.shape[1]) if needs_x else None
         db = rows.sum(0) if needs_bias else None
         dB = z.mT @ rows if needs_coordinates else None
         return dx, None, db, None, dB
@@ -44,11 +44,13 @@ class SubspaceLinear(nn.Linear):
         dx = dy·W,  dB = Zᵀ·dy,  db = Σ dy          the gradient of W is never formed
 
     W (out, in) is `weight`, always up to date and not trained directly. B (r, out) is `coordinates`, the parameter: it carries the
-    gradient dB for RSOAdamW, which moves W, and stays zero, since W has already moved. P (in, r) is not stored: `subspace` draws it.
-    Saved activations: tokens × r elements of the input's dtype, once for all layers that share a Subspace and read the same tensor.
-    The state_dict is that of nn.Linear, `weight` and `bias`.
+    gradient dB for RSOAdamW, which moves W, and stays zero, since W has already moved. P (in, r) is in no checkpoint: `subspace` draws
+    it from a seed and keeps it until the next one. Saved activations: tokens × r elements of the dtype that the product has, the input's
+    or autocast's, once for all layers that share a Subspace and read the same tensor. The state_dict is that of nn.Linear, `weight` and
+    `bias`.
 
-    With coordinates.requires_grad_(False), and where gradients are off, it is nn.Linear. Second derivatives raise RuntimeError.
+    With coordinates.requires_grad_(False), and where gradients are off, it is nn.Linear. What reads the weight outside of this layer's
+    forward, such as a module tied to it later, trains nothing. Second derivatives raise RuntimeError, as do transforms of torch.func.
 
     Args:
         in_features, out_features, bias, device, dtype: of nn.Linear.

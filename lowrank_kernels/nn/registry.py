@@ -61,14 +61,14 @@ def _refuse_others(optimizer: Optimizer, *_: object) -> None:
         return
     name = type(optimizer).__name__
     held = [(parameter, layer_of(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
-    held = [(parameter, layer) for parameter, layer in held if layer is not None]
+    held = [(parameter, layer) for parameter, layer in held if layer is not None and layer.coordinates.requires_grad]
     for layer in (layer for parameter, layer in held if parameter is layer.coordinates):
         raise RuntimeError(
             f"{name} was given the coordinates of {layer}, whose weight only RSOAdamW moves; build RSOAdamW(model.parameters()), or call "
             "to_dense(model) before this optimizer is built"
         )
     for _, layer in held:
-        if layer.coordinates.requires_grad and not layer.subspace.has_optimizer:
+        if not layer.subspace.has_optimizer:
             raise RuntimeError(
                 f"{name} has the weight of {layer} and would not move it: the layer was converted after this optimizer was built. "
                 "Build RSOAdamW(model.parameters()) instead, or call to_dense(model)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,17 +16,16 @@ from ..subspaces import DISTRIBUTIONS, draw_projection, own_memory
 
 @dataclass(frozen=True)
 class _Projected:
-    """Z of an input that is still in use, and how many layers may yet ask for it."""
+    """Z of an input that is still in use, where and how it was computed, and how many layers may yet ask for it."""
 
     x: weakref.ref[Tensor]
-    version: int
-    autocast: torch.dtype | None
+    circumstances: tuple[object, ...]
     z: Tensor
     left: int
 
 
 class Subspace:
-    """P (in_features, r) with E[P·Pᵀ] = I, a function of (seed, place, outer_step). It is drawn where it is needed and never stored.
+    """P (in_features, r) with E[P·Pᵀ] = I, a function of (seed, place, outer_step): drawn where it is needed, in no checkpoint.
 
     in_features, rank, distribution, seed: see SubspaceLinear. place: numbers that keep the Ps of one seed apart. outer_step: how often
     the optimizer has moved on to a new P.
@@ -61,7 +60,7 @@ class Subspace:
     @torch.compiler.assume_constant_result  # it runs while the compiler traces, so that P is an input of the graph
     def _ensure_drawn(self, device: torch.device, dtype: torch.dtype) -> None:
         if type(self._matrices.get((device, dtype))) is not Tensor:  # a FakeTensor is of one trace
-            self._matrices[device, dtype] = self._draw(device, dtype)
+            self._matrices[device, dtype] = self._draw(device, dtype, self.outer_step)
 
     def keep_only(self, device: torch.device, dtype: torch.dtype) -> None:
         """Frees the Ps of where and what the layers no longer are."""
@@ -69,22 +68,23 @@ class Subspace:
         self._matrices = {key: matrix for key, matrix in self._matrices.items() if key == (device, dtype)}
 
     @outside_training
-    def _draw(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+    def _draw(self, device: torch.device, dtype: torch.dtype, outer_step: int) -> Tensor:
         with torch.inference_mode(False):
             if device.type == "meta":
                 return torch.empty(self.in_features, self.rank, device=device, dtype=dtype)
-            seed = philox.derive_seed(self.fingerprint, self.outer_step)
+            seed = philox.derive_seed(self.fingerprint, outer_step)
             return own_memory(draw_projection(self.distribution, self.in_features, self.rank, seed=seed, device=device, dtype=dtype))
 
     def move_to(self, outer_step: int) -> None:
         """The P of that outer step, in the same memory."""
         if outer_step == self.outer_step:
             return
-        self.outer_step = outer_step
+        drawn = [(matrix, self._draw(device, dtype, outer_step)) for (device, dtype), matrix in self._matrices.items()]
+        self.outer_step = outer_step  # when nothing can fail any more
         self._projected = None
         with torch.no_grad():
-            for (device, dtype), matrix in self._matrices.items():
-                matrix.copy_(self._draw(device, dtype))
+            for matrix, fresh in drawn:
+                matrix.copy_(fresh)
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
         """Z = x·P, outside of autograd: (…, in_features) → (…, r). Layers that give the same x get the same Z."""
@@ -96,10 +96,10 @@ class Subspace:
     def _shared(self, x: Tensor, weight: Tensor) -> Tensor:
         if x.is_inference():  # has no version to tell whether it changed
             return x @ self.matrix(weight.device, weight.dtype)
-        last, autocast = self._projected, _autocast_dtype(x.device.type)
-        if last is not None and last.x() is x and last.version == x._version and last.autocast == autocast:
+        last, circumstances = self._projected, _circumstances(x)
+        if last is not None and last.x() is x and last.circumstances == circumstances:
             # The last one to ask takes it: what autograd does not save is then free.
-            self._projected = _Projected(last.x, last.version, autocast, last.z, last.left - 1) if last.left > 1 else None
+            self._projected = replace(last, left=last.left - 1) if last.left > 1 else None
             return last.z
         z = x @ self.matrix(weight.device, weight.dtype)
         mine = weakref.ref(self)
@@ -108,7 +108,7 @@ class Subspace:
             if (subspace := mine()) is not None and (kept := subspace._projected) is not None and kept.x is gone:
                 subspace._projected = None
 
-        self._projected = _Projected(weakref.ref(x, forget), x._version, autocast, z, self.layers - 1)
+        self._projected = _Projected(weakref.ref(x, forget), circumstances, z, self.layers - 1)
         return z
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,7 +118,9 @@ class Subspace:
         return f"Subspace(in_features={self.in_features}, rank={self.rank}, distribution={self.distribution!r}, seed={self.seed})"
 
 
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):  # the meta device has none
-        return None
-    return torch.get_autocast_dtype(device_type)
+def _circumstances(x: Tensor) -> tuple[object, ...]:
+    """What must not change for x·P to be the same, and to be there: writes to x, autocast, and on a GPU the stream."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
+    stream = torch.cuda.current_stream(x.device) if kind == "cuda" else None
+    return x._version, torch.get_autocast_dtype(kind) if autocast else None, stream

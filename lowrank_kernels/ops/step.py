@@ -83,12 +83,22 @@ def _update_moments_cuda(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], proj
 
 
 def _back_project_default(
-    weights: list[Tensor], bases: list[Tensor], normalised: Tensor, *, right: bool, found_inf: Tensor | None = None, **scalars
+    weights: list[Tensor],
+    bases: list[Tensor],
+    normalised: Tensor,
+    *,
+    right: bool,
+    found_inf: Tensor | None = None,
+    rounding_seeds: Tensor | None = None,
+    device_steps: Sequence[Tensor] | None = None,
+    **scalars,
 ) -> None:
     _check_back_project(weights, bases, normalised, right)
-    for weight, basis, update in list(zip(weights, bases, normalised, strict=True)):  # all or none
+    seeds = [None] * len(weights) if rounding_seeds is None else rounding_seeds.split(1)
+    counts = [count.double() + 1 for count in device_steps] if device_steps else [1] * len(weights)
+    for weight, basis, update, seed, count in list(zip(weights, bases, normalised, seeds, counts, strict=True)):  # all or none
         with reference.kept_where(found_inf, [weight]):
-            reference.back_project_(weight, basis, update, right=right, **scalars)
+            reference.back_project_(weight, basis, update, right=right, rounding_seed=seed, step=count, **scalars)
 
 
 def _check_back_project(weights: list[Tensor], bases: list[Tensor], normalised: Tensor, right: bool) -> None:
@@ -163,7 +173,7 @@ update_moments_ = dispatch.define(
 back_project_ = dispatch.define(
     "back_project_",
     "(Tensor(a!)[] weights, Tensor[] bases, Tensor normalised, *, float lr, float scale, float weight_decay, bool right, "
-    "Tensor? found_inf=None) -> ()",
+    "Tensor? found_inf=None, Tensor? rounding_seeds=None, Tensor[]? device_steps=None) -> ()",
     _back_project_fake,
     _back_project_default,
 )

@@ -31,7 +31,19 @@ STATE_BITS = (32, 8)
 ROUNDINGS = ("nearest", "stochastic")
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay", "capturable")
 # What torch and its schedulers write into a group, and names that training scripts commonly give one.
-FOREIGN_KEYS = ("params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "name", "lr_scale")
+FOREIGN_KEYS = (
+    "params",
+    "param_names",
+    "initial_lr",
+    "max_lr",
+    "min_lr",
+    "swa_lr",
+    "base_momentum",
+    "max_momentum",
+    "name",
+    "lr_scale",
+    "differentiable",
+)
 
 
 def describe(group: dict[str, Any], group_index: int, param_index: int | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from numbers import Integral
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import ops, reference
+from .. import ops, philox, reference
 from ..nn import SubspaceLinear, changes, layer_of
 from ..ops.dispatch import outside_training
 from . import groups
@@ -22,7 +23,7 @@ from .loading import load_uncast
 
 INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """Inner optimizers, and the tensors (r, out) of their state."""
-OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum")
+OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum", "rounding")
 POSITION = ("outer_step", "inner_step")
 """Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
 HOST = ("cpu",)
@@ -62,6 +63,9 @@ class RSOAdamW(Optimizer):
         proximal: weight of ½·proximal·‖B‖² in the inner problem (0).
         inner: "adamw", or "sgd" with momentum.
         momentum: of "sgd", in [0, 1) (0.9).
+        rounding: of the layers' weights at each step: "nearest" (default), or for layers in bf16 "stochastic", up or down at random so that
+            the mean stays, as a function of (the layer's P, index of its parameter in the group, t, element). To nearest, updates below
+            half a unit in the last place of a weight are lost.
 
     Every argument but params is a key of a group too, and may be changed between steps. Within an outer step: `inner_steps` at or below
     the position ends it with the next call, another `inner` starts from zero moments, and a proximal term that was off until now takes
@@ -69,8 +73,9 @@ class RSOAdamW(Optimizer):
 
     Raises:
         ValueError, TypeError: at construction for what is out of range, an unknown key, parameters of which none belongs to a
-        converted layer, layers that share P in different groups. RuntimeError in step(): a layer of these parameters was converted
-        after the optimizer was built, its P belongs to another optimizer, or its weight has a gradient of its own.
+        converted layer, sharded parameters, layers that share P in different groups. RuntimeError in step(): a layer of these parameters
+        was converted after the optimizer was built, its P belongs to another optimizer, its weight has a gradient of its own or is no
+        parameter any more, or a CUDA graph is being captured. A warning names layers that had no gradient in the first outer step.
     """
 
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
@@ -88,9 +93,10 @@ class RSOAdamW(Optimizer):
         proximal: float = 0.0,
         inner: str = "adamw",
         momentum: float = 0.9,
+        rounding: str = "nearest",
     ) -> None:
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum)
+        own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
         self._known: tuple[Any, list[Layers]] | None = None
         super().__init__(params, adamw | own | dict.fromkeys(POSITION, 0))
         if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
@@ -115,6 +121,7 @@ class RSOAdamW(Optimizer):
             group = self.param_groups[index]
             groups.check_keys(group, index, ("lr", "betas", "eps", "weight_decay", *OWN_KEYS, *POSITION), "a group of RSOAdamW")
             _check_values(group, index)
+            _check_rounding(group, index)
             self._check_shared(index)
         except BaseException:
             del self.param_groups[index]
@@ -170,9 +177,14 @@ class RSOAdamW(Optimizer):
     @outside_training
     def _update(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "RSOAdamW.step() cannot be captured in a CUDA graph, whose replays would never draw the next P; leave it out"
+            )
         work = []
         for index, (group, layers) in enumerate(zip(self.param_groups, self._layers(), strict=True)):
             _check_values(group, index)
+            _check_rounding(group, index)
             for param_index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     check_grad(group, index, param_index)
@@ -212,13 +224,17 @@ class RSOAdamW(Optimizer):
         if proximal:
             torch._foreach_add_(list(projected.unbind()), [state["displacement"] for state in states], alpha=proximal)
         update = _inner_step(group, states, projected, found_inf)
-        ops.back_project_(weights, bases, update, lr=lr, scale=1.0, weight_decay=wd, right=True, found_inf=found_inf)
+        steps, seeds = [state["step"] for state in states], _rounding_seeds(part, group, device)
+        ops.back_project_(
+            weights, bases, update, lr=lr, scale=1.0, weight_decay=wd, right=True, found_inf=found_inf,
+            rounding_seeds=seeds, device_steps=None if seeds is None else steps,
+        )  # fmt: skip
         if moved := [(state["displacement"], n) for state, n in zip(states, update, strict=True) if "displacement" in state]:
             displacements, updates = (list(tensors) for tensors in zip(*moved, strict=True))
             with reference.kept_where(found_inf, displacements):
                 torch._foreach_mul_(displacements, 1 - lr * wd)
                 torch._foreach_add_(displacements, updates, alpha=-lr)
-        torch._foreach_add_([state["step"] for state in states], 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
+        torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
 
     def _state_of(self, param: Tensor, layer: SubspaceLinear, group: dict[str, Any]) -> dict[str, Any]:
         """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""
@@ -230,14 +246,29 @@ class RSOAdamW(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer.subspace.fingerprint
             state |= {key: torch.zeros(param.shape, dtype=wide, device=param.device) for key in INNER[group["inner"]]}
+        elif any(isinstance(value, Tensor) and value.dtype != wide for key, value in state.items() if key != "step"):  # the model was cast
+            state |= {key: value.to(wide) for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         if group["proximal"] and "displacement" not in state:
             state["displacement"] = torch.zeros(param.shape, dtype=wide, device=param.device)
         return state
 
     def _next_outer_step(self, group: dict[str, Any], layers: Layers) -> None:
+        try:
+            _move_subspaces(layers, group["outer_step"] + 1)
+        except BaseException:  # out of memory, Ctrl-C: the next call tries again
+            _move_subspaces(layers, group["outer_step"])
+            raise
         group["inner_step"] = 0
         group["outer_step"] += 1
-        _move_subspaces(layers, group["outer_step"])
+        unused = [param for param in layers if param not in self.state and param.requires_grad]
+        if unused and group["outer_step"] == 1:
+            index = next(index for index, each in enumerate(self.param_groups) if each is group)
+            warnings.warn(
+                f"{len(unused)} layers had no gradient in a whole outer step and did not move, the first one that of "
+                f"{_describe(group, index, unused[0])}: they were not used, or their weights are used outside of their own forward, by "
+                "which coordinates get no gradient; leave such layers out of target_modules",
+                stacklevel=2,
+            )
         for param in layers:
             for value in self.state.get(param, {}).values():
                 if isinstance(value, Tensor):
@@ -247,7 +278,7 @@ class RSOAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known = None
+        self._known, self._built = None, True
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -338,12 +369,25 @@ def _inner_step(group: dict[str, Any], states: list[dict[str, Any]], projected: 
     return torch.stack(buffers)
 
 
+def _rounding_seeds(part: Layers, group: dict[str, Any], device: torch.device) -> Tensor | None:
+    if group["rounding"] == "nearest":
+        return None
+    places = {param: place for place, param in enumerate(group["params"])}
+    seeds = [philox.derive_seed(layer.subspace.fingerprint, group["outer_step"], places[param]) for param, layer in part.items()]
+    return philox.seed_tensor(seeds, device)
+
+
 def _check_layer(layer: SubspaceLinear, group: dict[str, Any], index: int, param: Tensor) -> None:
     if layer.subspace.outer_step != group["outer_step"]:
         raise RuntimeError(
             f"P of {_describe(group, index, param)} is that of outer step {layer.subspace.outer_step} and the optimizer is at "
             f"{group['outer_step']}: another optimizer moves it. Layers that share P belong into one group of one optimizer; or convert "
             "with share=None"
+        )
+    if not isinstance(layer.weight, torch.nn.Parameter):
+        raise RuntimeError(
+            f"the weight that {_describe(group, index, param)} stands for is no parameter any more, as after weight_norm or pruning; undo "
+            "that, or leave that layer out of target_modules"
         )
     if layer.weight.grad is not None:
         raise RuntimeError(
@@ -389,5 +433,15 @@ def _check_values(group: dict[str, Any], index: int) -> None:
         group[key] = float(group[key])
         if not 0 <= group[key] < below:
             raise ValueError(f"{key} must lie in [0, {below:g}), got {group[key]} ({where})")
-    if group["inner"] not in INNER:
-        raise ValueError(f"inner must be one of {', '.join(map(repr, INNER))}, got {group['inner']!r} ({where})")
+    for key, choices in (("inner", tuple(INNER)), ("rounding", groups.ROUNDINGS)):
+        if group[key] not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, got {group[key]!r} ({where})")
+
+
+def _check_rounding(group: dict[str, Any], index: int) -> None:
+    for param, layer in _layers_of(group).items() if group["rounding"] == "stochastic" else ():
+        if layer.weight.dtype != torch.bfloat16:
+            raise ValueError(
+                f"rounding='stochastic' is for bfloat16 layers, got {layer.weight.dtype} ({_describe(group, index, param)}); put it into a "
+                "group without"
+            )

@@ -182,6 +182,12 @@ def with_own_parameter():
         (Block, dict(share=7), ValueError, "share must be"),
         (Block, dict(share=[["q_proj", "w_proj"]]), ValueError, "share names 'w_proj', which no converted layer is called"),
         (Block, dict(share=[["q_proj", "k_proj"]], target_modules=["k_proj"]), ValueError, "share names 'q_proj'"),
+        (
+            lambda: nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(8, 4)}),
+            dict(share=[["a", "b"]]),
+            ValueError,
+            "share puts 'a' and 'b' together, whose in_features are 6 and 8",
+        ),
         (Model, dict(share=[["layers.0.q_proj"]]), ValueError, "use the last part of its name"),
     ],
 )
@@ -230,12 +236,12 @@ def test_sharing(share, expected):
 
 
 def test_layers_that_cannot_share_do_not():
-    """Another input size, dtype or parent."""
+    """Another dtype or parent."""
     model = nn.ModuleDict(
         {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4), "c": nn.Linear(8, 4), "d": nn.Linear(6, 4).double(), "e": nn.ModuleDict()}
     )
     model["e"]["a"] = nn.Linear(6, 4)
-    lrk.to_subspace(model, rank=2, share=[["a", "b", "c", "d"]])
+    lrk.to_subspace(model, rank=2, share=[["a", "b", "d"]])
     assert sharing(model) == [["a", "b"], ["c"], ["d"], ["e.a"]]
 
 

@@ -4,6 +4,7 @@ import os
 import time
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 from nn.layers import Block, projection
@@ -39,6 +40,9 @@ def process(rank, folder):
     model, optimizer = converted()
     parallel = DistributedDataParallel(model)
     parallel.register_comm_hook(None, count)
+    for convert in (lambda: lrk.to_subspace(parallel, rank=2), lambda: lrk.to_dense(parallel)):
+        with pytest.raises(ValueError, match="DistributedDataParallel.* convert it first"):
+            convert()
     for step in range(5):
         parallel(inputs(rank, step)).square().mean().backward()
         optimizer.step()

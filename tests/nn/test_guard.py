@@ -71,6 +71,8 @@ def test_an_optimizer_that_was_built_before_the_conversion_says_so():
         optimizer.step()
     model.requires_grad_(False)  # frozen on purpose
     optimizer.step()
+    torch.optim.AdamW(model.parameters(), lr=0.1).step()
+    model.requires_grad_(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     lrk.to_dense(model)
     with_gradients(model)

@@ -1,6 +1,7 @@
 """What RSOAdamW refuses, with what advice, and that a refusal or a failure changes nothing."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ def test_construction_errors():
         (dict(proximal=-0.1), ValueError, r"proximal must lie in \[0, inf\), got -0.1"),
         (dict(proximal=float("nan")), ValueError, "proximal must lie in"),
         (dict(momentum=1.0), ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
+        (dict(rounding="up"), ValueError, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
+        (dict(rounding="stochastic"), ValueError, r"for bfloat16 layers, got torch.float32 \(group 0, parameter \d+ of shape"),
         (dict(inner="adam"), ValueError, "inner must be one of 'adamw', 'sgd', got 'adam'"),
         (dict(lr=-1.0), ValueError, "lr must be finite and ≥ 0"),
         (dict(betas=(0.9, 1.0)), ValueError, "betas must lie in"),
@@ -113,6 +116,69 @@ def test_a_weight_tied_after_the_conversion_raises():
     with pytest.raises(RuntimeError, match=r"the weight that group 0, .* stands for has a gradient of its own.* untie it"):
         optimizer.step()
     assert same_bits(before, everything(model, optimizer))
+
+
+def test_a_weight_that_is_no_parameter_any_more_raises():
+    model, optimizer = build()
+    random_gradients(model)
+    before = copy.deepcopy(model.layers[1].weight)
+    torch.nn.utils.parametrizations.weight_norm(model.layers[0])
+    with pytest.raises(RuntimeError, match="is no parameter any more, as after weight_norm"):
+        optimizer.step()
+    assert torch.equal(before, model.layers[1].weight)
+
+
+def test_layers_without_a_gradient_in_the_first_outer_step_are_named_once():
+    model, optimizer = build(inner_steps=2)
+
+    def steps(count):
+        for step in range(count):
+            random_gradients(model, step)
+            model.layers[1].coordinates.grad = None
+            optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(1)
+    with pytest.warns(UserWarning, match=r"1 layers had no gradient .* parameter \d+ of shape \(6, 40\): they were not used"):
+        steps(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        steps(4)
+
+
+def test_a_graph_cannot_be_captured(monkeypatch):
+    model, optimizer = build()
+    random_gradients(model)
+    before = everything(model, optimizer)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        optimizer.step()
+    assert same_bits(before, everything(model, optimizer))
+
+
+def test_a_failure_while_p_is_drawn_leaves_the_position_and_the_next_call_goes_on(monkeypatch):
+    (model, optimizer), twin = build(inner_steps=3), build(inner_steps=4)
+    draw, calls = lrk.nn.Subspace._draw, []
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(*arguments)
+
+    for step in range(5):
+        for each, stepped in ((model, optimizer), twin):
+            random_gradients(each, step)
+            if step == 2 and stepped is optimizer:
+                with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(lrk.nn.Subspace, "_draw", fail)
+                    stepped.step()
+            else:
+                stepped.step()
+    assert optimizer.param_groups[0]["outer_step"] == 1 and optimizer.param_groups[0]["inner_step"] == 1
+    assert same_bits(model.state_dict(), twin[0].state_dict())
 
 
 def test_another_optimizer_that_moves_the_same_p_raises():

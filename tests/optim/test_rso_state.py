@@ -25,6 +25,7 @@ OPTIONS = [
     {"proximal": 0.3, "weight_decay": 0.1},
     {"inner": "sgd", "distribution": "rademacher"},
     {"inner": "sgd", "proximal": 0.3, "dtype": torch.bfloat16},
+    {"dtype": torch.bfloat16, "rounding": "stochastic"},
     {"net": Shared},
     {"net": Shared, "share": None, "lr": torch.tensor(0.01)},
 ]
@@ -189,6 +190,29 @@ def test_states_of_layers_without_a_gradient_so_far():
     other.load_state_dict(file["optimizer"])
     train(other_model, other, 2, start=5)
     assert other.state[other_model.up.coordinates]["step"] == 2
+
+
+def test_a_model_that_was_cast_goes_on_in_the_same_states():
+    model, _ = build()
+    optimizer = lrk.RSOAdamW([layer.coordinates for layer in converted(model).values()], inner_steps=7)
+    train(model, optimizer, 5)
+    train(model.double(), optimizer, 5, start=5)
+    layer = next(iter(converted(model).values()))
+    assert {optimizer.state[layer.coordinates][key].dtype for key in ("exp_avg", "exp_avg_sq")} == {torch.float64}
+    assert layer.coordinates.dtype == torch.float64 and optimizer.state[layer.coordinates]["step"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", [lambda o: o.load_state_dict(o.state_dict()), lambda o: o.__setstate__(o.__getstate__())])
+def test_a_group_can_be_added_to_a_resumed_optimizer(how):
+    model, optimizer = build(targets=["layers"])
+    train(model, optimizer, 5)
+    how(optimizer)
+    lrk.to_subspace(model, rank=3, target_modules=["up", "down"])
+    optimizer.add_param_group({"params": [model.up.coordinates, model.down.coordinates], "inner_steps": 2})
+    before = model.up.weight.clone()
+    train(model, optimizer, 3, start=5)
+    assert not torch.equal(before, model.up.weight)
+    assert [group["outer_step"] for group in optimizer.param_groups] == [2, 1]
 
 
 @pytest.mark.parametrize("other", ["sgd", "adamw"])
