@@ -88,7 +88,8 @@ def test_weights_are_rounded_stochastically_as_the_reference_does(implementation
         expected = round_stochastically(value, seed, count)
         # fp32 sums in another order, and N rounded to the basis' 16 bits before a dot, land on the other neighbour now and then.
         assert (weight == expected).float().mean() > 0.8
-        of_n = UPDATE["lr"] * UPDATE["scale"] * 2.0**-8 * reference.orient(basis.double().abs() @ n.double().abs(), right)
+        # The interpreter cuts N to bf16 where a GPU rounds it.
+        of_n = UPDATE["lr"] * UPDATE["scale"] * 2.0**-7 * reference.orient(basis.double().abs() @ n.double().abs(), right)
         assert ((weight.double() - value.double()).abs() <= (2.0**-7 * (value.double().abs() + of_n) + of_n)).all()
         assert not torch.equal(weight, value.bfloat16())
 
