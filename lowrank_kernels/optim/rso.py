@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,21 +14,14 @@ from torch.optim import Optimizer
 from .. import ops, philox, reference
 from ..nn import SubspaceLinear, changes, layer_of
 from ..ops.dispatch import outside_training
-from . import groups
+from . import groups, rso_groups
 from .buckets import check_grad
 from .dense import dense_adamw_step_
 from .loading import load_uncast
+from .rso_groups import Layers, layers_of
 
-INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-"""Inner optimizers, and the tensors (r, out) of their state."""
-OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum", "rounding")
-POSITION = ("outer_step", "inner_step")
-"""Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
 HOST = ("cpu",)
 """Devices whose tensors can be read without waiting."""
-Layers = dict[Tensor, SubspaceLinear]
-"""Coordinates → their layer."""
-
 PART_ELEMENTS = 2**25
 """The gradients of a bucket are copied to fp32 this many elements (128 MiB), or one matrix, at a time."""
 
@@ -98,17 +89,17 @@ class RSOAdamW(Optimizer):
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
         self._known: tuple[Any, list[Layers]] | None = None
-        super().__init__(params, adamw | own | dict.fromkeys(POSITION, 0))
+        super().__init__(params, adamw | own | dict.fromkeys(rso_groups.POSITION, 0))
         if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
             raise TypeError("params are sharded (DTensor), which RSOAdamW does not support yet; replicate the model, as with DDP")
-        if not any(map(_layers_of, self.param_groups)):
+        if not any(map(layers_of, self.param_groups)):
             raise ValueError(
                 "params hold no coordinates of a SubspaceLinear; convert the model with to_subspace before the optimizer is built, or use "
                 "torch.optim.AdamW"
             )
         self._built = True
         for group in self.param_groups:  # when nothing can be refused any more: another optimizer may be at work on these layers
-            _move_subspaces(_layers_of(group), group["outer_step"])
+            _move_subspaces(layers_of(group), group["outer_step"])
 
     # Groups.
 
@@ -119,32 +110,32 @@ class RSOAdamW(Optimizer):
         index = len(self.param_groups) - 1
         try:
             group = self.param_groups[index]
-            groups.check_keys(group, index, ("lr", "betas", "eps", "weight_decay", *OWN_KEYS, *POSITION), "a group of RSOAdamW")
-            _check_values(group, index)
-            _check_rounding(group, index)
+            groups.check_keys(group, index, rso_groups.KEYS, "a group of RSOAdamW")
+            rso_groups.check_values(group, index)
+            rso_groups.check_rounding(group, index)
             self._check_shared(index)
         except BaseException:
             del self.param_groups[index]
             raise
         if self._built:
-            _move_subspaces(_layers_of(group), group["outer_step"])
+            _move_subspaces(layers_of(group), group["outer_step"])
 
     def _check_shared(self, index: int) -> None:
-        earlier = ((other, layer) for other, group in enumerate(self.param_groups[:index]) for layer in _layers_of(group).values())
+        earlier = ((other, layer) for other, group in enumerate(self.param_groups[:index]) for layer in layers_of(group).values())
         owners = {id(layer.subspace): other for other, layer in earlier}
         group = self.param_groups[index]
-        for param, layer in _layers_of(group).items():
+        for param, layer in layers_of(group).items():
             if (owner := owners.get(id(layer.subspace))) is not None:
                 raise ValueError(
-                    f"{_describe(group, index, param)} belongs to a layer that shares P with one in group {owner}; put them into one "
-                    "group, or convert with share=None"
+                    f"{rso_groups.describe(group, index, param)} belongs to a layer that shares P with one in group {owner}; put them "
+                    "into one group, or convert with share=None"
                 )
 
     def _layers(self) -> list[Layers]:
         """The converted layers of each group, found anew where layers or groups have changed since the last time."""
         key = changes(), [len(group["params"]) for group in self.param_groups]
         if self._known is None or self._known[0] != key:
-            found = list(map(_layers_of, self.param_groups))
+            found = list(map(layers_of, self.param_groups))
             self._check_converted(found)
             self._known = key, found
         return self._known[1]
@@ -157,8 +148,8 @@ class RSOAdamW(Optimizer):
                 layer = layer_of(param)
                 if layer is not None and param is layer.weight and layer.coordinates not in owned and layer.coordinates.requires_grad:
                     raise RuntimeError(
-                        f"{_describe(group, index, param)} is the weight of a SubspaceLinear whose coordinates are not in this optimizer; "
-                        "build the optimizer after the conversion, from model.parameters(), or call to_dense(model)"
+                        f"{rso_groups.describe(group, index, param)} is the weight of a SubspaceLinear whose coordinates are not in this "
+                        "optimizer; build the optimizer after the conversion, from model.parameters(), or call to_dense(model)"
                     )
 
     # The step.
@@ -183,13 +174,13 @@ class RSOAdamW(Optimizer):
             )
         work = []
         for index, (group, layers) in enumerate(zip(self.param_groups, self._layers(), strict=True)):
-            _check_values(group, index)
-            _check_rounding(group, index)
+            rso_groups.check_values(group, index)
+            rso_groups.check_rounding(group, index)
             for param_index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     check_grad(group, index, param_index)
             for param, layer in layers.items():
-                _check_layer(layer, group, index, param)
+                rso_groups.check_layer(layer, group, index, param)
             # What has the state of coordinates and no layer belonged to one that is dense again.
             others = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
             work.append((group, layers, others))
@@ -197,10 +188,13 @@ class RSOAdamW(Optimizer):
             dense_adamw_step_(group | {"params": others, "capturable": False}, self.state, grad_scale, found_inf)
             for part in _parts({param: layer for param, layer in layers.items() if param.grad is not None}):
                 self._step_layers(part, group, grad_scale, found_inf)
-        for group, layers, _ in work:
+        for group in self.param_groups:
             group["inner_step"] += 1
+        for index, (group, layers, _) in enumerate(work):
             if group["inner_step"] >= group["inner_steps"]:
                 self._next_outer_step(group, layers)
+                if group["outer_step"] == 1:
+                    self._warn_of_unused(group, index, layers)
 
     def _step_layers(self, part: Layers, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         params, weights = list(part), [layer.weight for layer in part.values()]
@@ -240,12 +234,12 @@ class RSOAdamW(Optimizer):
         """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""
         state = self.state[param]
         wide = torch.promote_types(param.dtype, torch.float32)
-        if any(key not in state for key in INNER[group["inner"]]):
-            for key in (key for keys in INNER.values() for key in keys):
+        if any(key not in state for key in rso_groups.INNER[group["inner"]]):
+            for key in (key for keys in rso_groups.INNER.values() for key in keys):
                 state.pop(key, None)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer.subspace.fingerprint
-            state |= {key: torch.zeros(param.shape, dtype=wide, device=param.device) for key in INNER[group["inner"]]}
+            state |= {key: torch.zeros(param.shape, dtype=wide, device=param.device) for key in rso_groups.INNER[group["inner"]]}
         elif any(isinstance(value, Tensor) and value.dtype != wide for key, value in state.items() if key != "step"):  # the model was cast
             state |= {key: value.to(wide) for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         if group["proximal"] and "displacement" not in state:
@@ -260,19 +254,20 @@ class RSOAdamW(Optimizer):
             raise
         group["inner_step"] = 0
         group["outer_step"] += 1
-        unused = [param for param in layers if param not in self.state and param.requires_grad]
-        if unused and group["outer_step"] == 1:
-            index = next(index for index, each in enumerate(self.param_groups) if each is group)
-            warnings.warn(
-                f"{len(unused)} layers had no gradient in a whole outer step and did not move, the first one that of "
-                f"{_describe(group, index, unused[0])}: they were not used, or their weights are used outside of their own forward, by "
-                "which coordinates get no gradient; leave such layers out of target_modules",
-                stacklevel=2,
-            )
         for param in layers:
             for value in self.state.get(param, {}).values():
                 if isinstance(value, Tensor):
                     value.zero_()
+
+    def _warn_of_unused(self, group: dict[str, Any], index: int, layers: Layers) -> None:
+        unused = [param for param in layers if param not in self.state and param.requires_grad]
+        if unused:
+            warnings.warn(
+                f"{len(unused)} layers had no gradient in a whole outer step and did not move, the first one that of "
+                f"{rso_groups.describe(group, index, unused[0])}: they were not used, or their weights are used outside of their own "
+                "forward, by which coordinates get no gradient; leave such layers out of target_modules",
+                stacklevel=2,
+            )
 
     # State.
 
@@ -290,14 +285,14 @@ class RSOAdamW(Optimizer):
 
     def _check_loaded(self, incoming: dict[str, Any]) -> dict[str, Any]:
         for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):
-            if missing := [key for key in (*OWN_KEYS, *POSITION) if key not in saved]:
+            if missing := [key for key in (*rso_groups.OWN_KEYS, *rso_groups.POSITION) if key not in saved]:
                 raise ValueError(f"the checkpoint's group {index} has no {missing[0]!r}; it was saved for another optimizer")
             if len(group["params"]) != len(saved["params"]):
                 continue  # torch says so
-            _check_values(dict(saved), index)
-            layers = _layers_of(group)
+            rso_groups.check_values(dict(saved), index)
+            layers = layers_of(group)
             for param, saved_id in zip(group["params"], saved["params"], strict=True):
-                state, where = incoming["state"].get(saved_id), _describe(group, index, param)
+                state, where = incoming["state"].get(saved_id), rso_groups.describe(group, index, param)
                 if state and ("subspace" in state) != (param in layers):
                     kinds = ("an ordinary parameter", "coordinates of a SubspaceLinear")
                     raise ValueError(
@@ -305,12 +300,12 @@ class RSOAdamW(Optimizer):
                         "convert the model as it was when the checkpoint was saved"
                     )
                 if state and param in layers:
-                    _check_loaded_state(state, layers[param], where)
+                    rso_groups.check_loaded_state(state, layers[param], where)
         return incoming
 
     def _restore(self, final: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
-            layers = _layers_of(group)
+            layers = layers_of(group)
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
                 state, wide = self.state[param] if param in self.state else {}, torch.promote_types(param.dtype, torch.float32)
                 for key, value in final["state"].get(saved_id, {}).items():
@@ -324,15 +319,6 @@ class RSOAdamW(Optimizer):
                     else:
                         state[key] = state[key].clone()
             _move_subspaces(layers, group["outer_step"])
-
-
-def _layers_of(group: dict[str, Any]) -> Layers:
-    found = ((param, layer_of(param)) for param in group["params"])
-    return {param: layer for param, layer in found if layer is not None and param is layer.coordinates}
-
-
-def _describe(group: dict[str, Any], index: int, param: Tensor) -> str:
-    return groups.describe(group, index, next(place for place, each in enumerate(group["params"]) if each is param))
 
 
 def _move_subspaces(layers: Layers, outer_step: int) -> None:
@@ -375,73 +361,3 @@ def _rounding_seeds(part: Layers, group: dict[str, Any], device: torch.device) -
     places = {param: place for place, param in enumerate(group["params"])}
     seeds = [philox.derive_seed(layer.subspace.fingerprint, group["outer_step"], places[param]) for param, layer in part.items()]
     return philox.seed_tensor(seeds, device)
-
-
-def _check_layer(layer: SubspaceLinear, group: dict[str, Any], index: int, param: Tensor) -> None:
-    if layer.subspace.outer_step != group["outer_step"]:
-        raise RuntimeError(
-            f"P of {_describe(group, index, param)} is that of outer step {layer.subspace.outer_step} and the optimizer is at "
-            f"{group['outer_step']}: another optimizer moves it. Layers that share P belong into one group of one optimizer; or convert "
-            "with share=None"
-        )
-    if not isinstance(layer.weight, torch.nn.Parameter):
-        raise RuntimeError(
-            f"the weight that {_describe(group, index, param)} stands for is no parameter any more, as after weight_norm or pruning; undo "
-            "that, or leave that layer out of target_modules"
-        )
-    if layer.weight.grad is not None:
-        raise RuntimeError(
-            f"the weight that {_describe(group, index, param)} stands for has a gradient of its own, from a module that it was tied to "
-            "after the conversion, or from a use outside of its layer; untie it, or leave that layer out of target_modules"
-        )
-
-
-def _check_loaded_state(state: dict[str, Any], layer: SubspaceLinear, where: str) -> None:
-    rank, out = wanted = tuple(layer.coordinates.shape)
-    if "step" not in state or not any(all(key in state for key in keys) for keys in INNER.values()):
-        raise ValueError(f"the checkpoint's state of {where} lacks {', '.join(INNER['adamw'])} or step; it is of another optimizer")
-    for key, value in state.items():
-        if key == "step" or not isinstance(value, Tensor) or value.shape == wanted:
-            continue
-        if value.dim() == 2 and value.shape[1] == out:
-            raise ValueError(
-                f"the checkpoint was saved at rank {value.shape[0]} and {where} has rank {rank}; convert the model with "
-                f"rank={value.shape[0]}, or, to change the rank, load the model's checkpoint alone and start with a new optimizer"
-            )
-        raise ValueError(f"the checkpoint's {key} is {tuple(value.shape)}, expected {wanted} ({where}); it was saved for another model")
-    if state["subspace"] != layer.subspace.fingerprint:
-        raise ValueError(
-            f"the checkpoint's subspaces are others than those of {where}: convert the model with the seed, distribution, target_modules "
-            "and share that it had when the checkpoint was saved"
-        )
-
-
-def _check_values(group: dict[str, Any], index: int) -> None:
-    """Every value of a group, also of one that was loaded or changed since."""
-    groups.check_adamw(group, index)
-    where = groups.describe(group, index)
-    for key in ("inner_steps", *POSITION):
-        least = 1 if key == "inner_steps" else 0
-        if not groups.is_number(group[key], Integral):
-            raise TypeError(f"{key} must be an int, got {group[key]!r} ({where})")
-        group[key] = int(group[key])
-        if group[key] < least:
-            raise ValueError(f"{key} must be an int ≥ {least}, got {group[key]} ({where})")
-    for key, below in (("proximal", math.inf), ("momentum", 1.0)):
-        if not groups.is_number(group[key]):
-            raise TypeError(f"{key} must be a float, got {group[key]!r} ({where})")
-        group[key] = float(group[key])
-        if not 0 <= group[key] < below:
-            raise ValueError(f"{key} must lie in [0, {below:g}), got {group[key]} ({where})")
-    for key, choices in (("inner", tuple(INNER)), ("rounding", groups.ROUNDINGS)):
-        if group[key] not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, got {group[key]!r} ({where})")
-
-
-def _check_rounding(group: dict[str, Any], index: int) -> None:
-    for param, layer in _layers_of(group).items() if group["rounding"] == "stochastic" else ():
-        if layer.weight.dtype != torch.bfloat16:
-            raise ValueError(
-                f"rounding='stochastic' is for bfloat16 layers, got {layer.weight.dtype} ({_describe(group, index, param)}); put it into a "
-                "group without"
-            )

@@ -1,0 +1,101 @@
+"""What a group of RSOAdamW may hold: its keys, where it stands, its converted layers, and every check that can be made of them."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nn import SubspaceLinear, layer_of
+from . import groups
+
+INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+"""Inner optimizers, and the tensors (r, out) of their state."""
+OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum", "rounding")
+POSITION = ("outer_step", "inner_step")
+"""Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
+KEYS = ("lr", "betas", "eps", "weight_decay", *OWN_KEYS, *POSITION)
+Layers = dict[Tensor, SubspaceLinear]
+"""Coordinates → their layer."""
+
+
+def layers_of(group: dict[str, Any]) -> Layers:
+    found = ((param, layer_of(param)) for param in group["params"])
+    return {param: layer for param, layer in found if layer is not None and param is layer.coordinates}
+
+
+def describe(group: dict[str, Any], index: int, param: Tensor) -> str:
+    return groups.describe(group, index, next(place for place, each in enumerate(group["params"]) if each is param))
+
+
+def check_values(group: dict[str, Any], index: int) -> None:
+    """Every value of a group, also of one that was loaded or changed since."""
+    groups.check_adamw(group, index)
+    where = groups.describe(group, index)
+    for key in ("inner_steps", *POSITION):
+        least = 1 if key == "inner_steps" else 0
+        if not groups.is_number(group[key], Integral):
+            raise TypeError(f"{key} must be an int, got {group[key]!r} ({where})")
+        group[key] = int(group[key])
+        if group[key] < least:
+            raise ValueError(f"{key} must be an int ≥ {least}, got {group[key]} ({where})")
+    for key, below in (("proximal", math.inf), ("momentum", 1.0)):
+        if not groups.is_number(group[key]):
+            raise TypeError(f"{key} must be a float, got {group[key]!r} ({where})")
+        group[key] = float(group[key])
+        if not 0 <= group[key] < below:
+            raise ValueError(f"{key} must lie in [0, {below:g}), got {group[key]} ({where})")
+    for key, choices in (("inner", tuple(INNER)), ("rounding", groups.ROUNDINGS)):
+        if group[key] not in choices:
+            raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, got {group[key]!r} ({where})")
+
+
+def check_rounding(group: dict[str, Any], index: int) -> None:
+    for param, layer in layers_of(group).items() if group["rounding"] == "stochastic" else ():
+        if layer.weight.dtype != torch.bfloat16:
+            raise ValueError(
+                f"rounding='stochastic' is for bfloat16 layers, got {layer.weight.dtype} ({describe(group, index, param)}); put it into a "
+                "group without"
+            )
+
+
+def check_layer(layer: SubspaceLinear, group: dict[str, Any], index: int, param: Tensor) -> None:
+    if layer.subspace.outer_step != group["outer_step"]:
+        raise RuntimeError(
+            f"P of {describe(group, index, param)} is that of outer step {layer.subspace.outer_step} and the optimizer is at "
+            f"{group['outer_step']}: another optimizer moves it. Layers that share P belong into one group of one optimizer; or convert "
+            "with share=None"
+        )
+    if not isinstance(layer.weight, torch.nn.Parameter):
+        raise RuntimeError(
+            f"the weight that {describe(group, index, param)} stands for is no parameter any more, as after weight_norm or pruning; undo "
+            "that, or leave that layer out of target_modules"
+        )
+    if layer.weight.grad is not None:
+        raise RuntimeError(
+            f"the weight that {describe(group, index, param)} stands for has a gradient of its own, from a module that it was tied to "
+            "after the conversion, or from a use outside of its layer; untie it, or leave that layer out of target_modules"
+        )
+
+
+def check_loaded_state(state: dict[str, Any], layer: SubspaceLinear, where: str) -> None:
+    rank, out = wanted = tuple(layer.coordinates.shape)
+    if "step" not in state or not any(all(key in state for key in keys) for keys in INNER.values()):
+        raise ValueError(f"the checkpoint's state of {where} lacks {', '.join(INNER['adamw'])} or step; it is of another optimizer")
+    for key, value in state.items():
+        if key == "step" or not isinstance(value, Tensor) or value.shape == wanted:
+            continue
+        if value.dim() == 2 and value.shape[1] == out:
+            raise ValueError(
+                f"the checkpoint was saved at rank {value.shape[0]} and {where} has rank {rank}; convert the model with "
+                f"rank={value.shape[0]}, or, to change the rank, load the model's checkpoint alone and start with a new optimizer"
+            )
+        raise ValueError(f"the checkpoint's {key} is {tuple(value.shape)}, expected {wanted} ({where}); it was saved for another model")
+    if state["subspace"] != layer.subspace.fingerprint:
+        raise ValueError(
+            f"the checkpoint's subspaces are others than those of {where}: convert the model with the seed, distribution, target_modules "
+            "and share that it had when the checkpoint was saved"
+        )
