@@ -209,12 +209,14 @@ def _short(count: int) -> str:
     return f"{count / 1e6:.3g} M" if count < 1e9 else f"{count / 1e9:.3g} B"
 
 
-def describe(settings: Settings) -> str:
+def describe(plan: Plan) -> str:
+    settings = plan.settings
     size = llama.SIZES[settings.model]
     parameters = llama.parameter_count(size, text.VOCAB_SIZE, settings.tie_head)
+    of_rso = f"; RSO rank {settings.rso_rank}, every {settings.inner_steps}" if "rso" in plan.lr else ""
     return (
         f"{settings.model} ({_short(parameters)} parameters), rank {settings.rank} of {size.hidden}, "
-        f"refresh every {settings.update_proj_gap} steps"
+        f"refresh every {settings.update_proj_gap} steps{of_rso}"
     )
 
 
@@ -227,7 +229,7 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: i
     settings = plan.settings
     plan.save(directory / PLAN)
     where = f"{settings.dtype} on {settings.device} ({settings.threads} threads)"
-    console.print(f"{describe(settings)}, seed {settings.seed}, {where}", highlight=False)
+    console.print(f"{describe(plan)}, seed {settings.seed}, {where}", highlight=False)
     console.print(str(corpus), highlight=False)
 
     status, runs = 0, {}
@@ -268,7 +270,7 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: i
     record = {"settings": dataclasses.asdict(settings), "lr": plan.lr, "torch": torch.__version__, "results": summaries}
     write_atomically(directory / SUMMARY, lambda file: file.write(json.dumps(record, indent=2).encode() + b"\n"))
     console.print()
-    console.print(table(summaries, title=f"{describe(settings)}, {settings.steps} steps, seed {settings.seed}"))
+    console.print(table(summaries, title=f"{describe(plan)}, {settings.steps} steps, seed {settings.seed}"))
     written = [*(f"{method}.jsonl" for method in runs), SUMMARY]
     if _draw(directory / PICTURE, plan, corpus, runs):
         written.append(PICTURE)
@@ -290,7 +292,7 @@ def _draw(path: Path, plan: Plan, corpus: text.Corpus, runs: dict[str, list[dict
     draw(
         path,
         runs,
-        title=describe(settings),
+        title=describe(plan),
         subtitle=f"{corpus.name}; {length}; peak lr {rates}",
         random_overlap=min(1.0, settings.rank / llama.SIZES[settings.model].hidden),
     )

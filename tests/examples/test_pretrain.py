@@ -278,6 +278,7 @@ def test_without_rich_it_says_what_to_install(pretrain_process, tmp_path):
 def test_a_log_has_plain_lines(finished):
     _, printed = finished
     assert "\x1b" not in printed and "\r" not in printed
+    assert "rank 4 of 128, refresh every 2 steps; RSO rank 8, every 2" in printed
     assert sum(line.strip().startswith("I3S") and "held-out" in line for line in printed.splitlines()) >= 2
 
 
