@@ -66,12 +66,27 @@ def test_state_bytes_counts_every_tensor():
     assert training.state_bytes(optimizer) == 2 * 15 * 4 + 4  # two moments, and the step as one fp32
 
 
+def test_rso_is_built_as_the_settings_say():
+    from methods import METHODS
+
+    settings = dataclasses.replace(
+        MICRO, dtype="bf16", rso_rank=5, inner_steps=7, distribution="haar", rounding="stochastic", weight_decay=0.1
+    )
+    model = training.build_model(settings)
+    (group,) = METHODS["rso"].build(model, 1e-3, settings).param_groups
+    assert [group[key] for key in ("inner_steps", "rounding", "weight_decay", "lr")] == [7, "stochastic", 0.1, 1e-3]
+    subspace = model.layers[0].mlp.gate_proj.subspace
+    assert (subspace.rank, subspace.distribution, subspace.seed) == (5, "haar", settings.seed)
+
+
 def test_saved_activations_are_counted_once_and_without_parameters():
     """Of a model that is embedding, one projection and logits: x for the projection, Z where it is a SubspaceLinear."""
     tokens = torch.randint(256, (3, 17), generator=torch.Generator().manual_seed(0))
     model = training.build_model(dataclasses.replace(MICRO, model="tiny"))
     dense = memory.saved_activation_bytes(model, tokens)
     assert dense == memory.saved_activation_bytes(model, tokens)
+    # All but the angles of positions grows with the batch; the parameters are 1.9 MB.
+    assert 2 * dense - memory.saved_activation_bytes(model, tokens.repeat(2, 1)) < 10_000
     with torch.no_grad():
         assert memory.saved_activation_bytes(model, tokens) == 0
     for parameter in model.parameters():

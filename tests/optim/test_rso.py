@@ -271,3 +271,22 @@ def test_gradients_of_no_rank_and_of_any_size_leave_everything_finite(dtype, inn
                 layer.coordinates.grad[0] = 1.0
         optimizer.step()
         assert all(layer.weight.isfinite().all() for layer in converted(model).values())
+
+
+def test_every_layer_update_and_outer_step_is_rounded_by_its_own_bits():
+    """Weights that only decay, from the same values each time: what differs is the rounding."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"q_proj": nn.Linear(40, 40, bias=False), "k_proj": nn.Linear(40, 40, bias=False)}).bfloat16()
+    start = model["q_proj"].weight.detach().clone()
+    optimizer = lrk.RSOAdamW(lrk.to_subspace(model, rank=4).parameters(), lr=1e-2, weight_decay=0.1, inner_steps=2, rounding="stochastic")
+    found = []
+    for _ in range(4):
+        for layer in model.values():
+            with torch.no_grad():
+                layer.weight.copy_(start)
+            layer.coordinates.grad = torch.zeros_like(layer.coordinates)
+        optimizer.step()
+        found += [layer.weight.detach().clone() for layer in model.values()]
+    assert not any(torch.equal(a, b) for index, a in enumerate(found) for b in found[:index])
+    # To nearest, a decay by a thousandth would move no weight.
+    assert torch.stack(found).double().sub(start.double() * (1 - 1e-3)).mean().abs() < 1e-5

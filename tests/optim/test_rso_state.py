@@ -202,12 +202,16 @@ def test_a_model_that_was_cast_goes_on_in_the_same_states():
     assert layer.coordinates.dtype == torch.float64 and optimizer.state[layer.coordinates]["step"].dtype == torch.float32
 
 
-@pytest.mark.parametrize("how", [lambda o: o.load_state_dict(o.state_dict()), lambda o: o.__setstate__(o.__getstate__())])
-def test_a_group_can_be_added_to_a_resumed_optimizer(how):
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_group_can_be_added_to_a_resumed_optimizer(copied):
     model, optimizer = build(targets=["layers"])
     train(model, optimizer, 5)
-    how(optimizer)
+    if copied:
+        model, optimizer = copy.deepcopy((model, optimizer))
+    else:
+        optimizer.load_state_dict(optimizer.state_dict())
     lrk.to_subspace(model, rank=3, target_modules=["up", "down"])
+    model.down.subspace.move_to(7)  # as another optimizer would have left it
     optimizer.add_param_group({"params": [model.up.coordinates, model.down.coordinates], "inner_steps": 2})
     before = model.up.weight.clone()
     train(model, optimizer, 3, start=5)
@@ -361,3 +365,11 @@ def test_names_of_parameters_stand_in_messages():
     optimizer = lrk.RSOAdamW(model.named_parameters(), inner_steps=4)
     with pytest.raises(ValueError, match=re.escape("group 0, parameter 'up.coordinates' of shape (6, 40) has rank 6")):
         optimizer.load_state_dict(saved_by(rank=4))
+
+
+def test_a_new_optimizer_starts_with_the_first_ps():
+    model, optimizer = build()
+    first = {name: matrix(layer).clone() for name, layer in converted(model).items()}
+    train(model, optimizer, 9)
+    lrk.RSOAdamW(model.parameters())
+    assert all(torch.equal(matrix(layer), first[name]) for name, layer in converted(model).items())

@@ -218,3 +218,15 @@ def test_changed_rank_after_steps_is_an_error_that_changes_nothing():
         train(model, optimizer, 1)
     optimizer.param_groups[1]["rank"] = 6
     assert same_bits(before, (model.state_dict(), optimizer.state_dict()))
+
+
+def test_moments_of_any_strides_go_on():
+    (model, optimizer), (twin, other) = build(), build()
+    train(model, optimizer, 3)
+    train(twin, other, 3)
+    saved = copy.deepcopy(other.state_dict())
+    for state in saved["state"].values():
+        state |= {key: state[key].mT.contiguous().mT for key in ("exp_avg", "exp_avg_sq") if state[key].dim() == 2}
+    other.load_state_dict(saved)
+    assert train(model, optimizer, 3, start=3) == train(twin, other, 3, start=3)
+    assert same_bits(dict(model.state_dict()), dict(twin.state_dict()))
