@@ -54,7 +54,7 @@ def to_subspace(
     Raises:
         ValueError: rank outside 1…in_features, an unknown distribution, target_modules that match nothing or nothing that can be
             converted, a layer that is converted already, a weight that another module uses too, a model in DistributedDataParallel, which
-        has to be put around the converted one. The model is then as it was.
+        has to be put around the converted one. TypeError: a seed that is no int, a sharded weight. The model is then as it was.
     """
     _check_not_wrapped(model)
     layers = _convertible(model, target_modules)

@@ -14,7 +14,7 @@ from ..ops.dispatch import outside_training
 from . import buckets, groups, scaler
 from .buckets import Bucket
 from .dense import dense_adamw_step_
-from .loading import load_uncast
+from .loading import load_uncast, restore_dense
 
 
 class LowRankOptimizer(Optimizer):
@@ -331,16 +331,17 @@ class LowRankOptimizer(Optimizer):
     def _restore_states(self, final: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
-                for key, value in final["state"].get(saved_id, {}).items():
+                saved = final["state"].get(saved_id, {})
+                if not groups.is_low_rank(group):
+                    restore_dense(self.state.get(param, {}), saved, param)
+                    continue
+                for key, value in saved.items():
                     if not isinstance(value, Tensor):
                         continue
-                    if groups.is_low_rank(group) and key == "basis":
+                    if key == "basis":
                         self.state[param][key] = subspaces.own_memory(value.detach().to(param.device))
-                    elif groups.is_low_rank(group) or key == "step":  # torch's fused AdamW wants its step beside the parameter
-                        # Row-major, which the step relies on.
+                    else:  # row-major, which the step relies on
                         self.state[param][key] = value.detach().to(param.device, copy=True, memory_format=torch.contiguous_format)
-                    else:
-                        self.state[param][key] = self.state[param][key].clone()
 
 
 def _check_capture(bucket: Bucket) -> None:

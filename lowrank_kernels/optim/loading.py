@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
@@ -37,3 +38,10 @@ def load_uncast(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:
+    """The loaded state of a parameter that torch's AdamW moves, in memory of its own; its fused kernel wants `step` beside the parameter."""
+    for key, value in saved.items():
+        if isinstance(value, Tensor):
+            state[key] = value.detach().to(param.device, copy=True) if key == "step" else state[key].clone()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..nn import SubspaceLinear
 from ..targets import is_linear, matching_modules
 from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS
 
@@ -30,7 +31,7 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
         [{"params": everything else}, {"params": projected weights, "rank": rank, **options}].
 
     Raises:
-        ValueError: an unknown option; target_modules that match nothing, or nothing that can be projected.
+        ValueError: an unknown option; target_modules that match nothing, nothing that can be projected, or a SubspaceLinear.
     """
     allowed = (*LOW_RANK_DEFAULTS, *ADAMW_KEYS)
     for key in options:
@@ -39,6 +40,11 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             hint = f"did you mean {nearest[0]!r}?" if nearest else f"known options are {', '.join(allowed)}"
             raise ValueError(f"unknown option {key!r} for param_groups; {hint}")
     matched = matching_modules(model, target_modules)
+    for name, module in matched.items():
+        if isinstance(module, SubspaceLinear):
+            raise ValueError(
+                f"{name!r} is a SubspaceLinear, which only RSOAdamW moves; build RSOAdamW(model.parameters()), or call to_dense(model)"
+            )
     projected = {}
     for name, module in matched.items():
         for parameter in _projectable(module, experts=target_modules != "all-linear"):

@@ -17,7 +17,7 @@ from ..ops.dispatch import outside_training
 from . import groups, rso_groups
 from .buckets import check_grad
 from .dense import dense_adamw_step_
-from .loading import load_uncast
+from .loading import load_uncast, restore_dense
 from .rso_groups import Layers, layers_of
 
 HOST = ("cpu",)
@@ -112,7 +112,7 @@ class RSOAdamW(Optimizer):
             group = self.param_groups[index]
             groups.check_keys(group, index, rso_groups.KEYS, "a group of RSOAdamW")
             rso_groups.check_values(group, index)
-            rso_groups.check_rounding(group, index)
+            rso_groups.check_rounding(group, index, layers_of(group))
             self._check_shared(index)
         except BaseException:
             del self.param_groups[index]
@@ -175,7 +175,7 @@ class RSOAdamW(Optimizer):
         work = []
         for index, (group, layers) in enumerate(zip(self.param_groups, self._layers(), strict=True)):
             rso_groups.check_values(group, index)
-            rso_groups.check_rounding(group, index)
+            rso_groups.check_rounding(group, index, layers)
             for param_index, param in enumerate(group["params"]):
                 if param.grad is not None:
                     check_grad(group, index, param_index)
@@ -307,17 +307,15 @@ class RSOAdamW(Optimizer):
         for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
             layers = layers_of(group)
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
-                state, wide = self.state[param] if param in self.state else {}, torch.promote_types(param.dtype, torch.float32)
-                for key, value in final["state"].get(saved_id, {}).items():
-                    if not isinstance(value, Tensor):
-                        continue
-                    if param in layers:
+                state, saved = self.state.get(param, {}), final["state"].get(saved_id, {})
+                if param not in layers:
+                    restore_dense(state, saved, param)
+                    continue
+                wide = torch.promote_types(param.dtype, torch.float32)
+                for key, value in saved.items():
+                    if isinstance(value, Tensor):
                         dtype = torch.float32 if key == "step" else wide
                         state[key] = value.detach().to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
-                    elif key == "step":  # torch's fused AdamW wants it beside the parameter
-                        state[key] = value.detach().to(param.device, copy=True)
-                    else:
-                        state[key] = state[key].clone()
             _move_subspaces(layers, group["outer_step"])
 
 

@@ -53,8 +53,8 @@ def check_values(group: dict[str, Any], index: int) -> None:
             raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, got {group[key]!r} ({where})")
 
 
-def check_rounding(group: dict[str, Any], index: int) -> None:
-    for param, layer in layers_of(group).items() if group["rounding"] == "stochastic" else ():
+def check_rounding(group: dict[str, Any], index: int, layers: Layers) -> None:
+    for param, layer in layers.items() if group["rounding"] == "stochastic" else ():
         if layer.weight.dtype != torch.bfloat16:
             raise ValueError(
                 f"rounding='stochastic' is for bfloat16 layers, got {layer.weight.dtype} ({describe(group, index, param)}); put it into a "

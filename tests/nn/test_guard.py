@@ -49,6 +49,14 @@ def test_other_optimizers_refuse_coordinates_and_take_the_model_once_it_is_dense
     optimizer.step(closure)
 
 
+def test_groups_for_low_rank_adamw_are_not_made_of_converted_layers():
+    """Whose weights are frozen, and not to be unfrozen for it."""
+    model = lrk.to_subspace(Block(dtype=torch.float32), rank=4, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="'q_proj' is a SubspaceLinear.* RSOAdamW.* to_dense"):
+        lrk.param_groups(model, rank=2)
+    assert len(lrk.param_groups(lrk.to_dense(model), rank=2)[1]["params"]) == 4
+
+
 def test_a_layer_of_one_group_added_later():
     model = lrk.to_subspace(Block(dtype=torch.float32), rank=4)
     with_gradients(model)

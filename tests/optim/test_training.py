@@ -14,31 +14,6 @@ from lowrank_kernels.optim import adamw as adamw_module
 from lowrank_kernels.optim import base
 
 
-@pytest.mark.parametrize(
-    "scheduler_of",
-    [
-        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: min(1, (step + 1) / 5)),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.05, total_steps=20),  # also cycles betas and adds keys
-        lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, T_0=5),
-    ],
-)
-def test_lr_schedulers_resume(scheduler_of):
-    def fresh():
-        model, optimizer = build()
-        return model, optimizer, scheduler_of(optimizer)
-
-    model, optimizer, scheduler = fresh()
-    losses = train(model, optimizer, 14, scheduler=scheduler)
-    stopped = fresh()
-    train(stopped[0], stopped[1], 6, scheduler=stopped[2])
-    resumed = fresh()
-    for new, old in zip(resumed, stopped, strict=True):
-        new.load_state_dict(old.state_dict())
-    assert train(resumed[0], resumed[1], 8, start=6, scheduler=resumed[2]) == losses[6:]
-    assert same_bits(model.state_dict(), resumed[0].state_dict())
-    assert len({group["lr"] for group in optimizer.param_groups}) == 1
-
-
 def test_the_learning_rate_is_read_each_step():
     model, optimizer = build(weight_decay=0.5)
     train(model, optimizer, 2)
@@ -52,26 +27,6 @@ def test_the_learning_rate_is_read_each_step():
 def test_tensor_lr_equals_float_lr():
     runs = [build(lr=lr) for lr in (0.0078125, torch.tensor(0.0078125))]
     assert train(*runs[0], 6) == train(*runs[1], 6)
-
-
-def test_closure_runs_once_with_gradients_and_its_loss_comes_back():
-    model, optimizer = build()
-    plain_model, plain_optimizer = build()
-    expected = train(plain_model, plain_optimizer, 5)
-    found, modes = [], []
-    for step in range(5):
-        x, y = batch(step)
-
-        def closure(x=x, y=y):
-            modes.append(torch.is_grad_enabled())
-            optimizer.zero_grad()
-            loss = (model(x) - y).square().mean()
-            loss.backward()
-            return loss
-
-        found.append(optimizer.step(closure).item())
-    assert found == expected and modes == [True] * 5
-    assert same_bits(model.state_dict(), plain_model.state_dict())
 
 
 def test_missing_gradients_and_a_step_count_of_its_own():
@@ -164,15 +119,6 @@ def test_named_parameters():
     assert optimizer.param_groups[0]["param_names"] == ["layer.weight"]
     with pytest.raises(ValueError, match=r"group 0, parameter 'layer.bias' of shape \(6,\)"):
         lrk.LowRankAdamW([{"params": [("layer.bias", model.bias)], "rank": 2}])
-
-
-def test_step_hooks():
-    model, optimizer = build()
-    calls = []
-    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
-    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
-    train(model, optimizer, 2)
-    assert calls == ["before", "after"] * 2
 
 
 def test_grad_scaler_with_finite_gradients_changes_nothing():
@@ -317,22 +263,6 @@ def test_compiled_model(backend):
     assert len(groups[1]["params"]) == 3, "the wrapper's prefix is not part of a name"
 
 
-def test_step_inside_a_compiled_function():
-    model, optimizer = build()
-    plain_model, plain_optimizer = build()
-
-    def training_step(x, y):
-        loss = (model(x) - y).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss
-
-    compiled = torch.compile(training_step, backend="aot_eager")
-    losses = [compiled(*batch(step)).item() for step in range(5)]
-    assert losses == pytest.approx(train(plain_model, plain_optimizer, 5), rel=1e-5)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
 def test_groups_on_several_devices():
@@ -430,15 +360,3 @@ def test_bad_gradients_are_refused_before_anything_moves():
     sparse_dense = lrk.LowRankAdamW([table])
     with pytest.raises(TypeError, match="the gradient is sparse .* in group 0"):
         sparse_dense.step()
-
-
-def test_a_step_under_autocast_is_the_step_outside_of_it():
-    inside, outside = build(), build()
-    for (model, optimizer), enabled in ((inside, True), (outside, False)):
-        for number in range(5):
-            torch.manual_seed(number)
-            for parameter in model.parameters():
-                parameter.grad = torch.randn_like(parameter)
-            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                optimizer.step()
-    assert same_bits([*inside[0].parameters()], [*outside[0].parameters()])
