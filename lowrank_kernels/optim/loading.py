@@ -41,7 +41,7 @@ def load_uncast(
 
 
 def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:
-    """The loaded state of a parameter that torch's AdamW moves, in memory of its own; its fused kernel wants `step` beside the parameter."""
+    """The loaded state of a parameter that torch's AdamW moves, in memory of its own; its fused kernel wants `step` beside it."""
     for key, value in saved.items():
         if isinstance(value, Tensor):
             state[key] = value.detach().to(param.device, copy=True) if key == "step" else state[key].clone()

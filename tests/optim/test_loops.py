@@ -1,12 +1,15 @@
 """What a training loop expects of any optimizer: schedulers, closures, hooks, autocast around a step, a compiled loop."""
 
+import functools
+
 import pytest
 import torch
 from optim import models, rso_runs
 from optim.models import batch, same_bits, train
 from optim.rso_runs import everything, random_gradients
 
-pytestmark = pytest.mark.parametrize("build", [models.build, rso_runs.build], ids=["LowRankAdamW", "RSOAdamW"])
+BUILDS = {"LowRankAdamW": models.build, "RSOAdamW": functools.partial(rso_runs.build, proximal=0.1)}
+pytestmark = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 
 
 @pytest.mark.parametrize(
