@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from .source_digest import digest
+
 _PACKAGE = Path(__file__).resolve().parent
 _OVERRIDE = "LOWRANK_KERNELS_LIBRARY"
-_SOURCES = (".cpp", ".h", ".cu", ".cuh")
 _SLOWER = "the subspace refresh runs in PyTorch (slower)"
 
 
@@ -79,7 +80,7 @@ def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Findi
         return Finding(f"{built}, but the library is gone: {_rebuild(package)}", unexpected=True)
     if _abi(facts["torch"]) != _abi(torch_version):
         return Finding(f"built for torch {facts['torch']} but torch {torch_version} is running: {_rebuild(package)}", unexpected=True)
-    if _stale(package, library):
+    if _stale(package, facts):
         return Finding(f"{built}, but csrc/ has changed since: {_rebuild(package)}", unexpected=True)
     return Finding(f"{built}, loaded from {library}", library)
 
@@ -96,13 +97,10 @@ def _abi(version: str) -> str:
     return release.group(1) if release else version
 
 
-def _stale(package: Path, library: Path) -> bool:
-    """In a source tree: whether a source is newer than the library. One that registers an operator with another schema than the
-    operator now has would end the process: C++ exceptions do not pass through dlopen."""
-    if not (package.parent / "setup.py").is_file():
-        return False
-    built = library.stat().st_mtime
-    return any(path.stat().st_mtime > built for path in (package.parent / "csrc").rglob("*") if path.suffix in _SOURCES)
+def _stale(package: Path, facts: dict) -> bool:
+    """In a source tree: whether csrc/ holds other sources than the library was built from. One that registers an operator with another
+    schema than the operator now has would end the process: C++ exceptions do not pass through dlopen."""
+    return (package.parent / "setup.py").is_file() and facts.get("sources") != digest(package.parent / "csrc")
 
 
 def _reinstall(package: Path) -> str:
