@@ -78,7 +78,7 @@ class DryLane:
             item.user_properties.append((KEY, [ending if self.launched else "without a launch", sum(self.launched.values())]))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for name, (ending, launches) in (pair for pair in report.user_properties if pair[0] == KEY and report.when == "call"):
+        for _, (ending, launches) in (pair for pair in report.user_properties if pair[0] == KEY and report.when == "call"):
             self.totals[ending] += report.passed
             self.totals["launches"] += launches
 
