@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_kernels.kernels import configs
 from lowrank_kernels.kernels.dots import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,6 +88,23 @@ def bits(tensors: list[Tensor]) -> list[Tensor]:
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+OVER = {False: (3, 5, 7), True: (16, 16, 16)}
+"""How far m, n and r reach over the edge of a tile, by whether the shape should allow 16-byte accesses; the first is also the frame."""
+
+
+def rows_of_this_machine(tables: dict) -> list[tuple[object, object, bool]]:
+    """(kind, row, wide) of configs' tables: of all architectures in the interpreter, else of this GPU and of unknown ones.
+
+    wide: whether shapes for the row should allow 16-byte accesses. A GPU's own rows serve no others; compiled for narrow accesses, their
+    large tiles would take many seconds each.
+    """
+    archs = list(tables) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
+    rows = {
+        (kind, row, arch is not None and not INTERPRETED) for arch in archs for kind, rows in tables.get(arch, {}).items() for row in rows
+    }
+    return sorted(rows, key=str)
 
 
 def tf32_unit(dtype: torch.dtype) -> float:

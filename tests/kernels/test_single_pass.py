@@ -7,7 +7,7 @@ import weakref
 import pytest
 import steps
 import torch
-from buckets import DEVICE, DTYPES, LAYOUTS, SHAPES, bits, frames_intact, matrices, same_bits, states, stored
+from buckets import DEVICE, DTYPES, LAYOUTS, OVER, SHAPES, bits, frames_intact, matrices, rows_of_this_machine, same_bits, states, stored
 from coded import code_frames_intact
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,23 +122,18 @@ def test_no_access_outside_of_the_matrices(shape, coded, right, monkeypatch):
     assert sum(seen) >= sum(tensor.numel() for tensors in lists.values() for tensor in tensors)
 
 
-def rows_of_this_machine():
-    archs = list(configs.SINGLE_PASS) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
-    rows = {(kind, row) for arch in archs for (kind, _), rows in configs.SINGLE_PASS.get(arch, {}).items() for row in rows}
-    return sorted(rows, key=str)
-
-
 @SIDES
-@pytest.mark.parametrize(("kind", "row"), rows_of_this_machine(), ids=str)
-def test_every_row(kind, row, right, monkeypatch):
-    """Over the edge of every tile; 8-bit moments on one side."""
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.SINGLE_PASS), ids=str)
+def test_every_row(kind, row, wide, right, monkeypatch):
+    """Over the edge of every tile."""
     monkeypatch.setattr(configs, "single_pass_config", lambda *args: row)
-    dtype = torch.bfloat16 if kind == "16bit" else torch.float32
+    dtype = torch.bfloat16 if kind[0] == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if kind[0] == "tf32" else "highest")
     try:
-        m, n, r = max(row.BLOCK_K, row.BLOCK_M) + 3, row.BLOCK_N + 5, row.BLOCK_R - 3
-        check(bucket(1, m, n, r, right, dtype, coded=right), right)
+        over = OVER[wide]
+        m, n, r = max(row.BLOCK_K, row.BLOCK_M) + over[0], row.BLOCK_N + over[1], max(row.BLOCK_R - over[2], 16)
+        check(bucket(1, m, n, r, right, dtype, coded=kind[1] == "8-bit", pad=over[0]), right)
     finally:
         torch.set_float32_matmul_precision(before)
 
