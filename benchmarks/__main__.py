@@ -43,6 +43,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of the whole run, set-ups and checks included (default 240, with --quick 30)")
     parser.add_argument("--threads", type=int, help="CPU threads (default torch's)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results, or '-' to write none")
+    parser.add_argument("--file", type=Path, help="file of results, in the place of one in --out")
     parser.add_argument("--commit", help="what to record as the commit of a copy that has no git history")
     parser.add_argument("--wheels", type=Path, help="folder of wheels of peers that are not installed, for a machine without a network")
     settings = parser.parse_args(arguments)
@@ -75,6 +76,7 @@ def run(settings: argparse.Namespace) -> list[Row]:
     if not on_gpu:
         print("No GPU: these are the CPU paths. The Triton kernels, single_pass and two_pass of the kernel suite among them, need one.")
     path = None if str(settings.out) == "-" else results_file(settings.out / str(origin["device"]), origin)
+    path = settings.file or path
     machine = Machine.measured(origin, on_gpu)
     rows: list[Row] = []
     gc.freeze()  # what is imported stays: collections after each case need not walk through it
