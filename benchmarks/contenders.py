@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +102,8 @@ def formulas(params: list[nn.Parameter], rank: int, step_one: Callable[..., None
 
 def compiled_formulas(params: list[nn.Parameter], rank: int) -> Built:
     """The same under torch.compile, a graph for each shape."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        raise Unavailable("TORCH_COMPILE_DISABLE is set")
     torch.compiler.reset()  # or the graphs of all cases count towards one limit
     return formulas(params, rank, torch.compile(step_one_, fullgraph=True, dynamic=False))
 

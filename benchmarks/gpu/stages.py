@@ -33,26 +33,47 @@ class Settings:
 
 
 def all_stages(settings: Settings) -> list[Stage]:
-    """Weights are seconds of nine minutes."""
-    dry, workers = settings.dry, max(1, (os.cpu_count() or 1) - 2)
-    steps = "--models 4x64 --ranks 8 --dtypes fp32" if dry else "--models 350m 1b 7b --ranks 128 --dtypes bf16"
-    refresh = "--models 4x64 --ranks 8 --dtypes fp32" if dry else ""
-    first = "--suite step --models 4x64 --ranks 8 --dtypes fp32" if dry else "--suite step --suite kernel --suite refresh"
+    """Weights are seconds of nine minutes; of a dry run what stages take on a CPU, in proportion."""
+    plan = _dry_stages(settings) if settings.dry else _stages(settings)
     nothing_to_tune = "print('There is no tuner yet: the tile shapes are those of lowrank_kernels/kernels/configs.py.')"
+    return [*plan, Stage("tune", 1, evidence.MACHINE, [_python("-c", nothing_to_tune)]), _benchmark(settings, "full", 540, "")]
+
+
+def _stages(settings: Settings) -> list[Stage]:
+    workers = max(1, (os.cpu_count() or 1) - 2)
+    mode = os.environ.get("LOWRANK_KERNELS_BUILD", "cuda")
+    build = _python("setup.py", "--quiet", "build_ext", "--inplace", LOWRANK_KERNELS_BUILD=mode)
     return [
-        Stage("build", 80, evidence.MACHINE, [_build(dry), _python("-m", "benchmarks.gpu.smoke", "--registered")]),
-        Stage("smoke", 50, evidence.MACHINE, [_python("-m", "benchmarks.gpu.smoke", *(["--small"] if dry else []))]),
-        _benchmark(settings, "headline", 60, f"{first} --quick"),
-        Stage("tests", 135, evidence.TESTS, _tests(settings, workers)),
-        _sanitizer("memcheck", 40, dry, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
-        _sanitizer("racecheck", 40, dry, {}),
-        _benchmark(settings, "step", 40, f"--suite step {steps}"),
-        _benchmark(settings, "refresh", 30, f"--suite refresh {refresh}"),
+        Stage("build", 80, evidence.MACHINE, [build, _smoke("--registered")]),
+        Stage("smoke", 50, evidence.MACHINE, [_smoke()]),
+        _benchmark(settings, "headline", 60, "--suite step --suite kernel --suite refresh --quick"),
+        Stage("tests", 135, evidence.TESTS, [_tests(settings, min(14, workers), gpu_tests())]),
+        _sanitizer("memcheck", 40, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        _sanitizer("racecheck", 40),
+        _benchmark(settings, "step", 40, "--suite step --models 350m 1b 7b --ranks 128 --dtypes bf16"),
+        _benchmark(settings, "refresh", 30, "--suite refresh"),
         _benchmark(settings, "host", 15, "--suite host"),
-        Stage("fuzz", 35, evidence.FUZZ, [_fuzz(4 if dry else 150, min(12, workers))]),
+        Stage("fuzz", 35, evidence.FUZZ, [_fuzz(150, min(12, workers))]),
         Stage("facts", 15, evidence.MACHINE, _facts()),
-        Stage("tune", 1, evidence.MACHINE, [_python("-c", nothing_to_tune)]),
-        _benchmark(settings, "full", 540, f"{first} --quick" if dry else ""),
+    ]
+
+
+def _dry_stages(settings: Settings) -> list[Stage]:
+    """The same commands on small sizes. setup.py goes as far as it would compile, and writes beside the tree."""
+    build = _python("setup.py", "--quiet", "build_ext", "--build-lib", str(ROOT / "build" / "dry"), LOWRANK_KERNELS_BUILD="0")
+    small = "--models 4x64 --ranks 8 --dtypes fp32"
+    return [
+        Stage("build", 8, evidence.MACHINE, [build, _smoke("--registered")]),
+        Stage("smoke", 7, evidence.MACHINE, [_smoke("--small")]),
+        _benchmark(settings, "headline", 9, f"--suite kernel --quick {small}"),
+        Stage("tests", 12, evidence.TESTS, [_tests(settings, 1, ["tests/test_philox.py"])]),
+        _sanitizer("memcheck", 1, PYTORCH_NO_CUDA_MEMORY_CACHING="1"),
+        _sanitizer("racecheck", 1),
+        _benchmark(settings, "step", 9, f"--suite step {small}"),
+        _benchmark(settings, "refresh", 9, f"--suite refresh {small}"),
+        _benchmark(settings, "host", 13, "--suite host"),
+        Stage("fuzz", 13, evidence.FUZZ, [_fuzz(2, 1)]),
+        Stage("facts", 7, evidence.MACHINE, _facts()),
     ]
 
 
@@ -60,12 +81,8 @@ def _python(*arguments: str, **environment: str) -> Command:
     return Command([sys.executable, *arguments], environment)
 
 
-def _build(dry: bool) -> Command:
-    """The whole extension, its CUDA part included or not at all. Dry: setup.py to where it would compile, beside the tree."""
-    if dry:
-        scratch = ROOT / "build" / "dry"
-        return _python("setup.py", "--quiet", "build_ext", "--build-lib", str(scratch), LOWRANK_KERNELS_BUILD="0")
-    return _python("setup.py", "--quiet", "build_ext", "--inplace", LOWRANK_KERNELS_BUILD=os.environ.get("LOWRANK_KERNELS_BUILD", "cuda"))
+def _smoke(*options: str) -> Command:
+    return _python("-m", "benchmarks.gpu.smoke", *options)
 
 
 def _benchmark(settings: Settings, name: str, weight: float, options: str) -> Stage:
@@ -77,15 +94,12 @@ def _benchmark(settings: Settings, name: str, weight: float, options: str) -> St
     return Stage(name, weight, evidence.BENCHMARKS, [_python(*argv, **environment)], settings.new_rows)
 
 
-def _tests(settings: Settings, workers: int) -> list[Command]:
+def _tests(settings: Settings, workers: int, files: list[str]) -> Command:
     """Those marked `gpu`, side by side where pytest-xdist is there. A worker that loses the GPU ends alone (tests/lost_gpu.py)."""
-    files = gpu_tests()
-    options = ["-m", "gpu", "--tb=short", "-o", "junit_logging=no", f"--junitxml={settings.files.path(evidence.JUNIT)}", "-v"]
+    options = ["-v", "-m", "gpu", "--tb=short", "-o", "junit_logging=no", f"--junitxml={settings.files.path(evidence.JUNIT)}"]
     if importlib.util.find_spec("xdist"):
-        options += ["-n", str(1 if settings.dry else min(14, workers)), "--dist", "worksteal", "--max-worker-restart", "200"]
-    if settings.dry:
-        return [_python("-m", "pytest", *options, "tests/test_philox.py", **ONE_THREAD)]
-    return [_python("-m", "pytest", *options, *files, **ONE_THREAD)]
+        options += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "200"]
+    return _python("-m", "pytest", *options, *files, **ONE_THREAD)
 
 
 def gpu_tests() -> list[str]:
@@ -94,10 +108,10 @@ def gpu_tests() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found if re.search(r"\bmark\.gpu\b", path.read_text(encoding="utf-8"))]
 
 
-def _sanitizer(tool: str, weight: float, dry: bool, environment: dict[str, str]) -> Stage:
+def _sanitizer(tool: str, weight: float, **environment: str) -> Stage:
     """On the kernels of csrc/ alone, which the namespace in their mangled names tells; torch's run as they are."""
     options = ["--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no", "--kernel-name", "kns=lowrank_kernels"]
-    command = ["compute-sanitizer", *options, sys.executable, "-m", "benchmarks.gpu.smoke", "--operators", "--small"]
+    command = ["compute-sanitizer", *options, *_smoke("--operators", "--small").argv]
     return Stage(tool, weight, evidence.SANITIZER, [Command(command, environment)], evidence.sanitizer_line)
 
 
@@ -107,9 +121,7 @@ def _fuzz(cases: int, workers: int) -> Command:
 
 def _facts() -> list[Command]:
     """Read, never set."""
-    query = (
-        "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,mig.mode.current"
-    )
+    query = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
     return [
         _python("-m", "lowrank_kernels"),
         Command(["nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE"]),
