@@ -96,18 +96,10 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
 def without_driver(seconds: float) -> dict[str, list[float]]:
     """measure() on CPU tensors with the kernels of a GPU, each launch stopping where the driver would be called.
 
-    In a process of its own: the launchers are not put back, and must not have been imported for Triton's interpreter.
+    In a process of its own: the operators are not put back, and the kernels must not have been imported for Triton's interpreter.
     """
-    import triton
+    from .. import dry
 
-    from lowrank_kernels.kernels import configs
-    from lowrank_kernels.ops import step
-
-    from .. import aot
-
-    step.DIRECT["cpu"] = step.DIRECT["cuda"]
-    triton.runtime.driver.set_active(aot.Target(TARGET))
-    configs.architecture = lambda device: TARGET
-    launch = triton.JITFunction.run
-    triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launch(self, *args, grid=grid, warmup=True, **kwargs)
-    return measure("cpu", seconds)
+    dry.operators_as_on_a_gpu()
+    with dry.launches(TARGET):
+        return measure("cpu", seconds)

@@ -28,7 +28,10 @@ SHAPES = (
 
 
 def framed(values: Tensor, layout: str = "rows", pad: int = 3) -> Tensor:
-    """The values as a view into a larger buffer of NaN: row-major, column-major, or with no unit stride at all."""
+    """The values as a view into a larger buffer of NaN: row-major, column-major, or with no unit stride at all.
+
+    pad: elements of the frame on each side. With a multiple of 16, extents that are multiples of 16 keep their 16-byte accesses.
+    """
     rows, columns = values.shape
     if layout == "columns":
         return framed(values.T, "rows", pad).T
@@ -44,13 +47,17 @@ def frames_intact(views: list[Tensor]) -> bool:
     return all(int((~view._base.isnan()).sum()) == int((~view.isnan()).sum()) for view in views)
 
 
-def matrices(count: int, rows: int, columns: int, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0) -> list[Tensor]:
-    return [framed((scale * torch.randn(rows, columns, dtype=torch.float64)).to(dtype), layout) for _ in range(count)]
+def matrices(
+    count: int, rows: int, columns: int, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0, pad: int = 3
+) -> list[Tensor]:
+    return [framed((scale * torch.randn(rows, columns, dtype=torch.float64)).to(dtype), layout, pad) for _ in range(count)]
 
 
-def stored(count: int, m: int, n: int, right: bool, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0) -> list[Tensor]:
+def stored(
+    count: int, m: int, n: int, right: bool, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0, pad: int = 3
+) -> list[Tensor]:
     """Weights or gradients as stored: (m, n), (n, m) on the right side."""
-    return matrices(count, *((n, m) if right else (m, n)), dtype, layout, scale)
+    return matrices(count, *((n, m) if right else (m, n)), dtype, layout, scale, pad)
 
 
 def orient(matrix: Tensor, right: bool) -> Tensor:

@@ -5,6 +5,7 @@ import itertools
 import weakref
 
 import pytest
+import steps
 import torch
 from buckets import DEVICE, DTYPES, LAYOUTS, SHAPES, bits, frames_intact, matrices, same_bits, states, stored
 from coded import code_frames_intact
@@ -21,17 +22,11 @@ from lowrank_kernels.kernels.dots import INTERPRETED
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 CODED = pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
-chosen_config = configs.single_pass_config
-
-
-def a_row_for_everything(arch, kind, rank, wide, eight_bit):
-    """On a GPU, too, shapes that allow no 16-byte access run the kernel, if slowly, in the interpreter's tiles."""
-    return chosen_config(arch, kind, rank, wide, eight_bit) or chosen_config(None, "16bit", rank, wide, eight_bit)
 
 
 @pytest.fixture(autouse=True)
-def serve_everything(monkeypatch):
-    monkeypatch.setattr(configs, "single_pass_config", a_row_for_everything)
+def a_row_for_everything(monkeypatch):
+    steps.serve_everything(monkeypatch)
 
 
 def run(lists, right, **step):
@@ -338,8 +333,8 @@ class TestChoice:
     """Which buckets have a row, and enough programs."""
 
     @pytest.fixture(autouse=True)
-    def the_real_choice(self, monkeypatch, serve_everything):
-        monkeypatch.setattr(configs, "single_pass_config", chosen_config)
+    def the_real_choice(self, monkeypatch, a_row_for_everything):
+        monkeypatch.setattr(configs, "single_pass_config", steps.chosen_config)
 
     def row(self, monkeypatch, arch, m=4096, n=4096, r=128, weight=torch.bfloat16, basis=torch.bfloat16, aligned=True):
         monkeypatch.setattr(configs, "architecture", lambda device: arch)
