@@ -25,7 +25,6 @@ from ..suites import kernel
 from . import lost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATORS = ("range_finder", "orthonormalise", "sample_importance", "choose_bases")
 ORTHONORMAL = 1e-5
 """Of a basis, before it is cast (DESIGN's contract)."""
 JACOBI_ROWS, CHOLESKY_COLUMNS = (64, 500, 2000), (1, 33, 240, 300, 400)
@@ -39,13 +38,12 @@ Check = Callable[[], str]
 def registered() -> bool:
     """Whether the dispatcher has a kernel of each operator for the device itself, where else the default in PyTorch runs."""
     key = DEVICE.upper()
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    found = {name: has(f"lowrank_kernels::{name}", key) for name in OPERATORS}
+    missing = extension.missing(key)
     print(f"extension: {extension.status()}")
-    print(f"kernels for {key}: " + ", ".join(f"{name} {'yes' if there else 'NO'}" for name, there in found.items()))
-    if not all(found.values()):
+    print(f"kernels for {key}: " + ", ".join(f"{name} {'NO' if name in missing else 'yes'}" for name in extension.OPERATORS))
+    if missing:
         print(f"!!!!! THE {key} PART OF THE EXTENSION IS NOT THERE: what follows runs and times the refresh in PyTorch !!!!!")
-    return all(found.values())
+    return not missing
 
 
 def defect(basis: Tensor) -> float:
