@@ -13,18 +13,12 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # One thread a worker: two pools of threads on two cores mostly wait for each other.
 WORKERS ?= 2
-# Cases of make gpu's benchmark; without any it covers more models and takes much longer.
-BENCH ?= --models 350m 7b --ranks 128 256 --dtypes bf16 --seconds 180
 # Of make fuzz.
 CASES ?= 10000
 SEED ?=
 # nvcc crashes beside a preloaded sanitizer, so tests/csrc/test_nvcc.py is not among these.
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
-# Those that run on a GPU; the others would only be collected, and need more packages for it.
-GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_operators.py tests/kernels tests/subspaces tests/nn tests/optim tests/test_fuzz.py
-# Small matrices through every CUDA kernel of csrc/, for compute-sanitizer, which makes them slow.
-RACE_TESTS := tests/test_range_finder.py -k "shapes_that_hurt or err_alike or not_finite"
 
 .PHONY: demo test lint bench aot fuzz sanitize gpu clean FORCE
 
@@ -58,15 +52,10 @@ sanitize: $(VENV)/.extra-test
 	LOWRANK_KERNELS_LIBRARY=build/sanitize/lowrank_kernels/_C.so LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(RUN) -m pytest --capture=no $(SANITIZE_TESTS) $(ARGS)
 
-# Needs torch, triton, ninja, nvcc, pytest and hypothesis in that Python; with pytest-xdist the kernels compile side by side.
-gpu: SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 8')
+# Needs torch, triton, ninja, nvcc, pytest and hypothesis in that Python; with pytest-xdist the tests run side by side. In nine minutes, with
+# a summary at the end whatever happens: make gpu ARGS="--stages full --minutes 60".
 gpu:
-	LOWRANK_KERNELS_BUILD=$${LOWRANK_KERNELS_BUILD-cuda} $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -x $(SIDE_BY_SIDE) $(GPU_TESTS) $(ARGS)
-	$(foreach tool,$(if $(shell command -v compute-sanitizer),memcheck racecheck),compute-sanitizer --tool $(tool) --error-exitcode 1 \
-		$(PYTHON) -m pytest -m gpu -x -q $(RACE_TESTS) &&) true
-	$(PYTHON) -m tests.fuzz --cases 2000
-	$(PYTHON) -m benchmarks $(BENCH)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs

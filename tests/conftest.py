@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lost_gpu import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
