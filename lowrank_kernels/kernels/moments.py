@@ -61,6 +61,8 @@ def _update_moments_kernel(
     if EIGHT_BIT:
         m, m_scales = eight_bit.encode_m(m, inside)
         v, v_scales = eight_bit.encode_v(v, inside)
+        # Every warp of a block of 64 has loaded its scale, and one of them stores it.
+        tl.debug_barrier()
         tl.store(m_scales_at, m_scales, mask=block_inside)
         tl.store(v_scales_at, v_scales, mask=block_inside)
     tl.store(exp_avg + at, m, mask=inside)
