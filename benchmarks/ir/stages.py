@@ -71,8 +71,8 @@ def _sanitize(launch: launches.Launch, target, outcome: Outcome) -> harness.Laun
 
 def _validate(record: harness.LaunchRecord, modules: compiler.Modules, outcome: Outcome) -> None:
     """ttsem.validate's comparison. Passes that change nothing hand the same text on, which is executed once."""
-    texts = [(name, compiler.compact(text)) for name, text in modules.stages]
-    distinct = {text: name for name, text in reversed(texts)}
+    handed_on = {text: name for name, text in reversed(modules.stages)}
+    distinct = {compiler.compact(text): name for text, name in handed_on.items()}
     agreed = {"match": 0, "approx": 0}
     for text, name in reversed(distinct.items()):
         found = harness.run_launch(record, text)
@@ -88,7 +88,9 @@ def _validate(record: harness.LaunchRecord, modules: compiler.Modules, outcome: 
 
 
 def _races(record: harness.LaunchRecord, modules: compiler.Modules, outcome: Outcome) -> None:
-    found = warps.find(record, compiler.compact(modules.stages[-1][1]), modules.barriers)
+    found = warps.find(record, compiler.compact(modules.barriers))
+    if found.faults:
+        found = warps.find(record, modules.barriers)  # with lines of the source
     outcome.faults += [f"races: {fault}" for fault in found.faults]
     outcome.unsupported += [f"races: {gap}" for gap in found.gaps]
     outcome.stages["races"] = f"{len(found.faults)} in {found.accesses}, {found.barriers} barriers"

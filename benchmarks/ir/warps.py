@@ -13,6 +13,7 @@ import numpy as np
 from ttsem import harness, mlir, races
 from ttsem.memory import Memory
 
+_checked: set[tuple] = set()
 SCRATCH = 16  # bytes, which anything has that goes through shared memory
 
 
@@ -30,7 +31,7 @@ class _Warps(races.RaceInterp):
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
         self.step_budget = 10**8
-        self.block_barriers, self.log_of_tensors = 0, []
+        self.block_barriers, self.log_of_tensors, self.within_warps = 0, [], {}
         self.global_accesses, self.global_races = 0, {}
 
     def eval_op(self, op) -> None:
@@ -50,10 +51,22 @@ class _Warps(races.RaceInterp):
         elif through_shared:
             self.epoch[self.group] -= 1  # ttsem counts a barrier for each of these
 
+    def check_op(self, op, args, results) -> None:
+        """ttsem's check of an operation's layouts, which looks at types alone: once for equal ones."""
+        key = op.name, self.num_warps, tuple((ty.encoding, ty.shape) for ty in (*op.operand_types, *op.result_types))
+        if key not in _checked:
+            super().check_op(op, args, results)
+            _checked.add(key)
+
     def _within_warps(self, op) -> bool:
         """A conversion of layouts that gives every warp what it had goes through shared memory, too, but waits for the warp alone."""
+        if op.name != "ttg.convert_layout":
+            return False
         types = op.operand_types[0], op.result_types[0]
-        return op.name == "ttg.convert_layout" and all(self._same_elements(*types, warp) for warp in range(self.num_warps))
+        key = tuple((ty.encoding, ty.shape) for ty in types)
+        if key not in self.within_warps:
+            self.within_warps[key] = all(self._same_elements(*types, warp) for warp in range(self.num_warps))
+        return self.within_warps[key]
 
     def _same_elements(self, one, other, warp: int) -> bool:
         both = (set(zip(*(axis.tolist() for axis in self.warp_coords(ty, warp)), strict=True)) for ty in (one, other))
@@ -103,16 +116,13 @@ class _Warps(races.RaceInterp):
         return sum(1 << bit for bit, basis in enumerate(layout.bases.get("warp", [])) if not any(basis))
 
 
-def find(record: harness.LaunchRecord, before: str, barriers: str) -> WarpRaces:
-    """Executes the module with barriers on the record's tensors, for the first and the last program of the grid.
-
-    before: the module without them, whose function still has its own head.
-    """
-    [(module, warps, threads)] = races._units(mlir.parse(barriers), barriers)
-    name = record.fn_name
-    names = harness._runtime_param_names(record)
-    values = harness._arg_values(record, names, mlir.parse(before).funcs[name].regions[0].blocks[0], False)
-    values += [np.zeros((), np.int64)] * (len(module.funcs[name].regions[0].blocks[0].args) - len(values))  # scratch that nothing uses
+def find(record: harness.LaunchRecord, barriers: str) -> WarpRaces:
+    """Executes the module with barriers on the record's tensors, for the first and the last program of the grid."""
+    module, name, names = mlir.parse(barriers), record.fn_name, harness._runtime_param_names(record)
+    warps, threads = (races._attr_int(module.attrs, f"ttg.{attribute}") for attribute in ("num-warps", "threads-per-warp"))
+    block = module.funcs[name].regions[0].blocks[0]
+    values = harness._arg_values(record, names, block, False)
+    values += [np.zeros((), np.int64)] * (len(block.args) - len(values))  # scratch that nothing uses
     found = WarpRaces(0, 0, [], [])
     for program in (0, record.grid[0] - 1):
         memory = Memory()
