@@ -10,6 +10,8 @@ import math
 import triton
 import triton.language as tl
 
+from . import pointers
+
 
 def log(beta: float) -> float:
     """ln β, −∞ for β = 0: what bias_corrections takes beside counters on the device."""
@@ -48,7 +50,7 @@ def step_number(steps_at, matrix, step):
     if steps_at is None:
         t = tl.cast(step, tl.int32)
     else:
-        t = tl.load(tl.load(steps_at + matrix).to(tl.pointer_type(tl.float32))).to(tl.int32) + 1
+        t = tl.load(pointers.matrix_at(steps_at, matrix, tl.float32)).to(tl.int32) + 1
     return t
 
 
@@ -58,7 +60,7 @@ def bias_corrections(steps_at, matrix, first, second):
     first = tl.cast(first, tl.float32)
     second = tl.cast(second, tl.float32)
     if steps_at is not None:
-        t = tl.load(tl.load(steps_at + matrix).to(tl.pointer_type(tl.float32))) + 1.0
+        t = tl.load(pointers.matrix_at(steps_at, matrix, tl.float32)) + 1.0
         first = bias_correction(t, first)
         second = bias_correction(t, second)
     return first, second

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import adam, configs, rounding, table
+from . import adam, configs, pointers, rounding, table
 from .dots import FLOATS, TRITON_DTYPES, dot_of, round_operand
 
 
@@ -38,8 +38,8 @@ def _back_project_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     in_m = offs_m < m
     in_n = offs_n < n
-    weight = tl.load(weights_at + matrix).to(tl.pointer_type(W_DTYPE))
-    basis = tl.load(bases_at + matrix).to(tl.pointer_type(P_DTYPE))
+    weight = pointers.matrix_at(weights_at, matrix, W_DTYPE)
+    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE)
     if ALIGNED:
         weight = tl.multiple_of(weight, 16)
         basis = tl.multiple_of(basis, 16)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import adam, configs, eight_bit, table
+from . import adam, configs, eight_bit, pointers, table
 from .dots import FLOATS
 
 
@@ -31,8 +31,8 @@ def _update_moments_kernel(
     EIGHT_BIT: tl.constexpr = exp_avg_scales_at is not None
     STATE: tl.constexpr = tl.uint8 if EIGHT_BIT else tl.float32
     matrix = tl.program_id(1).to(tl.int64)
-    exp_avg = tl.load(exp_avgs_at + matrix).to(tl.pointer_type(STATE))
-    exp_avg_sq = tl.load(exp_avg_sqs_at + matrix).to(tl.pointer_type(STATE))
+    exp_avg = pointers.matrix_at(exp_avgs_at, matrix, STATE)
+    exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, STATE)
     if ALIGNED:
         exp_avg = tl.multiple_of(exp_avg, 16)
         exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
@@ -49,8 +49,8 @@ def _update_moments_kernel(
         blocks = tl.cdiv(columns, eight_bit.BLOCK)
         block = tl.program_id(0) % column_tiles * (COLUMNS // eight_bit.BLOCK) + tl.arange(0, COLUMNS // eight_bit.BLOCK)[None, :]
         block_inside = (row < rows) & (block < blocks)
-        m_scales_at = tl.load(exp_avg_scales_at + matrix).to(tl.pointer_type(tl.float32)) + (row.to(tl.int64) * blocks + block)
-        v_scales_at = tl.load(exp_avg_sq_scales_at + matrix).to(tl.pointer_type(tl.float32)) + (row.to(tl.int64) * blocks + block)
+        m_scales_at = pointers.matrix_at(exp_avg_scales_at, matrix, tl.float32) + (row.to(tl.int64) * blocks + block)
+        v_scales_at = pointers.matrix_at(exp_avg_sq_scales_at, matrix, tl.float32) + (row.to(tl.int64) * blocks + block)
         m = eight_bit.decode_m(m, tl.load(m_scales_at, mask=block_inside, other=0.0))
         v = eight_bit.decode_v(v, tl.load(v_scales_at, mask=block_inside, other=0.0))
 
@@ -61,6 +61,8 @@ def _update_moments_kernel(
     if EIGHT_BIT:
         m, m_scales = eight_bit.encode_m(m, inside)
         v, v_scales = eight_bit.encode_v(v, inside)
+        # Every warp of a block of 64 has loaded its scale, and one of them stores it.
+        tl.debug_barrier()
         tl.store(m_scales_at, m_scales, mask=block_inside)
         tl.store(v_scales_at, v_scales, mask=block_inside)
     tl.store(exp_avg + at, m, mask=inside)

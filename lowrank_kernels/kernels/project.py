@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, table
+from . import configs, pointers, table
 from .dots import FLOATS, TRITON_DTYPES, dot_of, round_operand
 
 
@@ -30,8 +30,8 @@ def _project_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     in_r = offs_r < rank
     in_n = offs_n < n
-    basis = tl.load(bases_at + matrix).to(tl.pointer_type(P_DTYPE))
-    grad = tl.load(grads_at + matrix).to(tl.pointer_type(G_DTYPE))
+    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE)
+    grad = pointers.matrix_at(grads_at, matrix, G_DTYPE)
     if ALIGNED:
         basis = tl.multiple_of(basis, 16)
         grad = tl.multiple_of(grad, 16)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import adam, configs, eight_bit, rounding, table
+from . import adam, configs, eight_bit, pointers, rounding, table
 from .dots import TRITON_DTYPES, dot_of, round_operand
 
 
@@ -60,6 +60,8 @@ def _advance(
         m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
         m_codes, m_scales = eight_bit.encode_m(m, inside)
         v_codes, v_scales = eight_bit.encode_v(v, inside)
+        # Every warp of a block of 64 has loaded its scale, and one of them stores it.
+        tl.debug_barrier()
         tl.store(exp_avg_scale + offs_s, m_scales, mask=in_blocks)
         tl.store(exp_avg_sq_scale + offs_s, v_scales, mask=in_blocks)
         tl.store(exp_avg + offs, m_codes, mask=inside)
@@ -172,11 +174,11 @@ def _adamw_step_kernel(
     M_DTYPE: tl.constexpr = tl.float32 if exp_avg_scales_at is None else tl.uint8
     # Programs of one matrix are neighbours, so that the re-reads of P hit L2.
     matrix = tl.program_id(1).to(tl.int64)
-    weight = tl.load(weights_at + matrix).to(tl.pointer_type(W_DTYPE))
-    grad = tl.load(grads_at + matrix).to(tl.pointer_type(G_DTYPE))
-    basis = tl.load(bases_at + matrix).to(tl.pointer_type(P_DTYPE))
-    exp_avg = tl.load(exp_avgs_at + matrix).to(tl.pointer_type(M_DTYPE))
-    exp_avg_sq = tl.load(exp_avg_sqs_at + matrix).to(tl.pointer_type(M_DTYPE))
+    weight = pointers.matrix_at(weights_at, matrix, W_DTYPE)
+    grad = pointers.matrix_at(grads_at, matrix, G_DTYPE)
+    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE)
+    exp_avg = pointers.matrix_at(exp_avgs_at, matrix, M_DTYPE)
+    exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, M_DTYPE)
     if ALIGNED:
         weight = tl.multiple_of(weight, 16)
         grad = tl.multiple_of(grad, 16)
@@ -186,8 +188,8 @@ def _adamw_step_kernel(
     exp_avg_scale = None
     exp_avg_sq_scale = None
     if exp_avg_scales_at is not None:
-        exp_avg_scale = tl.load(exp_avg_scales_at + matrix).to(tl.pointer_type(tl.float32))
-        exp_avg_sq_scale = tl.load(exp_avg_sq_scales_at + matrix).to(tl.pointer_type(tl.float32))
+        exp_avg_scale = pointers.matrix_at(exp_avg_scales_at, matrix, tl.float32)
+        exp_avg_sq_scale = pointers.matrix_at(exp_avg_sq_scales_at, matrix, tl.float32)
     first_n = tl.program_id(0) * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)

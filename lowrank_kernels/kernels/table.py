@@ -1,8 +1,8 @@
 """Pointer tables: what lets one launch serve a whole bucket.
 
 A bucket is a list of B matrices of equal shape, dtype and strides. Its addresses live in an int64 tensor on the device; a program
-loads its own (`tl.load(bases_at + matrix).to(tl.pointer_type(dtype))`). The table of a whole step is copied once, kept, and after
-that only rows with an address that moved are copied again.
+loads its own (pointers.py). The table of a whole step is copied once, kept, and after that only rows with an address that moved are
+copied again.
 """
 
 from __future__ import annotations
