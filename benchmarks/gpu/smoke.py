@@ -26,7 +26,7 @@ from . import lost
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5
-"""Of a basis, before it is cast (DESIGN's contract)."""
+"""‖PᵀP − I‖ of a basis before it is cast, at most."""
 JACOBI_ROWS, CHOLESKY_COLUMNS = (64, 500, 2000), (1, 33, 240, 300, 400)
 """jacobi.cu: a warp up to 128 rows, two up to 1024, eight above. cholesky_inverse.cu: 128 threads up to 64 columns, 384 above; fp64 while
 its triangle fits shared memory (240 columns on sm_90), fp32 up to 340, then cuSOLVER."""
