@@ -25,6 +25,6 @@ def pytest_runtest_protocol(item, nextitem):
     """After all reports of the test went to the controller."""
     yield
     if item.session.stash.get(_LOST, False):
-        if "PYTEST_XDIST_WORKER" in os.environ:
+        if hasattr(item.config, "workerinput"):
             os._exit(1)
         item.session.shouldstop = "the GPU is lost to this process"

@@ -145,7 +145,7 @@ def _run_command(stage: str, command: Command, log, limit: float) -> str:
 
 
 def _wait(process: subprocess.Popen, limit: float) -> str:
-    grace = min(GRACE_S, limit / 4)
+    grace = min(GRACE_S, limit / 6)
     if _ends_within(process, limit - grace):
         return "ok" if process.returncode == 0 else f"FAILED ({_status(process.returncode)})"
     process.send_signal(signal.SIGINT)

@@ -86,7 +86,7 @@ def _smoke(*options: str) -> Command:
 
 
 def _benchmark(settings: Settings, name: str, weight: float, options: str) -> Stage:
-    seconds = "6" if settings.dry else "{seconds}"
+    seconds = "3" if settings.dry else "{seconds}"
     argv = ["-m", "benchmarks", *options.split(), "--seconds", seconds, "--file", str(settings.files.path(evidence.ROWS))]
     argv += ["--commit", settings.commit] if settings.commit else []
     argv += ["--wheels", str(settings.wheels)] if settings.wheels else []
