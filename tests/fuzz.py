@@ -33,6 +33,7 @@ from buckets import DEVICE, DTYPES, LAYOUTS  # noqa: E402
 from coded import code_frames_intact, coded_states  # noqa: E402
 from steps import NAMES  # noqa: E402
 
+from benchmarks.gpu.lost import is_lost  # noqa: E402
 from lowrank_kernels import ops, philox  # noqa: E402
 from lowrank_kernels.kernels import adamw_step, configs, cpu, single_pass, two_pass  # noqa: E402
 
@@ -198,13 +199,21 @@ def check(seed: int) -> Case:
     return case
 
 
+NOT_RUN = "not run: an earlier case lost the GPU to this process"
+_lost = False
+
+
 def attempt(seed: int) -> tuple[int, str, str | None]:
-    """(seed, path, what went wrong or None)."""
+    """(seed, path, what went wrong, NOT_RUN, or None)."""
+    global _lost
+    if _lost:
+        return seed, draw(seed).path, NOT_RUN
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of overflow in the interpreter
             return seed, check(seed).path, None
-    except Exception:
+    except Exception as error:
+        _lost = is_lost(error)
         return seed, draw(seed).path, f"{draw(seed)}\n{traceback.format_exc(limit=-3)}"
 
 
@@ -218,7 +227,7 @@ def main() -> int:
     arguments = parser.parse_args()
     seeds = range(arguments.seed, arguments.seed + arguments.cases)
     print(f"{arguments.cases} cases with seeds {seeds.start} to {seeds.stop - 1}, {', '.join(PATHS)} on {DEVICE}", flush=True)
-    started, failed, counts = time.monotonic(), 0, dict.fromkeys(PATHS, 0)
+    started, failed, not_run, counts = time.monotonic(), 0, 0, dict.fromkeys(PATHS, 0)
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         arguments.workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
@@ -226,12 +235,17 @@ def main() -> int:
         chunk = max(1, min(50, arguments.cases // (4 * arguments.workers)))
         for done, (seed, path, problem) in enumerate(pool.map(attempt, seeds, chunksize=chunk), 1):
             counts[path] += 1
-            if problem is not None:
+            if problem == NOT_RUN:
+                not_run += 1
+            elif problem is not None:
                 failed += 1
                 print(f"FAILED: repeat with  python -m tests.fuzz --cases 1 --seed {seed}\n{problem}", flush=True)
             if done % 1000 == 0:
                 print(f"{done} of {arguments.cases}, {failed} failed, {time.monotonic() - started:.0f} s", flush=True)
-    print(f"{arguments.cases} cases ({', '.join(f'{path} {count}' for path, count in counts.items())}): {failed} failed")
+    print(
+        f"{arguments.cases} cases ({', '.join(f'{path} {count}' for path, count in counts.items())}): {failed} failed"
+        + (f", {not_run} {NOT_RUN}" if not_run else "")
+    )
     return 1 if failed else 0
 
 

@@ -69,3 +69,13 @@ def test_the_command_says_how_to_repeat_a_case(monkeypatch, capsys):
     monkeypatch.setattr(adamw_step, "adamw_step_", None)
     seed = seeds_of("two_pass")[0]
     assert fuzz.attempt(seed)[2].startswith("Case(path='two_pass'")
+
+
+def test_after_a_case_that_loses_the_gpu_its_process_runs_no_other(monkeypatch):
+    def check(seed):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered" if seed == 41 else "another error")
+
+    monkeypatch.setattr(fuzz, "check", check)
+    monkeypatch.setattr(fuzz, "_lost", False)
+    found = [fuzz.attempt(seed)[2] for seed in (40, 41, 42, 43)]
+    assert "another error" in found[0] and "illegal memory access" in found[1] and found[2:] == [fuzz.NOT_RUN] * 2
