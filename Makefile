@@ -1,5 +1,7 @@
 # make demo | test | lint | bench | aot | fuzz: make .venv if it is missing, install what they need, build the extension, and run.
 # make sanitize: the extension's tests under AddressSanitizer and UBSan.
+# make gpu-dry: the tests marked gpu up to the launch of each kernel, which is compiled for GPUs that need not be here and not run.
+# make cuda-build: the CUDA part against a CUDA build of torch, in a virtual environment of its own that takes 8 GB; needs nvcc, no GPU.
 # make gpu: runs with the Python given as PYTHON, as it is: no virtual environment, nothing installed.
 # LOWRANK_KERNELS_BUILD=0 | 1: without the extension, or with it or not at all; setup.py has the details.
 
@@ -13,20 +15,21 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 # One thread a worker: two pools of threads on two cores mostly wait for each other.
 WORKERS ?= 2
-# Cases of make gpu's benchmark; without any it covers more models and takes much longer.
-BENCH ?= --models 350m 7b --ranks 128 256 --dtypes bf16 --seconds 180
+# What GPU machines run. Other than here, the ordinary torch for Linux has CUDA.
+CUDA_TORCH ?= torch==2.11.0
+CUDA_PYTHON ?= python3.12
+CUDA_VENV ?= .venv-cuda
+# Of make gpu-dry.
+ARCHS ?= 80 90 100
+DRY_TESTS := tests/kernels tests/test_fuzz.py tests/test_step_parts.py tests/optim
 # Of make fuzz.
 CASES ?= 10000
 SEED ?=
 # nvcc crashes beside a preloaded sanitizer, so tests/csrc/test_nvcc.py is not among these.
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
-# Those that run on a GPU; the others would only be collected, and need more packages for it.
-GPU_TESTS := tests/test_philox.py tests/test_range_finder.py tests/csrc/test_operators.py tests/kernels tests/subspaces tests/nn tests/optim tests/test_fuzz.py
-# Small matrices through every CUDA kernel of csrc/, for compute-sanitizer, which makes them slow.
-RACE_TESTS := tests/test_range_finder.py -k "shapes_that_hurt or err_alike or not_finite"
 
-.PHONY: demo test lint bench aot fuzz sanitize gpu clean FORCE
+.PHONY: demo test lint bench aot fuzz sanitize gpu-dry cuda-build gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
@@ -43,8 +46,12 @@ bench: $(VENV)/.extra-bench
 
 # What the compiler makes of every kernel configuration, for GPUs that need not be here, and the tests of its budgets.
 aot: $(VENV)/.extra-test
-	$(RUN) -m benchmarks.aot $(ARGS)
-	$(RUN) -m pytest -q tests/kernels/test_aot.py
+	$(RUN) -m benchmarks.aot --json build/aot.json $(ARGS)
+	AOT_REPORTS=build/aot.json $(RUN) -m pytest -q tests/kernels/test_aot.py
+
+gpu-dry: $(VENV)/.extra-test
+	$(foreach arch,$(ARCHS),OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal -p tests.dry_lane --dry-arch $(arch) \
+		-m gpu $(DRY_TESTS) $(ARGS) &&) true
 
 # Random cases of the step against the reference: CASES of them, from SEED on (default: a random one, which is printed).
 fuzz: $(VENV)/.extra-test
@@ -58,18 +65,16 @@ sanitize: $(VENV)/.extra-test
 	LOWRANK_KERNELS_LIBRARY=build/sanitize/lowrank_kernels/_C.so LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(RUN) -m pytest --capture=no $(SANITIZE_TESTS) $(ARGS)
 
-# Needs torch, triton, ninja, nvcc, pytest and hypothesis in that Python; with pytest-xdist the kernels compile side by side.
-gpu: SIDE_BY_SIDE = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && printf '%s' '-n 8')
+cuda-build: $(CUDA_VENV)/.torch
+	$(CUDA_VENV)/bin/python -m benchmarks.cuda_build --workers $(WORKERS) $(ARGS)
+
+# Needs torch, triton, ninja, nvcc, pytest and hypothesis in that Python; with pytest-xdist the tests run side by side. In nine minutes, with
+# a summary at the end whatever happens: make gpu ARGS="--stages full --minutes 60".
 gpu:
-	LOWRANK_KERNELS_BUILD=$${LOWRANK_KERNELS_BUILD-cuda} $(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest -m gpu -x $(SIDE_BY_SIDE) $(GPU_TESTS) $(ARGS)
-	$(foreach tool,$(if $(shell command -v compute-sanitizer),memcheck racecheck),compute-sanitizer --tool $(tool) --error-exitcode 1 \
-		$(PYTHON) -m pytest -m gpu -x -q $(RACE_TESTS) &&) true
-	$(PYTHON) -m tests.fuzz --cases 2000
-	$(PYTHON) -m benchmarks $(BENCH)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis runs
 	rm -f lowrank_kernels/_C.* lowrank_kernels/_build.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -79,6 +84,15 @@ $(VENV)/bin/python:
 # Holds the requirement that is installed, so that another TORCH installs anew.
 $(VENV)/.torch: FORCE | $(VENV)/bin/python
 	@test "$$(cat $@ 2>/dev/null)" = '$(TORCH)' || { $(PIP) '$(TORCH)' 'setuptools>=77' wheel ninja && echo '$(TORCH)' > $@; }
+
+$(CUDA_VENV)/bin/python:
+	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
+
+# Triton 3.6, which comes with this torch, needs numpy < 2.4 for its interpreter.
+$(CUDA_VENV)/.torch: FORCE | $(CUDA_VENV)/bin/python
+	@test "$$(cat $@ 2>/dev/null)" = '$(CUDA_TORCH)' || { $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'$(CUDA_TORCH)' 'numpy>=1.26,<2.4' 'setuptools>=77' wheel ninja 'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.100' rich matplotlib \
+		&& echo '$(CUDA_TORCH)' > $@; }
 
 # Holds LOWRANK_KERNELS_BUILD, so that another value builds anew, or removes what was built.
 $(VENV)/.mode: FORCE | $(VENV)/bin/python

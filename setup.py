@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ LIBRARY = "_C" + (".pyd" if os.name == "nt" else ".so")
 FACTS = "_build.json"
 MODES = ("", "0", "1", "cuda")
 ARCHS = (80, 90, 100)  # A100, H100, B200; newer GPUs compile the PTX of the last one when they first run it
+digest = runpy.run_path(str(ROOT / PACKAGE / "source_digest.py"))["digest"]  # the loader compares by the same one
 REINSTALL = "Then reinstall, in the source folder: pip install --no-build-isolation -e ."
 
 
@@ -49,9 +51,12 @@ class NoToolkit(NotBuilt):
 
 @dataclass
 class Facts:
-    """_build.json. `reason`: why there is no library; `cuda_reason`: why it has no CUDA part although torch has CUDA."""
+    """_build.json. `sources`: source_digest of csrc/; `reason`: why there is no library; `cuda_reason`: why it has no CUDA part although
+    torch has CUDA.
+    """
 
     torch: str | None = None
+    sources: str | None = None
     cuda: str | None = None
     archs: list[str] = field(default_factory=list)
     compiler: str | None = None
@@ -217,7 +222,7 @@ class BuildOrExplain(build_ext):
             raise NotBuilt("csrc/ holds no sources")
         compiler = find_compiler(os.environ)
         torch = import_torch()
-        facts = Facts(torch=torch.__version__, compiler=compiler_version(compiler))
+        facts = Facts(torch=torch.__version__, sources=digest(ROOT / "csrc"), compiler=compiler_version(compiler))
         os.environ["CXX"] = compiler
         if shutil.which("ninja") is None:  # pip does not put the scripts of the Python it runs in on PATH
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")

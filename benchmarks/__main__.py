@@ -1,7 +1,10 @@
 """python -m benchmarks: times and weighs this package against what a user could pick instead, on the GPU if there is one.
 
-Prints tables and appends every figure to benchmarks/results/<device>/<date>-<commit>.jsonl. Whatever is of this package is checked
-against fp64 before it is timed. Also: python -m benchmarks plot | compare | readme (each with --help), python -m benchmarks.roofline.
+Prints tables and appends every figure to benchmarks/results/<device>/<date>-<commit>.jsonl, and for what has none the reason. Whatever
+is of this package is checked against fp64 before it is timed; the exit status is 1 if any of it is wrong or fails. What does not fit into
+--seconds any more is left out; the run ends late by at most one set-up, and by a round of what is timed last.
+
+Also: python -m benchmarks plot | compare | readme (each with --help), python -m benchmarks.roofline.
 """
 
 from __future__ import annotations
@@ -12,13 +15,14 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-from . import ceilings, compare, plot, readme, shapes
-from .cases import Context, Selection
+from . import ceilings, compare, plot, readme, shapes, wheels
+from .cases import Budget, Case, Context, Selection, not_measured
 from .provenance import RESULTS, append, provenance, results_file
-from .records import Row, print_rows
+from .records import ALL, Row, failed, print_rows
 from .roofline import Machine
 from .suites import SUITES
 
@@ -35,11 +39,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", help=f"{', '.join(shapes.LLAMA)}, or like 28x512 for 28 matrices of 512²")
     parser.add_argument("--ranks", nargs="+", type=int, help=f"such as {' '.join(map(str, shapes.RANKS))}")
     parser.add_argument("--dtypes", nargs="+", choices=shapes.DTYPES)
-    parser.add_argument("--quick", action="store_true", help="the smallest cases only; README does not take its figures from such runs")
-    parser.add_argument("--seconds", type=float, help="time to measure, over all cases (default 240, with --quick 30)")
+    parser.add_argument("--quick", action="store_true", help="the smallest cases only; not for README")
+    parser.add_argument("--seconds", type=float, help="of the whole run, set-ups and checks included (default 240, with --quick 30)")
     parser.add_argument("--threads", type=int, help="CPU threads (default torch's)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results, or '-' to write none")
+    parser.add_argument("--file", type=Path, help="file of results, in the place of one in --out")
     parser.add_argument("--commit", help="what to record as the commit of a copy that has no git history")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels of peers that are not installed, for a machine without a network")
     settings = parser.parse_args(arguments)
     for model in settings.models or ():
         try:
@@ -53,8 +59,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(settings: argparse.Namespace) -> list[Row]:
     """Measures, prints, appends; what was measured stays, whatever a later case does."""
+    budget = Budget(settings.seconds)
+    start = time.perf_counter()
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    if settings.wheels:
+        wheels.install(settings.wheels)
     on_gpu = torch.cuda.is_available()
     dtypes = tuple(shapes.DTYPES[name] for name in settings.dtypes) if settings.dtypes else None
     selection = Selection(settings.quick, *(tuple(given) if given else None for given in (settings.models, settings.ranks)), dtypes)
@@ -66,12 +76,14 @@ def run(settings: argparse.Namespace) -> list[Row]:
     if not on_gpu:
         print("No GPU: these are the CPU paths. The Triton kernels, single_pass and two_pass of the kernel suite among them, need one.")
     path = None if str(settings.out) == "-" else results_file(settings.out / str(origin["device"]), origin)
+    path = settings.file or path
+    machine = Machine.measured(origin, on_gpu)
     rows: list[Row] = []
     gc.freeze()  # what is imported stays: collections after each case need not walk through it
-    start = time.perf_counter()
-    for suite, case in work:
+    for number, (suite, case) in enumerate(work):
+        share = max(0.0, budget.left()) / (len(work) - number)
         print(f"[{time.perf_counter() - start:4.0f} s] {case.label}", flush=True)
-        found = suite.run(case, Context(on_gpu, settings.seconds / len(work), Machine.measured(origin, on_gpu)))
+        found = measure(suite, case, Context(on_gpu, share, machine, budget))
         if path is not None:
             append(path, [origin | row for row in found])
         rows += found
@@ -85,11 +97,23 @@ def run(settings: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def measure(suite: ModuleType, case: Case, context: Context) -> list[Row]:
+    """The case's rows; where it ends in an exception, or has no time left, a single one that says so."""
+    if context.budget.left() <= 0:
+        return [not_measured(case.label, ALL, "no time: the cases before it took all of --seconds")]
+    try:
+        return suite.run(case, context)
+    except Exception as why:
+        return [not_measured(case.label, ALL, why)]
+
+
 def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments and arguments[0] in COMMANDS:
         raise SystemExit(COMMANDS[arguments[0]](arguments[1:]))
-    run(parse(arguments))
+    rows = run(parse(arguments))
+    if wrong := failed(rows):
+        raise SystemExit(f"{len(wrong)} of this package's figures could not be measured, because something failed")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
     python -m benchmarks.aot                # a table of all configurations
     python -m benchmarks.aot --out FILE     # the same in a file
-    python -m benchmarks.aot --json         # the same as JSON
+    python -m benchmarks.aot --json FILE    # the reports as JSON, for tests/kernels/test_aot.py to judge
 
-The launchers run for real on unfilled CPU tensors; only the driver is replaced, by one that names a target, and
-the launch itself, which stops after compilation. So what is examined is what a launch would run: the arguments' specialisation, the
-constexprs and the choice of configuration are the launchers' own. The disassembler is the one in Triton's wheel.
+The launchers run for real on unfilled CPU tensors, as dry.py says. The disassembler is the one in Triton's wheel.
 """
 
 import argparse
@@ -25,16 +23,15 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
 from lowrank_kernels.eight_bit import scales_shape
 from lowrank_kernels.kernels import back_project, configs, moments, project, single_pass
 from lowrank_kernels.kernels.table import Rows, pointer_table
 
+from . import dry
+
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # bytes a block may use
 SMALL_TILE_TARGETS = (80, 90, 100, 120)  # what the rows for unknown architectures and narrow accesses are compiled for
 WIDE_EXTENT, NARROW_EXTENT = 4096, 1001  # m and n
 TABLES = {"project": configs.PROJECT, "back_project": configs.BACK_PROJECT}
@@ -112,7 +109,7 @@ def cases() -> list[Case]:
                         for right in (False, True):
                             dtype = "bf16" if kind == "16bit" else "fp32"
                             found += _variants(Case(kernel, target, dtype, kind, row, row.rank_covered, right), arch)
-    for target in SHARED_LIMIT:
+    for target in dry.SHARED_LIMIT:
         for normalised in ("fp32", "bf16"):
             case = Case("moments", target, "fp32", "elementwise", configs.MOMENTS, 128, False, normalised == "bf16", normalised)
             found += [case, dataclasses.replace(case, options=("on device",))]
@@ -156,22 +153,6 @@ def _variants(case: Case, arch: int | None) -> list[Case]:
         narrow += [dataclasses.replace(variant, wide=False, rank=case.rank - 1) for variant in found if variant.options]
         found = narrow if case.arch in configs.PROJECT else narrow + found
     return found
-
-
-class Target:
-    """Stands in for the active driver: names an architecture, has no device."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch  # one cache of compiled kernels an architecture
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def _launch(case: Case) -> None:
@@ -227,21 +208,12 @@ def _launch_single_pass(case: Case, basis: torch.Tensor, matrix: torch.Tensor, n
 def compile_case(case: Case) -> Report:
     """Runs the launcher up to the launch and disassembles what it compiled. Needs a process where TRITON_INTERPRET is unset."""
     compiled = []
-    run = triton.JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((kernel, kwargs))
-        return kernel
-
-    triton.runtime.driver.set_active(Target(case.arch))
-    architecture, precision = configs.architecture, torch.get_float32_matmul_precision()
-    triton.JITFunction.run, configs.architecture = compile_only, lambda device: case.arch
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.kind == "tf32" else "highest")
     try:
-        _launch(case)
+        with dry.launches(case.arch, lambda kernel, grid, config: compiled.append((kernel, config))):
+            _launch(case)
     finally:
-        triton.JITFunction.run, configs.architecture = run, architecture
         torch.set_float32_matmul_precision(precision)
     [(kernel, config)] = compiled
     usage, instructions = disassemble(kernel.asm["cubin"])
@@ -270,14 +242,11 @@ def compile_case(case: Case) -> Report:
 
 def disassemble(cubin: bytes) -> tuple[dict[str, int], Counter]:
     """Resource usage (REG, STACK, LOCAL) and how often each SASS instruction occurs."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = _tool("cuobjdump", "--dump-resource-usage", "--dump-sass", file.name)
+    text = dry.cuobjdump(cubin, "--dump-resource-usage", "--dump-sass")
     instructions = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]+)", text, re.MULTILINE))
     if not instructions:
         raise RuntimeError(f"no SASS in the output of cuobjdump:\n{text[:2000]}")
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}, instructions
+    return dry.resource_usage(text), instructions
 
 
 def access_bits(instruction: str) -> int:
@@ -290,10 +259,6 @@ def access_bits(instruction: str) -> int:
 
 def _select(instructions: Counter, pattern: str) -> dict[str, int]:
     return {name: count for name, count in sorted(instructions.items()) if re.match(pattern, name)}
-
-
-def _tool(name: str, *arguments: str) -> str:
-    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def _worker(cache: str) -> None:
@@ -311,17 +276,29 @@ def compile_all(workers: int = 2) -> list[Report]:
 def compile_all_in_subprocess() -> list[Report]:
     """compile_all where this process may have imported the kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "benchmarks.aot", "--json"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-8000:]}")
-    return [Report(**fields) for fields in json.loads(done.stdout)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reports.json")
+        command = [sys.executable, "-m", "benchmarks.aot", "--json", str(path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-8000:]}")
+        return read(path)
+
+
+def read(path: Path) -> list[Report]:
+    """What --json wrote."""
+    return [Report(**fields) for fields in json.loads(path.read_text())]
+
+
+def write(reports: list[Report], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps([dataclasses.asdict(report) for report in reports]))
 
 
 def versions() -> str:
-    ptxas = re.search(r"V[\d.]+", _tool("ptxas", "--version")).group()
-    blackwell = re.search(r"V[\d.]+", _tool("ptxas-blackwell", "--version")).group()
-    cuobjdump = re.search(r"V[\d.]+", _tool("cuobjdump", "--version")).group()
+    ptxas = re.search(r"V[\d.]+", dry.tool("ptxas", "--version")).group()
+    blackwell = re.search(r"V[\d.]+", dry.tool("ptxas-blackwell", "--version")).group()
+    cuobjdump = re.search(r"V[\d.]+", dry.tool("cuobjdump", "--version")).group()
     return f"torch {torch.__version__}, triton {triton.__version__}, ptxas {ptxas} (sm_100 and later {blackwell}), cuobjdump {cuobjdump}"
 
 
@@ -369,16 +346,15 @@ def table(reports: list[Report]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel configuration ahead of time and print what it uses.")
-    parser.add_argument("--json", action="store_true", help="print the reports as JSON")
+    parser.add_argument("--json", type=Path, help="write the reports to this file as JSON")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+    if dry.interpreted():
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     reports = compile_all(arguments.workers)
     if arguments.json:
-        print(json.dumps([dataclasses.asdict(report) for report in reports]))
-        return
+        write(reports, arguments.json)
     print(text(reports), end="")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import time
+import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
 from . import shapes
+from .records import ALL, Row, is_ours
 from .roofline import Machine
 
 
@@ -45,30 +50,73 @@ class Selection:
                     yield model, rank, dtype
 
 
+class Budget:
+    """The seconds of a whole run: set-ups, checks and compilations count as measurements do."""
+
+    def __init__(self, seconds: float) -> None:
+        self.ends = time.perf_counter() + seconds
+        self.longest: dict[tuple[str, str], float] = {}
+        """What the set-up of a contender took at most, by (suite, contender)."""
+
+    def left(self) -> float:
+        return self.ends - time.perf_counter()
+
+
 @dataclass(frozen=True)
 class Context:
-    """How a case is measured: `seconds` is its budget of time."""
+    """How a case is measured: `seconds` is its share of the run's budget, from now on, set-up included."""
 
     on_gpu: bool
     seconds: float
     machine: Machine
+    budget: Budget = field(default_factory=lambda: Budget(math.inf))
+    started: float = field(default_factory=lambda: time.perf_counter())
 
     @property
     def device(self) -> str:
         return "cuda" if self.on_gpu else "cpu"
 
+    @contextlib.contextmanager
+    def setting_up(self, suite: str, contender: str) -> Iterator[None]:
+        """Unavailable where that took longer before than the run has left; or, for what others wrote, longer than a case's share."""
+        longest, left = self.budget.longest, self.budget.left()
+        before = longest.get((suite, contender), 0.0)
+        if left <= before:
+            took = f", and setting it up took {before:.0f} s before" if before else ""
+            raise Unavailable(f"no time: {max(left, 0):.0f} s of --seconds are left{took}")
+        if not is_ours({"contender": contender}) and before > self.seconds and math.isfinite(left):
+            raise Unavailable(f"no time: setting it up took {before:.1f} s before, and a case has {self.seconds:.1f} s of --seconds")
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            longest[suite, contender] = max(before, time.perf_counter() - start)
+
+    def measuring_s(self) -> float:
+        """What is left of the case's share for the clock; a quarter of it at least, as far as the run has that."""
+        left = self.started + self.seconds - time.perf_counter()
+        return max(0.0, min(max(left, self.seconds / 4), self.budget.left()))
+
 
 class Unavailable(Exception):
-    """A contender that cannot run here; the message is the reason and what would help."""
+    """A contender or a case that cannot run here; the message is the reason and what would help."""
 
 
-def skipped(label: str, what: str, reason: BaseException | str) -> None:
-    """Says that a contender, or a whole case, is not measured, and why."""
-    if isinstance(reason, Unavailable):
-        reason = str(reason)
-    elif isinstance(reason, BaseException):
-        reason = f"{type(reason).__name__}: {(str(reason).splitlines() or ['no message'])[0]}"
-    print(f"{label}: {what} skipped: {reason}")
+def not_measured(label: str, contender: str, why: BaseException | str) -> Row:
+    """The row of a contender, or of ALL of a case, without figures: `skipped` where something is missing, else `failure`. Prints it.
+
+    A library that is missing is a reason to skip what others wrote, never this package.
+    """
+    theirs = contender != ALL and not is_ours({"contender": contender})
+    missing = isinstance(why, (str, Unavailable, torch.OutOfMemoryError)) or (isinstance(why, ImportError) and theirs)
+    key = "skipped" if missing else "failure"
+    text = str(why)
+    if isinstance(why, BaseException) and not isinstance(why, Unavailable):
+        text = f"{type(why).__name__}: {(text.splitlines() or ['no message'])[0]}"
+    print(f"{label}: {contender} {'skipped' if key == 'skipped' else 'FAILED'}: {text}", flush=True)
+    if key == "failure" and isinstance(why, BaseException):
+        traceback.print_exception(why, limit=-6)
+    return {"case": label, "suite": label.partition(" ")[0], "contender": contender, key: text}
 
 
 def free_bytes(on_gpu: bool) -> int:
@@ -81,10 +129,8 @@ def free_bytes(on_gpu: bool) -> int:
         return 1 << 62  # unknown: nothing is refused
 
 
-def fits(label: str, needed: int, on_gpu: bool) -> bool:
-    """Whether `needed` bytes are free, or says that the case is skipped. A GPU's out-of-memory error can be caught, a CPU's cannot."""
+def require_room(needed: int, on_gpu: bool) -> None:
+    """Unavailable unless `needed` bytes are free. A GPU's out-of-memory error can be caught, a CPU's cannot."""
     free = free_bytes(on_gpu)
     if needed > 0.9 * free:
-        skipped(label, "the case", f"needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")
-        return False
-    return True
+        raise Unavailable(f"needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")

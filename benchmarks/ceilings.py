@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .shapes import dtype_name
-from .timing import interleave
+from .timing import interleave, time_once_ms
 
 
 def measure(on_gpu: bool, seconds: float = 1.0) -> dict[str, float]:
@@ -19,11 +19,22 @@ def measure(on_gpu: bool, seconds: float = 1.0) -> dict[str, float]:
     device = "cuda" if on_gpu else "cpu"
     found = {"copy_gb_per_s": _copy_gb_per_s(2**28 if on_gpu else 2**26, device, seconds)}
     for dtype in (torch.float32, torch.bfloat16):
-        width = 8192 if on_gpu else 1536
-        a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+        width = 8192 if on_gpu else _affordable_width(dtype, seconds)
+        a, b = _factors(width, dtype, device)
         timings = interleave(_products(a, b), on_gpu, seconds, least_rounds=3, device_only=on_gpu)
         found[f"matmul_tflop_per_s_{dtype_name(dtype)}"] = 2 * width**3 / min(timing.p50 for timing in timings.values()) / 1e9
     return found
+
+
+def _factors(width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    return [torch.randn(width, width, device=device).to(dtype) for _ in range(2)]
+
+
+def _affordable_width(dtype: torch.dtype, seconds: float) -> int:
+    """1536 on a CPU, less where a product would take over a third of the time: some multiply bf16 at a thousandth of their fp32 rate."""
+    a, b = _factors(384, dtype, "cpu")
+    trial_ms = [time_once_ms(lambda: a @ b, on_gpu=False) for _ in range(2)][1]
+    return next((width for width in (1536, 768) if trial_ms * (width / 384) ** 3 <= seconds * 1e3 / 3), 384)
 
 
 def _copy_gb_per_s(elements: int, device: str, seconds: float) -> float:

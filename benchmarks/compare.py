@@ -4,8 +4,8 @@ Of this package the figure is its speed relative to the baselines that both file
 their time over ours, so that a machine that is slower today, or one baseline that jumps, does not count. Without a baseline in common,
 and for the baselines themselves, it is the median time; for memory the bytes. A change is by how much B needs more than A.
 
-Exits with 1 where this package needs more than the threshold allows. Where the files come from different machines it only shows what
-differs: that is no regression. Cases that only one file has are listed and never fail.
+Exits with 1 where this package needs more than the threshold allows, or fails in B in what A measured. Where the files come from different
+machines it only shows what differs: that is no regression. Cases that only one file has are listed and never fail.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 
 from .provenance import print_table, short
-from .records import Row, is_ours, read
+from .records import ALL, Row, failed, is_ours, read
 
 Key = tuple[str, str]
 BYTES = ("state_mb", "step_peak_mb", "saved_mb", "gradient_mb", "peak_mb")
@@ -96,6 +96,9 @@ def main(arguments: list[str] | None = None) -> int:
         for case, contender in here:
             if (case, contender) not in there:
                 print(f"only in {name}: {case}: {contender}")
+    broken = [row for row in failed(read([settings.after], measured=False)) if any(_stands_for(row, key) for key in before)]
+    for row in broken:
+        print(f"failed in B: {row['case']}: {row['contender']}: {row['failure']}")
     worse = [change for change in found if change.counts and change.share > settings.threshold]
     if not found:
         print("nothing in common")
@@ -103,7 +106,11 @@ def main(arguments: list[str] | None = None) -> int:
         print("not judged: the machines differ")
     else:
         print(f"{len(worse)} of {sum(change.counts for change in found)} figures of this package need over {settings.threshold:.0%} more")
-    return 1 if worse and same_machine else 0
+    return 1 if broken or (worse and same_machine) else 0
+
+
+def _stands_for(row: Row, key: Key) -> bool:
+    return row["case"] == key[0] and row["contender"] in (key[1], ALL)
 
 
 def _print_origins(before: dict[Key, Row], after: dict[Key, Row]) -> bool:

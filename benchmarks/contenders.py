@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,13 +102,18 @@ def formulas(params: list[nn.Parameter], rank: int, step_one: Callable[..., None
 
 def compiled_formulas(params: list[nn.Parameter], rank: int) -> Built:
     """The same under torch.compile, a graph for each shape."""
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        raise Unavailable("TORCH_COMPILE_DISABLE is set")
     torch.compiler.reset()  # or the graphs of all cases count towards one limit
     return formulas(params, rank, torch.compile(step_one_, fullgraph=True, dynamic=False))
 
 
 def galore_torch(params: list[nn.Parameter], rank: int) -> Built:
-    with _quiet():
-        from galore_torch import GaLoreAdamW
+    try:
+        with _quiet():
+            from galore_torch import GaLoreAdamW
+    except ImportError as missing:
+        raise _missing(missing, "galore-torch") from missing
     group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": SCALE, "proj_type": "std"}
     optimizer = GaLoreAdamW([group], lr=LR, no_deprecation_warning=True)
     # Its first step would take an SVD of every matrix, an hour for a large model. Which basis it has changes neither time nor memory.
@@ -131,7 +137,7 @@ def apollo_torch(params: list[nn.Parameter], rank: int) -> Built:
         with _quiet():
             from apollo_torch import APOLLOAdamW
     except ImportError as missing:
-        raise Unavailable(f"{missing} (pip install apollo-torch, whose licence forbids commercial use)") from missing
+        raise _missing(missing, "apollo-torch, whose licence forbids commercial use") from missing
     group = {"params": params, "rank": rank, "proj": "random", "scale_type": "channel", "scale": 1.0, "update_proj_gap": NEVER}
     optimizer = APOLLOAdamW([group | {"proj_type": "std"}], lr=LR)
     optimizer.step()
@@ -151,10 +157,14 @@ def adamw_8bit(params: list[nn.Parameter], rank: int) -> Built:
         with _quiet():
             from bitsandbytes.optim import AdamW8bit
     except ImportError as missing:
-        raise Unavailable(f"{missing} (pip install bitsandbytes)") from missing
+        raise _missing(missing, "bitsandbytes") from missing
     optimizer = AdamW8bit(params, lr=LR)
     optimizer.step()
     return Built(optimizer.step, optimizer.state)
+
+
+def _missing(error: ImportError, package: str) -> Unavailable:
+    return Unavailable(f"{error} (pip install {package}; without a network --wheels FOLDER, with its wheel and those it needs)")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from .iterations import CHECKPOINTED, DENSE, GALORE
 from .provenance import RESULTS, short
 from .records import OURS, Row, folders, newest, title
 from .suites import SUITES
+from .timing import VISIBLE
 
 README = Path(__file__).parents[1] / "README.md"
 EXPECTED = {"nvidia-h100": "H100"}
@@ -158,7 +159,7 @@ def _cell(row: Row) -> str:
     if "step_peak_mb" in row:
         return f"{_megabytes(row['state_mb'])} ({_megabytes(row['step_peak_mb'])})"
     ratio = "" if row["contender"] == OURS else f" ({row['ratio_to_ours']:.{1 if row['ratio_to_ours'] >= 10 else 2}f}×)"
-    return short(row["p50_ms"]) + ratio
+    return short(row["p50_ms"]) + ratio + (" with launches" if row.get("launches") == VISIBLE else "")
 
 
 def _held_cell(row: Row) -> str:

@@ -6,13 +6,16 @@ predicted_ms (roofline.py on the ceilings measured in the same run), percent_of_
 of this package the strongest_baseline and speedup, its time over theirs. Memory rows have state_mb, step_peak_mb and theory_mb. Rows of
 the rso suite also have medians of an iteration's parts, forward_ms, backward_ms and step_ms, tokens_per_s, and bytes: saved_mb,
 gradient_mb, state_mb (with whatever else stays beside the weights), each with …_theory_mb where there is a formula, and peak_mb, an
-iteration's; or, instead of times and bytes, largest_batch, tokens_per_s, and ratio_to_ours of the batch.
+iteration's; or, instead of times and bytes, largest_batch, tokens_per_s, and ratio_to_ours of the batch. Times of a GPU alone say in
+`launches` how the host's are kept out (timing.py). What was not measured has a row as well, which holds nothing but the reason, as
+`failure` (a wrong result, an exception) or `skipped` (something missing, no time, no room); its contender is ALL for a whole case.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -24,6 +27,8 @@ from .shapes import DTYPES, LLAMA, dtype_name
 from .timing import Timing
 
 OURS = "lowrank_kernels"
+ALL = "all"
+"""The contender of a row that stands for a whole case."""
 DTYPE_NAMES = [dtype_name(dtype) for dtype in DTYPES.values()]
 Row = dict[str, object]
 
@@ -37,6 +42,15 @@ def suite_of(row: Row) -> str:
     return str(row["case"]).partition(" ")[0]
 
 
+def is_measured(row: Row) -> bool:
+    return not {"failure", "skipped"} & set(row)
+
+
+def failed(rows: Iterable[Row]) -> list[Row]:
+    """Those of this package, or of whole cases, that ended in anything but figures or a reason to skip them."""
+    return [row for row in rows if "failure" in row and (is_ours(row) or row["contender"] == ALL)]
+
+
 def timed_rows(
     label: str, dtype: torch.dtype, timings: Mapping[str, Timing], works: Mapping[str, Work], machine: Machine, **fields: object
 ) -> list[Row]:
@@ -47,6 +61,7 @@ def timed_rows(
     for name, timing in timings.items():
         row: Row = {"case": label, **fields, "dtype": dtype_name(dtype), "contender": name}
         row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80, "rounds": timing.rounds, "ratio_to_ours": timing.ratio}
+        row |= {"launches": timing.launches} if timing.launches else {}
         if work := works.get(name):
             cost = total(work)
             row |= {"bytes_moved": cost.bytes_moved, "flops": cost.flops}
@@ -109,22 +124,35 @@ def print_rows(rows: list[Row]) -> None:
                 str(row["case"]),
                 str(row["contender"]),
                 *((format(row[name], form) if form else short(row[name])) if name in row else "" for name, form in columns.values()),
-                *([", ".join(f"{what} {row[name]:.3g}" for name, what in notes.items() if name in row)] if notes else ()),
+                *([_notes(row, notes)] if notes else ()),
             )
             for row in rows
             if key in row
         ]
         if lines:
             print_table(("case", "contender", *columns, *([""] if notes else ())), lines)
+    if missing := [row for row in rows if not is_measured(row)]:
+        reasons = Counter((str(row["contender"]), _reason(row)) for row in missing)
+        lines = [(contender, f"{count} ×", reason) for (contender, reason), count in reasons.items()]
+        print_table(("not measured", "cases", "why"), lines)
 
 
-def read(paths: Iterable[Path]) -> list[Row]:
-    """Rows of files in order. Of what a file holds twice only the last stays."""
+def _notes(row: Row, notes: Mapping[str, str]) -> str:
+    shown = [f"{what} {row[name]:.3g}" for name, what in notes.items() if name in row]
+    return ", ".join(shown + {"graph": ["in a graph"], "visible": ["with the host's launches"]}.get(str(row.get("launches")), []))
+
+
+def _reason(row: Row) -> str:
+    return f"FAILED in {row['case']}: {row['failure']}" if "failure" in row else str(row["skipped"])
+
+
+def read(paths: Iterable[Path], measured: bool = True) -> list[Row]:
+    """Rows of files in order: those with figures, or else those that hold a reason. Of what a file holds twice only the last stays."""
     found: list[Row] = []
     for path in paths:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
         latest = {(row.get("device"), row["case"], row["contender"]): row | {"file": path.name} for row in rows if "case" in row}
-        found += latest.values()
+        found += [row for row in latest.values() if is_measured(row) == measured]
     return found
 
 

@@ -3,7 +3,11 @@
 On a GPU every timed run starts with a cold L2: a buffer of twice its size is overwritten just before, outside the events. Then either
 
     the host waits for that, and the time is what a caller waits for from an idle GPU, launches included, or
-    with `device_only` the GPU is kept busy while the host launches, and the time is the GPU's own.
+    with `device_only` the GPU is kept busy until the host has launched everything, and the time is the GPU's own.
+
+How long it is kept busy, the shield, each contender finds in its warm-up: what is timed must not have begun when the host is done. A stream
+takes about a thousand launches before the host waits for it, so no shield hides more than those: such a contender is captured in a CUDA
+graph, and where that fails timed as it is. Timing.launches says which.
 
 On a CPU nothing is flushed: what a contender leaves in the caches the next one evicts, as the rounds are interleaved.
 """
@@ -20,19 +24,25 @@ from torch import Tensor
 
 WARM_UP_SHARE, WARM_UP_S = 0.2, 1.0
 """Warm-up: a fifth of the budget shared among contenders, a second each at most; the first two runs at least."""
-BUSY_CYCLES = 2_000_000
-"""About a millisecond of a GPU doing nothing, in which the host launches what is timed."""
+SHIELD_CYCLES = 2_000_000
+"""About a millisecond of a GPU doing nothing, in which the host launches what is timed: the shortest shield."""
+LONGEST_SHIELD = 128 * SHIELD_CYCLES
+HIDDEN, GRAPH, VISIBLE = "hidden", "graph", "visible"
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds. `ratio` is the median over rounds of this contender's time over the first one's."""
+    """Milliseconds. `ratio` is the median over rounds of this contender's time over the first one's.
+
+    `launches`, of the GPU's own time: "hidden" behind a shield, in a "graph", or "visible": the host's time is in it.
+    """
 
     p20: float
     p50: float
     p80: float
     rounds: int
     ratio: float
+    launches: str | None = None
 
 
 @functools.cache
@@ -41,64 +51,121 @@ def _flushed() -> Tensor:
     return torch.empty(2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, dtype=torch.int8, device="cuda")
 
 
-def time_once_ms(run: Callable[[], object], on_gpu: bool, device_only: bool = False) -> float:
+def time_once_ms(run: Callable[[], object], on_gpu: bool) -> float:
+    """What a caller waits for."""
     if not on_gpu:
         start = time.perf_counter()
         run()
         return (time.perf_counter() - start) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     _flushed().zero_()
-    if device_only:
-        torch.cuda._sleep(BUSY_CYCLES)
-    else:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
+    return _between_events(run)[0]
+
+
+def _between_events(run: Callable[[], object]) -> tuple[float, bool]:
+    """(ms of the GPU from what it is doing now to the end of `run`, whether it was still doing that when the host had launched all)."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
     end.record()
+    hidden = not start.query()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end), hidden
 
 
-def _warm_up(run: Callable[[], object], once_ms: Callable[[Callable[[], object]], float], seconds: float, slow_ms: float) -> float:
-    """Milliseconds of the last run. The first one may compile and allocate, so it is the last only where it is slow."""
+class _Waiting:
+    """Times what a caller waits for."""
+
+    launches = None
+
+    def __init__(self, run: Callable[[], object], on_gpu: bool) -> None:
+        self.run, self.on_gpu = run, on_gpu
+
+    def once_ms(self) -> float:
+        return time_once_ms(self.run, self.on_gpu)
+
+
+class _Shielded:
+    """Times a GPU alone."""
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self.run, self.cycles, self.in_graph = run, SHIELD_CYCLES, False
+        self.samples = self.seen = 0
+
+    @property
+    def launches(self) -> str:
+        """Of most of the samples taken since the shield was found."""
+        return VISIBLE if 2 * self.seen > self.samples else GRAPH if self.in_graph else HIDDEN
+
+    def once_ms(self) -> float:
+        ms, hidden = self._once()
+        self.samples, self.seen = self.samples + 1, self.seen + (not hidden)
+        return ms
+
+    def find_shield(self) -> None:
+        """After the first run, which may compile. Twice what hides all launches once, for the host is not always as fast."""
+        while not self._once()[1]:
+            if self.cycles >= LONGEST_SHIELD:
+                self._capture()
+                break
+            self.cycles *= 2
+        self.cycles *= 2
+        self.samples = self.seen = 0
+
+    def _once(self) -> tuple[float, bool]:
+        _flushed().zero_()
+        torch.cuda._sleep(self.cycles)
+        return _between_events(self.run)
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.run()
+        except Exception as why:
+            print(f"not captured in a graph, so that the host's launches are in the times: {type(why).__name__}: {why}")
+            return
+        self.run, self.in_graph, self.cycles = graph.replay, True, SHIELD_CYCLES
+
+
+def _warm_up(clock: _Waiting | _Shielded, seconds: float, slow_ms: float) -> float:
+    """Milliseconds of the last run, never of the first, which may compile and allocate."""
     deadline = time.perf_counter() + seconds
-    last = once_ms(run)
-    if last > slow_ms:
-        return last
+    clock.once_ms()
+    if isinstance(clock, _Shielded):
+        clock.find_shield()
     while True:
-        last = once_ms(run)
-        if time.perf_counter() >= deadline:
+        last = clock.once_ms()
+        if last > slow_ms or time.perf_counter() >= deadline:
             return last
 
 
 def interleave(
     runs: Mapping[str, Callable[[], object]], on_gpu: bool, seconds: float, least_rounds: int = 5, device_only: bool = False
 ) -> dict[str, Timing]:
-    """Times every contender once a round until `seconds` have passed, at least `least_rounds` times, after a warm-up.
+    """Times every contender once a round until `seconds` have passed after a warm-up; `least_rounds` times, if twice as long is enough.
 
-    A contender that took over a third of the budget in the warm-up is timed in one round only.
+    A contender that takes over a third of the budget even when it runs for the second time is not timed again.
     """
-
-    def once_ms(run: Callable[[], object]) -> float:
-        return time_once_ms(run, on_gpu, device_only)
-
+    clocks = {name: _Shielded(run) if device_only and on_gpu else _Waiting(run, on_gpu) for name, run in runs.items()}
     slow_ms = seconds * 1e3 / 3
     warm_up = min(WARM_UP_S, WARM_UP_SHARE * seconds / max(1, len(runs)))
-    slow = {name for name, run in runs.items() if _warm_up(run, once_ms, warm_up, slow_ms) > slow_ms}
-    samples: dict[str, list[float]] = {name: [] for name in runs}
-    first = next(iter(runs))
-    deadline = time.perf_counter() + seconds
-    rounds = 0
-    while rounds < least_rounds or time.perf_counter() < deadline:
-        for name, run in runs.items():
-            if rounds == 0 or name not in slow:
-                samples[name].append(once_ms(run))
+    samples: dict[str, list[float]] = {}
+    for name, clock in clocks.items():
+        last = _warm_up(clock, warm_up, slow_ms)
+        samples[name] = [last] if last > slow_ms else []
+    fast = [name for name in runs if not samples[name]]
+    start, rounds = time.perf_counter(), 0
+    while fast:
+        for name in fast:
+            samples[name].append(clocks[name].once_ms())
         rounds += 1
-        if slow.issuperset(runs):
+        if time.perf_counter() - start >= (seconds if rounds >= least_rounds else 2 * seconds):
             break
+    first = samples[next(iter(runs))]
     timings = {}
     for name, times in samples.items():
-        ratios = torch.tensor([mine / base for mine, base in zip(times, samples[first], strict=False)], dtype=torch.float64)
+        ratios = torch.tensor([mine / base for mine, base in zip(times, first, strict=False)], dtype=torch.float64)
         quantiles = torch.tensor(times, dtype=torch.float64).quantile(torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)).tolist()
-        timings[name] = Timing(*quantiles, rounds=len(times), ratio=ratios.median().item())
+        timings[name] = Timing(*quantiles, rounds=len(times), ratio=ratios.median().item(), launches=clocks[name].launches)
     return timings

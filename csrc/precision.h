@@ -1,4 +1,5 @@
-// fp32 products in fp32, whatever torch's settings allow outside: the C++ half of lowrank_kernels/precision.py.
+// fp32 products in fp32, and sums of bf16 products too, whatever torch's settings allow outside: the C++ half of
+// lowrank_kernels/precision.py.
 #pragma once
 
 #include <ATen/Context.h>
@@ -11,7 +12,7 @@ namespace lowrank_kernels {
 
 // What one backend's matrix products may be computed in. Torch's settings have changed their form twice.
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
-struct Allowed {
+struct Fp32Products {
     at::Float32Precision cuda = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
     at::Float32Precision mkldnn = at::globalContext().float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
 
@@ -26,7 +27,7 @@ struct Allowed {
     }
 };
 #elif TORCH_VERSION_MINOR == 9
-struct Allowed {
+struct Fp32Products {
     std::string cuda = at::globalContext().float32Precision("cuda", "matmul");
     std::string mkldnn = at::globalContext().float32Precision("mkldnn", "matmul");
 
@@ -39,28 +40,44 @@ struct Allowed {
     }
 };
 #else
-struct Allowed {
+struct Fp32Products {
     at::Float32MatmulPrecision before = at::globalContext().float32MatmulPrecision();
     void set(bool full) const { at::globalContext().setFloat32MatmulPrecision(full ? at::Float32MatmulPrecision::HIGHEST : before); }
 };
 #endif
 
+// Whether cuBLAS may add up a product of bf16 matrices in bf16, where it splits the sums. A bool until torch 2.8, an enumeration since.
+inline bool reduces_in_bf16(bool allowed) { return allowed; }
+template <typename Option>
+bool reduces_in_bf16(Option option) {
+    return option == Option::AllowReducedPrecisionWithSplitK;
+}
+
+struct Bf16Sums {
+    bool allowed = reduces_in_bf16(at::globalContext().allowBF16ReductionCuBLAS());
+    void set(bool full) const {
+        if (allowed) at::globalContext().setAllowBF16ReductionCuBLAS(!full);  // else it stays what it is, split sums or not
+    }
+};
+
 // The settings are the whole process's: the first of several threads in here changes them, the last one puts them back.
-class FullPrecision {
+template <typename Settings>
+class Full {
    public:
-    FullPrecision() {
+    Full() {
         const std::lock_guard lock(mutex());
-        if (users()++ == 0) {
-            before() = Allowed();
+        if (users() == 0) {
+            before() = Settings();
             before().set(true);
         }
+        ++users();
     }
-    ~FullPrecision() {
+    ~Full() {
         const std::lock_guard lock(mutex());
         if (--users() == 0) before().set(false);
     }
-    FullPrecision(const FullPrecision&) = delete;
-    FullPrecision& operator=(const FullPrecision&) = delete;
+    Full(const Full&) = delete;
+    Full& operator=(const Full&) = delete;
 
    private:
     static std::mutex& mutex() {
@@ -71,10 +88,15 @@ class FullPrecision {
         static int count = 0;
         return count;
     }
-    static Allowed& before() {
-        static Allowed allowed;
-        return allowed;
+    static Settings& before() {
+        static Settings settings;
+        return settings;
     }
 };
+
+// fp32 products in fp32.
+using FullPrecision = Full<Fp32Products>;
+// Products of bf16 matrices with sums in fp32.
+using FullAccumulation = Full<Bf16Sums>;
 
 }  // namespace lowrank_kernels

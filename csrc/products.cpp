@@ -143,6 +143,7 @@ Gradients::Gradients(std::vector<at::Tensor> matrices) {
 at::Tensor Gradients::multiply(const at::Tensor& xt, bool transposed) const {
     const auto oriented = [transposed](const at::Tensor& grad) { return transposed ? grad.mT() : grad; };
     const at::Tensor factor = xt.to(first().scalar_type());
+    const FullAccumulation guard;
     if (apart_.empty()) return times_transposed(factor, oriented(together_)).to(dtype());
     const int64_t count = static_cast<int64_t>(apart_.size()), length = oriented(first()).size(0);
     const at::Tensor product = at::empty({count, xt.size(-2), length}, factor.options());

@@ -35,7 +35,7 @@ class Gradients {
     explicit Gradients(at::Tensor matrices) : together_(std::move(matrices)) {}
     explicit Gradients(std::vector<at::Tensor> matrices);
 
-    // (G·X)ᵀ: (…, l, n) → (…, l, m), at G's precision, in `dtype()`. Xt may lack the batch dimension: one for all.
+    // (G·X)ᵀ: (…, l, n) → (…, l, m), at G's precision with fp32 sums, in `dtype()`. Xt may lack the batch dimension: one for all.
     at::Tensor image(const at::Tensor& xt) const;
     // (Gᵀ·Q)ᵀ: (…, l, m) → (…, l, n).
     at::Tensor coimage(const at::Tensor& qt) const;

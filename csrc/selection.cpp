@@ -11,15 +11,20 @@
 namespace lowrank_kernels {
 namespace {
 
-Spectrum exact(const Gradients& grad) {
-    const auto [vectors, sigma, _] = at::linalg_svd(at::nan_to_num(grad.joined(), 0.0, 0.0, 0.0), /*full_matrices=*/false);
-    return {polish(vectors.mT()), sigma};  // LAPACK's fp32 vectors are orthonormal to some 2e-5 only
+// Of G over its peak, for cuSOLVER does not scale as LAPACK does. fp32 vectors of either are orthonormal to some 2e-5 only, and where many
+// elements are equal the rounding errors of a polish in fp32 add up to as much.
+Spectrum exact(const Gradients& grad, const at::Tensor& peak) {
+    const at::Tensor matrix = grad.joined();
+    const at::Tensor usable = at::isfinite(peak).logical_and_(peak > 0);
+    const at::Tensor unit = at::where(usable, peak, 1.0).to(matrix.scalar_type()).unsqueeze(-1);
+    const auto [vectors, sigma, _] = at::linalg_svd(at::nan_to_num(matrix / unit.unsqueeze(-1), 0.0, 0.0, 0.0), /*full_matrices=*/false);
+    return {polish(vectors.mT().to(at::kDouble)).to(matrix.scalar_type()), sigma * unit};
 }
 
 Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const at::Tensor& peak) {
     TORCH_CHECK_VALUE(method.svd == "exact" || method.svd == "randomized", "unknown svd ", method.svd);
     if (method.svd != "exact") return leading(grad, count, method.accuracy, std::nullopt, peak);
-    const Spectrum all = exact(grad);
+    const Spectrum all = exact(grad, peak);
     return {all.vectors.narrow(-2, 0, count), all.sigma.narrow(-1, 0, count)};
 }
 

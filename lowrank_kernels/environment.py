@@ -32,6 +32,7 @@ def environment() -> dict[str, str]:
         "CPU": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bf16 products {_cpu_bf16()}",
         "GPU": _gpus(),
         "step runs on": _step(),
+        "refresh runs on": _refresh(),
         "fp32 products": "tf32 allowed on a GPU" if tf32_allowed() else "in fp32",
     }
 
@@ -77,3 +78,11 @@ def _step() -> str:
         return "the reference in plain PyTorch everywhere (LOWRANK_KERNELS_REFERENCE is set)"
     cuda = "the reference in plain PyTorch on a GPU (Triton is missing)" if dispatch.triton_missing() else "Triton kernels on a CUDA GPU"
     return f"{cuda}, batched PyTorch on a CPU, the reference elsewhere"
+
+
+def _refresh() -> str:
+    if dispatch.REFERENCE_FORCED:
+        return "PyTorch everywhere (LOWRANK_KERNELS_REFERENCE is set)"
+    on_cpu = "PyTorch (slower) on a CPU" if extension.missing("CPU") else "C++ on a CPU"
+    on_gpu = "PyTorch (slower) on a CUDA GPU" if extension.missing("CUDA") else "CUDA C++ on a CUDA GPU"
+    return f"{on_gpu}, {on_cpu}, PyTorch elsewhere"

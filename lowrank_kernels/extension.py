@@ -15,9 +15,12 @@ from pathlib import Path
 
 import torch
 
+from .source_digest import digest
+
 _PACKAGE = Path(__file__).resolve().parent
 _OVERRIDE = "LOWRANK_KERNELS_LIBRARY"
-_SOURCES = (".cpp", ".h", ".cu", ".cuh")
+OPERATORS = ("range_finder", "orthonormalise", "sample_importance", "choose_bases")
+"""Those of ops/refresh.py, all of which the extension implements on a CPU and, with its CUDA part, on a CUDA GPU."""
 _SLOWER = "the subspace refresh runs in PyTorch (slower)"
 
 
@@ -40,6 +43,11 @@ def status() -> str:
 def loaded() -> bool:
     """Whether the compiled operators are registered."""
     return _finding.library is not None
+
+
+def missing(dispatch_key: str) -> list[str]:
+    """The operators that have no compiled kernel of their own under a dispatch key, "CPU" or "CUDA", by the word of torch's dispatcher."""
+    return [name for name in OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lowrank_kernels::{name}", dispatch_key)]
 
 
 def load(*, reference_forced: bool) -> None:
@@ -66,7 +74,7 @@ def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Findi
         library = Path(override).resolve()
         if not library.is_file():
             raise FileNotFoundError(f"{_OVERRIDE}={override}: there is no such file")
-        return Finding(f"loaded from {library} ({_OVERRIDE})", library)
+        return Finding(f"loaded from {library} ({_OVERRIDE}){_facts_beside(library)}", library)
     try:
         facts = json.loads((package / "_build.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -79,9 +87,17 @@ def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Findi
         return Finding(f"{built}, but the library is gone: {_rebuild(package)}", unexpected=True)
     if _abi(facts["torch"]) != _abi(torch_version):
         return Finding(f"built for torch {facts['torch']} but torch {torch_version} is running: {_rebuild(package)}", unexpected=True)
-    if _stale(package, library):
+    if _stale(package, facts):
         return Finding(f"{built}, but csrc/ has changed since: {_rebuild(package)}", unexpected=True)
     return Finding(f"{built}, loaded from {library}", library)
+
+
+def _facts_beside(library: Path) -> str:
+    try:
+        facts = json.loads(library.with_name("_build.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return ""
+    return f", built for torch {facts['torch']} ({_parts(facts)})"
 
 
 def _parts(facts: dict) -> str:
@@ -96,13 +112,10 @@ def _abi(version: str) -> str:
     return release.group(1) if release else version
 
 
-def _stale(package: Path, library: Path) -> bool:
-    """In a source tree: whether a source is newer than the library. One that registers an operator with another schema than the
-    operator now has would end the process: C++ exceptions do not pass through dlopen."""
-    if not (package.parent / "setup.py").is_file():
-        return False
-    built = library.stat().st_mtime
-    return any(path.stat().st_mtime > built for path in (package.parent / "csrc").rglob("*") if path.suffix in _SOURCES)
+def _stale(package: Path, facts: dict) -> bool:
+    """In a source tree: whether csrc/ holds other sources than the library was built from. One that registers an operator with another
+    schema than the operator now has would end the process: C++ exceptions do not pass through dlopen."""
+    return (package.parent / "setup.py").is_file() and facts.get("sources") != digest(package.parent / "csrc")
 
 
 def _reinstall(package: Path) -> str:

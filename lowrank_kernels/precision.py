@@ -1,4 +1,4 @@
-"""What torch allows fp32 products to be computed in, asked and set in a way that fits its old and its new settings.
+"""What torch allows products of fp32 and bf16 matrices to be computed in, asked and set in a way that fits its old and its new settings.
 
 Since torch 2.9 each backend has `fp32_precision`, and `torch.get_float32_matmul_precision()` raises once that was used.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
+
+Settings = list[tuple[object, object]]
+"""(backend, what it allowed before)."""
 
 
 def _backends() -> list[object]:
@@ -24,32 +27,32 @@ def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
 
 
-_lock = threading.Lock()
-_users = 0
-_restore: list[tuple[object, str]] = []
+class _Full:
+    """A context in which settings are full.
 
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 products in fp32, whatever is allowed outside.
-
-    The settings are the whole process's: the first of several threads in here changes them, the last one puts them back.
+    They are the whole process's: the first of several threads in here changes them, the last one puts them back.
     """
-    global _users, _restore
-    with _lock:
-        if _users == 0:
-            _restore = _set_full()
-        _users += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _users -= 1
-            if _users == 0:
-                _put_back(_restore)
+
+    def __init__(self, fill: Callable[[], Settings], put_back: Callable[[Settings], None]) -> None:
+        self._fill, self._put_back = fill, put_back
+        self._lock, self._users, self._before = threading.Lock(), 0, []
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._users == 0:
+                self._before = self._fill()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if self._users == 0:
+                    self._put_back(self._before)
 
 
-def _set_full() -> list[tuple[object, str]]:
+def _set_full() -> Settings:
     """(backend, its setting) for each; one pair without a backend before torch 2.9."""
     if not (backends := _backends()):
         before = torch.get_float32_matmul_precision()
@@ -61,9 +64,29 @@ def _set_full() -> list[tuple[object, str]]:
     return allowed
 
 
-def _put_back(allowed: list[tuple[object, str]]) -> None:
+def _put_back(allowed: Settings) -> None:
     for backend, value in allowed:
         if backend is None:
             torch.set_float32_matmul_precision(value)
         else:
             backend.fp32_precision = value
+
+
+def _sum_in_fp32() -> Settings:
+    """Nothing where sums are in fp32 already: the setting stays what it is, with split sums or without."""
+    matmul = torch.backends.cuda.matmul
+    if not matmul.allow_bf16_reduced_precision_reduction:
+        return []
+    matmul.allow_bf16_reduced_precision_reduction = False
+    return [(matmul, True)]
+
+
+def _sum_as_before(allowed: Settings) -> None:
+    for matmul, value in allowed:
+        matmul.allow_bf16_reduced_precision_reduction = value
+
+
+full_precision = _Full(_set_full, _put_back)
+"""`with full_precision():` fp32 products in fp32, whatever is allowed outside."""
+full_accumulation = _Full(_sum_in_fp32, _sum_as_before)
+"""`with full_accumulation():` products of bf16 matrices with their sums in fp32: cuBLAS may else add up parts of a sum in bf16."""

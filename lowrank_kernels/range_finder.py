@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import philox
-from .precision import full_precision
+from .precision import full_accumulation, full_precision
 
 SQUARE_FROM = 5
 """The range finder works on G·Gᵀ where 5·l reaches the short side: forming it then costs less than four products with G."""
@@ -95,8 +95,9 @@ def multipliable(grad: Tensor) -> Tensor:
 
 
 def multiply(grad: Tensor, factor: Tensor) -> Tensor:
-    """G·X in G's precision, in the dtype of X."""
-    return (grad @ factor.to(grad.dtype)).to(factor.dtype)
+    """G·X in G's precision with fp32 sums, in the dtype of X."""
+    with full_accumulation():
+        return (grad @ factor.to(grad.dtype)).to(factor.dtype)
 
 
 def range_finder(

@@ -1,10 +1,26 @@
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from lost_gpu import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def setup_module():
+    """setup.py as a module; importing it builds nothing."""
+    pytest.importorskip("setuptools.command.bdist_wheel")
+    spec = importlib.util.spec_from_file_location("lowrank_kernels_setup", Path(__file__).parent.parent / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
 
 
 @pytest.fixture(params=["operators", "as on a GPU", "PyTorch"])

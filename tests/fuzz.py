@@ -19,6 +19,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -33,7 +34,7 @@ from coded import code_frames_intact, coded_states  # noqa: E402
 from steps import NAMES  # noqa: E402
 
 from lowrank_kernels import ops, philox  # noqa: E402
-from lowrank_kernels.kernels import adamw_step, cpu, single_pass, two_pass  # noqa: E402
+from lowrank_kernels.kernels import adamw_step, configs, cpu, single_pass, two_pass  # noqa: E402
 
 PATHS = ("cpu", "single_pass", "two_pass") if DEVICE == "cpu" else ("single_pass", "two_pass")
 GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")
@@ -41,7 +42,10 @@ GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a seed stands for. Weights, gradients and bases have dtypes and layouts of their own on the two-pass path and the CPU."""
+    """What a seed stands for. Weights, gradients and bases have dtypes and layouts of their own on the two-pass path and the CPU.
+
+    wide: extents, strides and addresses are multiples of 16, which the tiles of a GPU's own rows want; other cases run in the small tiles.
+    """
 
     path: str
     m: int
@@ -65,6 +69,7 @@ class Case:
     weight_decay: float
     scale: float
     step: int
+    wide: bool
 
 
 def draw(seed: int) -> Case:
@@ -81,7 +86,7 @@ def draw(seed: int) -> Case:
     fresh = pick.random() < 0.2
     # In fp16 a gradient of 1e4 times noise is near infinity; R² must stay finite in fp32.
     decades = 3 if torch.float16 in dtypes else 14
-    return Case(
+    case = Case(
         path=path,
         m=m,
         n=n,
@@ -106,7 +111,15 @@ def draw(seed: int) -> Case:
         weight_decay=pick.choice((0.0, 0.0, 0.01, 0.1, 1.0)),
         scale=pick.choice((0.25, 1.0, 10 ** pick.uniform(-2, 1))),
         step=1 if fresh else size(10**6),
+        wide=pick.random() < 0.5,
     )
+    return widened(case) if case.wide else case
+
+
+def widened(case: Case) -> Case:
+    m, n, rank = (16 * math.ceil(extent / 16) for extent in (case.m, case.n, case.rank))
+    layouts = tuple("rows" if layout == "strided" else layout for layout in case.layouts)
+    return dataclasses.replace(case, m=m, n=n, rank=rank, layouts=layouts)
 
 
 Lists = dict[str, list[torch.Tensor]]
@@ -115,8 +128,9 @@ Lists = dict[str, list[torch.Tensor]]
 def make(case: Case) -> Lists:
     count, m, n, rank, right = case.count, case.m, case.n, case.rank, case.right
     of_weight, of_grad, of_basis = case.layouts
-    weights = buckets.stored(count, m, n, right, case.dtypes[0], of_weight)
-    grads = buckets.stored(count, m, n, right, case.dtypes[1], of_grad, case.gradient_scale)
+    pad = 16 if case.wide else 3
+    weights = buckets.stored(count, m, n, right, case.dtypes[0], of_weight, pad=pad)
+    grads = buckets.stored(count, m, n, right, case.dtypes[1], of_grad, case.gradient_scale, pad=pad)
     for grad in grads:
         if case.gradient == "zero":
             grad.zero_()
@@ -124,7 +138,7 @@ def make(case: Case) -> Lists:
             grad.copy_(grad[:1] * torch.linspace(-1, 1, grad.shape[0], device=DEVICE)[:, None].to(grad.dtype))
         elif case.gradient == "one row":
             grad[1:] *= 1e-3
-    bases = buckets.matrices(count, m, rank, case.dtypes[2], of_basis, scale=m**-0.5)
+    bases = buckets.matrices(count, m, rank, case.dtypes[2], of_basis, scale=m**-0.5, pad=pad)
     moments = (
         coded_states(count, rank, n, case.gradient_scale) if case.state_bits == 8 else buckets.states(count, rank, n, case.gradient_scale)
     )
@@ -149,13 +163,11 @@ def run(case: Case, lists: Lists, seeds: torch.Tensor | None) -> None:
     if case.path == "cpu":
         ops.adamw_step_(*arguments, **step, **hyper, **options)
         return
-    path, chosen = {"single_pass": single_pass, "two_pass": two_pass}[case.path], adamw_step.choose_path
-    adamw_step.choose_path = lambda *_, **__: path
+    path = {"single_pass": single_pass, "two_pass": two_pass}[case.path]
     adamw_step._kept.clear()
-    try:
-        adamw_step.adamw_step_(*arguments, **step, **hyper, **options)
-    finally:
-        adamw_step.choose_path = chosen
+    with mock.patch.object(adamw_step, "choose_path", lambda *_, **__: path):
+        with mock.patch.object(configs, "single_pass_config", steps.a_row_for_everything):
+            adamw_step.adamw_step_(*arguments, **step, **hyper, **options)
 
 
 def check(seed: int) -> Case:

@@ -3,18 +3,19 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 import lowrank_kernels as lrk
 from lowrank_kernels import environment, extension
-from lowrank_kernels.ops import dispatch
+from lowrank_kernels.ops import dispatch, refresh
 
 
 def test_report_names_everything():
     text = environment.report()
     assert lrk.__version__ in text
-    for name in ("torch", "Triton", "extension", "C++ compiler", "GPU", "step runs on"):
+    for name in ("torch", "Triton", "extension", "C++ compiler", "GPU", "step runs on", "refresh runs on"):
         assert any(line.startswith(name) for line in text.splitlines())
     assert f"extension        {extension.status()}" in text
 
@@ -65,3 +66,38 @@ def test_version_is_in_one_place():
     import importlib.metadata
 
     assert importlib.metadata.version("lowrank-kernels") == lrk.__version__
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"),
+    [
+        ((), "CUDA C++ on a CUDA GPU, C++ on a CPU, PyTorch elsewhere"),
+        (("CUDA",), "PyTorch (slower) on a CUDA GPU, C++ on a CPU, PyTorch elsewhere"),
+        (("CUDA", "CPU"), "PyTorch (slower) on a CUDA GPU, PyTorch (slower) on a CPU, PyTorch elsewhere"),
+    ],
+)
+def test_where_the_refresh_runs(monkeypatch, lacking, expected):
+    monkeypatch.setattr(extension, "missing", lambda key: ["orthonormalise"] if key in lacking else [])
+    monkeypatch.setattr(dispatch, "REFERENCE_FORCED", False)
+    assert environment.environment()["refresh runs on"] == expected
+
+
+def test_the_dispatcher_tells_what_is_compiled():
+    assert extension.missing("CPU") == ([] if extension.loaded() else list(extension.OPERATORS))
+    assert extension.missing("XPU") == list(extension.OPERATORS)
+
+
+@pytest.mark.parametrize("lacking", [True, False])
+def test_a_slow_refresh_on_a_gpu_is_said_once(monkeypatch, lacking):
+    monkeypatch.setattr(extension, "missing", lambda key: ["orthonormalise"] if lacking else [])
+    monkeypatch.setattr(dispatch, "REFERENCE_FORCED", False)
+    refresh._say_if_slow.cache_clear()
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            refresh._say_if_slow()
+            refresh._say_if_slow()
+    finally:
+        refresh._say_if_slow.cache_clear()
+    assert len(caught) == lacking
+    assert all("the subspace refresh on the GPU runs in PyTorch, which is slower; the extension is" in str(one.message) for one in caught)

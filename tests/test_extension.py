@@ -1,6 +1,5 @@
 """The build's decisions (setup.py) and the loader's (extension.py): each reason for having no extension is found, said and harmless."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ import torch
 
 from lowrank_kernels import environment, extension
 from lowrank_kernels.ops import dispatch
+from lowrank_kernels.source_digest import digest
 
 pytest.importorskip("setuptools.command.bdist_wheel")
 ROOT = Path(__file__).parent.parent
@@ -21,14 +21,8 @@ RUNNING = "2.13.0+cpu"
 
 
 @pytest.fixture
-def build():
-    """setup.py as a module; importing it builds nothing."""
-    spec = importlib.util.spec_from_file_location("lowrank_kernels_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def build(setup_module):
+    return setup_module
 
 
 @pytest.fixture
@@ -168,11 +162,14 @@ def test_what_is_built(build, monkeypatch, mode, torch_cuda, fault, outcome):
 def project(tmp_path):
     """A folder with this setup.py and one source that needs no header of torch, so that compiling it takes no time."""
     shutil.copy(ROOT / "setup.py", tmp_path)
+    (tmp_path / "lowrank_kernels").mkdir()
+    shutil.copy(ROOT / "lowrank_kernels/source_digest.py", tmp_path / "lowrank_kernels")
     (tmp_path / "pyproject.toml").write_text(
         '[project]\nname = "standin"\nversion = "0"\n[tool.setuptools]\npackages = ["lowrank_kernels"]\n'
     )
-    (tmp_path / "lowrank_kernels").mkdir()
-    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc/cuda").mkdir(parents=True)
+    (tmp_path / "csrc/cuda/kernel.cu").write_text("__global__ void kernel() {}\n")  # where torch has CUDA and there is an nvcc
+    (tmp_path / "csrc/cuda/binding.cpp").touch()
     (tmp_path / "csrc/standin.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n')
     return tmp_path
 
@@ -194,6 +191,7 @@ def test_build_rebuild_skip(project):
     assert done.returncode == 0, done.stdout + done.stderr
     assert library.is_file()
     assert facts_of(project)["torch"] == torch.__version__
+    assert facts_of(project)["sources"] == digest(project / "csrc")
     assert facts_of(project)["reason"] is None
 
     (compiled,) = project.glob("build/objects-*/csrc/standin.o")
@@ -290,17 +288,35 @@ def test_a_library_for_another_torch_is_refused(package, built_for):
     assert extension.find(package, built_for, {}).library is not None
 
 
-def test_a_library_older_than_its_sources_is_refused(package):
-    write_facts(package)
-    source = package.parent / "csrc/a.cpp"
-    source.parent.mkdir()
-    source.touch()
-    os.utime(package / "_C.so", (0, 0))
-    assert extension.find(package, RUNNING, {}).library is not None  # no source tree: a csrc/ that means something else
+def test_a_library_of_other_sources_is_refused(package):
+    source = package.parent / "csrc/cuda/a.cuh"
+    source.parent.mkdir(parents=True)
+    source.write_text("int a;")
     (package.parent / "setup.py").touch()
+    write_facts(package, sources=digest(package.parent / "csrc"))
+    os.utime(package / "_C.so", (0, 0))  # a copied tree has newer times than its library
+    assert extension.find(package, RUNNING, {}).library is not None
+    source.write_text("int b;")
     found = extension.find(package, RUNNING, {})
     assert found.library is None and found.unexpected
     assert "csrc/ has changed since" in found.sentence and f"pip install --no-build-isolation -e {package.parent}" in found.sentence
+    (package.parent / "setup.py").unlink()
+    assert extension.find(package, RUNNING, {}).library is not None  # no source tree: a csrc/ that means something else
+
+
+def test_the_digest_is_of_names_and_contents_of_sources(tmp_path):
+    for folder, files in {"a": {"x.cpp": "1", "cuda/y.cu": "2"}, "b": {"cuda/y.cu": "2", "x.cpp": "1", "NOTES.md": "3"}}.items():
+        for name, text in files.items():
+            path = tmp_path / folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    same = digest(tmp_path / "a")
+    assert digest(tmp_path / "b") == same
+    (tmp_path / "b/x.cpp").rename(tmp_path / "b/z.cpp")
+    assert digest(tmp_path / "b") != same
+    (tmp_path / "b/z.cpp").write_text("1\0y.cu")
+    (tmp_path / "b/cuda/y.cu").unlink()
+    assert digest(tmp_path / "b") != same
 
 
 def test_the_library_named_by_the_environment(package, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import warnings
 from itertools import permutations
 
 import pytest
@@ -137,6 +138,48 @@ def test_tf32_is_allowed_where_torch_allows_it(reduced_precision):
     with precision.full_precision():
         assert not precision.tf32_allowed()
     assert precision.tf32_allowed()
+
+
+@pytest.fixture
+def sums_allowed():
+    """(in bf16 or not, whether sums may be split) at each product with a matrix of 96 × 40, whoever asks for it, in C++ too."""
+    found = []
+
+    def product(a, b):
+        if (96, 40) in {shape for factor in (a, b) for shape in (factor.shape[-2:], factor.mT.shape[-2:])}:
+            found.append(cublas_sums())
+        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+
+    with torch.library._scoped_library("aten", "IMPL") as library, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel of torch's is overridden
+        for name in ("mm", "bmm"):
+            library.impl(name, product, "CPU")
+        yield found
+
+
+def cublas_sums():
+    return torch._C._get_cublas_allow_bf16_reduced_precision_reduction()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="products on a GPU are not seen")
+@pytest.mark.parametrize("allowed", [True, False, "unless split"])
+def test_sums_of_products_with_the_gradient_are_never_in_bf16(sums_allowed, allowed):
+    grads = torch.randn(2, 96, 40)
+    matmul = torch.backends.cuda.matmul
+    if allowed == "unless split" and not isinstance(cublas_sums(), tuple):
+        pytest.skip("this torch has no such setting")
+    matmul.allow_bf16_reduced_precision_reduction = (False, False) if allowed == "unless split" else allowed
+    before = cublas_sums()
+    try:
+        ops.range_finder(grads, 2, oversample=2)
+        assert cublas_sums() == before
+        with pytest.raises(RuntimeError):
+            range_finder.multiply(grads[0], torch.ones(3, 3))
+        assert cublas_sums() == before
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = True
+    expected = before if allowed == "unless split" else (False, True) if isinstance(before, tuple) else False
+    assert len(sums_allowed) >= 4 and set(sums_allowed) == {expected}
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..cases import Context, Selection, skipped
+from ..cases import Context, Selection
 from ..records import OURS, Row, timed_rows
 from ..timing import Timing
 
@@ -45,16 +45,15 @@ def cases(selection: Selection, on_gpu: bool) -> list[HostCase]:
 
 def run(case: HostCase, context: Context) -> list[Row]:
     if context.on_gpu:
-        samples = measure("cuda", context.seconds)
+        samples = measure("cuda", context.measuring_s())
     else:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment["OMP_NUM_THREADS"] = "1"
-        program = f"import json; from benchmarks.suites import host; print(json.dumps(host.without_driver({context.seconds})))"
+        program = f"import json; from benchmarks.suites import host; print(json.dumps(host.without_driver({context.measuring_s()})))"
         command = [sys.executable, "-c", program]
         done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
         if done.returncode:
-            skipped(case.label, "the case", done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message")
-            return []
+            raise RuntimeError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no message")
         samples = json.loads(done.stdout.splitlines()[-1])
     base = torch.tensor(next(iter(samples.values()))).median().item()
     timings = {}
@@ -97,18 +96,10 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
 def without_driver(seconds: float) -> dict[str, list[float]]:
     """measure() on CPU tensors with the kernels of a GPU, each launch stopping where the driver would be called.
 
-    In a process of its own: the launchers are not put back, and must not have been imported for Triton's interpreter.
+    In a process of its own: the operators are not put back, and the kernels must not have been imported for Triton's interpreter.
     """
-    import triton
+    from .. import dry
 
-    from lowrank_kernels.kernels import configs
-    from lowrank_kernels.ops import step
-
-    from .. import aot
-
-    step.DIRECT["cpu"] = step.DIRECT["cuda"]
-    triton.runtime.driver.set_active(aot.Target(TARGET))
-    configs.architecture = lambda device: TARGET
-    launch = triton.JITFunction.run
-    triton.JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launch(self, *args, grid=grid, warmup=True, **kwargs)
-    return measure("cpu", seconds)
+    dry.operators_as_on_a_gpu()
+    with dry.launches(TARGET):
+        return measure("cpu", seconds)

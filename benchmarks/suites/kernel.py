@@ -16,8 +16,8 @@ from lowrank_kernels import eight_bit, reference
 from lowrank_kernels.kernels import cpu
 
 from .. import roofline, shapes, timing
-from ..cases import Context, Selection, Unavailable, fits, skipped
-from ..checks import MOMENT_ERROR, MOMENTS, SCALES, UPDATE_ERROR, WrongResult, decoded, exact_step, relative_error, require
+from ..cases import Context, Selection, Unavailable, not_measured, require_room
+from ..checks import MOMENT_ERROR, MOMENTS, SCALES, UPDATE_ERROR, decoded, exact_step, relative_error, require
 from ..records import OURS, Row, timed_rows
 
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 2}
@@ -249,8 +249,7 @@ def _buckets(selection: Selection, on_gpu: bool) -> Iterator[tuple[int, int, int
 
 
 def run(case: KernelCase, context: Context) -> list[Row]:
-    if not fits(case.label, case.bytes_needed(), context.on_gpu):
-        return []
+    require_room(case.bytes_needed(), context.on_gpu)
     bucket = Bucket(case, context.device)
     implementations = {
         OURS: triton_runs if context.on_gpu else cpu_runs,
@@ -258,23 +257,24 @@ def run(case: KernelCase, context: Context) -> list[Row]:
         "native products": native_products,
     }
     runs: dict[str, Callable[[], object]] = {}
-    error = None
+    rest: list[Row] = []
     with torch.no_grad():
         for name, build in implementations.items():
             try:
-                once = build(bucket)
-                if name == OURS:
-                    error = check(bucket, once)
+                with context.setting_up("kernel", name):
+                    once = build(bucket)
+                    if name == OURS:
+                        error = check(bucket, once)
+                    else:
+                        once(1e-6)
                 runs[name] = lambda once=once: once(1e-6)
-            except WrongResult as wrong:
-                raise SystemExit(f"{case.label}: {wrong}") from None
-            except Unavailable as missing:
-                skipped(case.label, name, missing)
+            except Exception as why:
+                rest.append(not_measured(case.label, name, why))
                 if name == OURS:
-                    return []
-        timings = timing.interleave(runs, context.on_gpu, context.seconds, device_only=context.on_gpu)
+                    return rest
+        timings = timing.interleave(runs, context.on_gpu, context.measuring_s(), device_only=context.on_gpu)
     fields = {"suite": "kernel", "op": case.op, "rank": case.rank, "state_bits": case.state_bits}
     fields |= {"shapes": [(case.count, case.rows, case.columns)], "side": "right" if case.right else "left"}
     rows = timed_rows(case.label, case.dtype, timings, dict.fromkeys(runs, case.work()), context.machine, **fields)
     rows[0]["error"] = error
-    return rows
+    return rows + rest

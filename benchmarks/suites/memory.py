@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import contenders, roofline, shapes
-from ..cases import Context, Selection, Unavailable, fits, skipped
+from ..cases import Context, Selection, not_measured, require_room
+from ..checks import WrongResult
 from ..memory import peak_bytes, tensor_bytes
 from ..records import OURS, Row
 
@@ -60,35 +61,31 @@ def run(case: MemoryCase, context: Context) -> list[Row]:
     weights = shapes.model_shapes(case.model)
     theory = case.theory_bytes()
     rows: list[Row] = []
+    rest: list[Row] = []
     for name, (build, dtype) in case.contenders().items():
         copies = 4 if name.startswith("AdamW") else 3  # of the model: weights, gradients, full-rank states or some of lower rank
-        if not fits(f"{case.label}: {name}", copies * shapes.elements(case.model) * dtype.itemsize, context.on_gpu):
-            continue
         params = built = None
         try:
-            params = contenders.make_params(weights, dtype, context.device)
-            built = build(params, case.rank)
-            built.step()
-            _, peak = peak_bytes(built.step, context.on_gpu)
-            held = tensor_bytes(list(built.state.values()))
-        except (ImportError, Unavailable, torch.OutOfMemoryError) as missing:
-            skipped(case.label, name, missing)
-            continue
-        except Exception as failure:
-            if name in contenders.OURS:
-                raise
-            skipped(case.label, name, failure)
+            require_room(copies * shapes.elements(case.model) * dtype.itemsize, context.on_gpu)
+            with context.setting_up("memory", name):
+                params = contenders.make_params(weights, dtype, context.device)
+                built = build(params, case.rank)
+                built.step()
+                _, peak = peak_bytes(built.step, context.on_gpu)
+                held = tensor_bytes(list(built.state.values()))
+            if name in contenders.OURS and held != theory[name]:
+                raise WrongResult(f"it holds {held} bytes of state, the formula says {theory[name]}")
+        except Exception as why:
+            rest.append(not_measured(case.label, name, why))
             continue
         finally:
             del params, built
             gc.collect()
             if context.on_gpu:
                 torch.cuda.empty_cache()
-        if name in contenders.OURS and held != theory[name]:
-            raise SystemExit(f"{case.label}: {name} holds {held} bytes of state, the formula says {theory[name]}")
         row: Row = {"case": case.label, "suite": "memory", "model": case.model, "rank": case.rank, "dtype": shapes.dtype_name(case.dtype)}
         row |= {"contender": name, "weights_dtype": shapes.dtype_name(dtype), "state_mb": held / 1e6, "step_peak_mb": peak / 1e6}
         row |= {"theory_mb": theory[name] / 1e6} if name in theory else {}
         rows.append(row)
     base = next((row["state_mb"] for row in rows if row["contender"] == OURS), None)
-    return [row | ({"ratio_to_ours": row["state_mb"] / base} if base else {}) for row in rows]
+    return [row | ({"ratio_to_ours": row["state_mb"] / base} if base else {}) for row in rows] + rest

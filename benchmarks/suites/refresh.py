@@ -12,7 +12,8 @@ import lowrank_kernels as lrk
 from lowrank_kernels import range_finder
 
 from .. import roofline, shapes, timing
-from ..cases import Context, Selection, fits
+from ..cases import Context, Selection, not_measured, require_room
+from ..checks import WrongResult
 from ..memory import peak_bytes
 from ..records import OURS, Row, timed_rows
 from ..roofline import OVERSAMPLE, POWER_ITERS
@@ -120,25 +121,35 @@ def check_bases(bases: list[Tensor], grads: list[Tensor], best: list[Tensor]) ->
 
 def run(case: RefreshCase, context: Context) -> list[Row]:
     total = sum(count * rows * columns for count, rows, columns in case.chunks())
-    if not fits(case.label, total * case.dtype.itemsize + 6 * CHUNK_BYTES * isinstance(case.model, str), context.on_gpu):
-        return []
+    require_room(total * case.dtype.itemsize + 6 * CHUNK_BYTES * isinstance(case.model, str), context.on_gpu)
     grads = make_gradients(case, context.device)
     best = best_energies(grads, case.rank)
     runs = contenders(grads, case.rank, exact=isinstance(case.model, tuple))
-    found = {}
+    found: dict[str, dict[str, float]] = {}
+    rest: list[Row] = []
     for name, find in runs.items():
-        if context.on_gpu:
-            find()  # the first call makes workspaces that stay
-        bases, peak = peak_bytes(find, context.on_gpu)
-        defect, energy = check_bases(bases, grads, best)
-        if name in CHECKED and not (defect <= ORTHONORMAL and energy >= ENERGY):
-            raise SystemExit(f"{case.label}: the basis of {name} has ‖PᵀP − I‖ = {defect:.2g} and energy {energy:.4g}; not timed")
-        found[name] = {"captured_energy": energy, "defect": defect, "peak_mb": peak / 1e6}
-        del bases
-    timings = timing.interleave(runs, context.on_gpu, context.seconds, least_rounds=3)
+        try:
+            with context.setting_up("refresh", name):
+                found[name] = _weighed(name, find, grads, best, context.on_gpu)
+        except Exception as why:
+            rest.append(not_measured(case.label, name, why))
+    if OURS not in found:
+        return rest
+    timings = timing.interleave({name: runs[name] for name in found}, context.on_gpu, context.measuring_s(), least_rounds=3)
     fields = {"suite": "refresh", "rank": case.rank, "shapes": case.chunks()}
     fields |= {"model": case.model} if isinstance(case.model, str) else {"spectrum": case.spectrum}
     rows = timed_rows(case.label, case.dtype, timings, {OURS: case.work()}, context.machine, **fields)
     rows = [row | found[row["contender"]] for row in rows]
     rows[0]["sketch_mb"] = case.sketch_bytes() / 1e6
-    return rows
+    return rows + rest
+
+
+def _weighed(name: str, find: Callable[[], list[Tensor]], grads: list[Tensor], best: list[Tensor], on_gpu: bool) -> dict[str, float]:
+    """What the bases of a contender are like, and its peak; WrongResult where one of CHECKED does not reach the bars."""
+    if on_gpu:
+        find()  # the first call makes workspaces that stay
+    bases, peak = peak_bytes(find, on_gpu)
+    defect, energy = check_bases(bases, grads, best)
+    if name in CHECKED and not (defect <= ORTHONORMAL and energy >= ENERGY):
+        raise WrongResult(f"the basis has ‖PᵀP − I‖ = {defect:.2g} and energy {energy:.4g}; not timed")
+    return {"captured_energy": energy, "defect": defect, "peak_mb": peak / 1e6}

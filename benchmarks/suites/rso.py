@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from .. import iterations, roofline, shapes, timing
-from ..cases import Context, Selection, Unavailable, fits, skipped
+from ..cases import Context, Selection, not_measured, require_room
 from ..checks import WrongResult, check_iteration
 from ..iterations import CHECKPOINTED, DENSE, GALORE, UNSHARED, Build, Training
 from ..memory import largest, peak_bytes, saved_bytes, tensor_bytes
@@ -203,32 +203,32 @@ def run(case: Case, context: Context) -> list[Row]:
 
 
 def _iterations(case: IterationCase, context: Context) -> list[Row]:
-    if not fits(case.label, case.bytes_needed(), context.on_gpu):
-        return []
+    require_room(case.bytes_needed(), context.on_gpu)
     trainings: dict[str, Training] = {}
     held: dict[str, dict[str, float]] = {}
+    rest: list[Row] = []
     for name, build in case.contenders().items():
         try:
-            error = _checked(case, build, context.device) if name in RSO else None
-            trainings[name] = build(case, case.batch, context.device)
-            held[name] = weigh(case, name, trainings[name], context) | ({"update_error": error} if error is not None else {})
-        except WrongResult as wrong:
-            raise SystemExit(f"{case.label}: {name}: {wrong}") from None
-        except (ImportError, Unavailable, torch.OutOfMemoryError) as missing:
-            skipped(case.label, name, missing)
-            trainings.pop(name, None)
-        except Exception as failure:
-            if name.startswith(OURS):
-                raise
-            skipped(case.label, name, failure)
-            trainings.pop(name, None)
+            with context.setting_up("rso", name):
+                error = _checked(case, build, context.device) if name in RSO else None
+                training = build(case, case.batch, context.device)
+                held[name] = weigh(case, name, training, context) | ({"update_error": error} if error is not None else {})
+            trainings[name] = training
+        except Exception as why:
+            rest.append(not_measured(case.label, name, why))
         if context.on_gpu:
             gc.collect()
             torch.cuda.empty_cache()
+    for name in RSO:
+        if case.is_block and name in trainings and DENSE in held:
+            try:
+                _judge_block(case, name, held)
+            except WrongResult as wrong:
+                rest.append(not_measured(case.label, name, wrong))
+                del trainings[name]
     if OURS not in trainings:
-        return []
-    _judge_blocks(case, held)
-    timings = timing.interleave(trainings, context.on_gpu, context.seconds)
+        return rest
+    timings = timing.interleave(trainings, context.on_gpu, context.measuring_s())
     fields = {"suite": "rso", "rank": case.rank, "batch": case.batch, "sequence": case.sequence}
     fields |= {"model": case.model} if case.is_block else {}
     fields["shapes"] = [(1, outputs, read) for read, outputs in case.layers]
@@ -238,7 +238,7 @@ def _iterations(case: IterationCase, context: Context) -> list[Row]:
         parts = trainings[name].parts_ms(timings[name].rounds)
         row |= {f"{part}_ms": parts[part] for part in iterations.PARTS}
         row |= {"tokens_per_s": case.tokens / timings[name].p50 * 1e3} | held[name]
-    return rows
+    return rows + rest
 
 
 def _checked(case: IterationCase, build: Build, device: str) -> float:
@@ -249,7 +249,7 @@ def _checked(case: IterationCase, build: Build, device: str) -> float:
 
 
 def weigh(case: IterationCase, name: str, training: Training, context: Context) -> dict[str, float]:
-    """MB of what is saved, of gradients, of states and of an iteration's peak, and what formulas say. SystemExit where ours are others."""
+    """MB of what is saved, of gradients, of states and of an iteration's peak, and what formulas say. WrongResult where ours are others."""
     training()  # states
     lasting = [*training.module.parameters(), *training.module.buffers()]
     saved = saved_bytes(lambda: training.module(training.produced()), lasting)
@@ -267,54 +267,46 @@ def weigh(case: IterationCase, name: str, training: Training, context: Context) 
         if expected is None or (what == "saved" and case.is_block):  # a block saves more than its linear layers do
             continue
         if name.startswith(OURS) and count != expected:
-            raise SystemExit(f"{case.label}: {name} has {count} {what} bytes, the formula says {expected}")
+            raise WrongResult(f"it has {count} {what} bytes, the formula says {expected}")
         found[f"{what}_theory_mb"] = expected / 1e6
     return found
 
 
-def _judge_blocks(case: IterationCase, held: dict[str, dict[str, float]]) -> None:
-    """A block saves what it saves of nn.Linear, and Zs instead of inputs. SystemExit where RSO's saves anything else.
+def _judge_block(case: IterationCase, name: str, held: dict[str, dict[str, float]]) -> None:
+    """A block of RSO saves what it saves of nn.Linear, and Zs instead of inputs. WrongResult where it saves anything else.
 
     o_proj reads the attention's output: where its kernel saves that in the same memory, it stays.
     """
-    if not case.is_block or DENSE not in held:
-        return
     formula = case.saved_bytes()
     attended = case.tokens * shapes.LLAMA[case.model][0] * case.dtype.itemsize
-    for name in RSO:
-        if name not in held:
-            continue
-        expected = round(held[DENSE]["saved_mb"] * 1e6) - formula[DENSE] + formula[name]
-        found = round(held[name]["saved_mb"] * 1e6)
-        if found not in (expected, expected + attended):
-            raise SystemExit(f"{case.label}: {name} has {found} saved bytes, the formula says {expected}")
-        held[name]["saved_theory_mb"] = expected / 1e6
+    expected = round(held[DENSE]["saved_mb"] * 1e6) - formula[DENSE] + formula[name]
+    found = round(held[name]["saved_mb"] * 1e6)
+    if found not in (expected, expected + attended):
+        raise WrongResult(f"it has {found} saved bytes, the formula says {expected}")
+    held[name]["saved_theory_mb"] = expected / 1e6
 
 
 def _largest_batches(case: LargestCase, context: Context) -> list[Row]:
     rows: list[Row] = []
+    rest: list[Row] = []
     for name, build in iterations.BLOCK.items():
 
-        def median_ms(batch: int, build: Build = build) -> float:
-            training = build(case, batch, context.device)
-            return median([timing.time_once_ms(training, context.on_gpu) for _ in range(3)][1:])  # the first one makes states
+        def median_ms(batch: int, name: str = name, build: Build = build) -> float:
+            with context.setting_up("rso, largest batch", name):
+                training = build(case, batch, context.device)
+                return median([timing.time_once_ms(training, context.on_gpu) for _ in range(3)][1:])  # the first one makes states
 
         try:
             found = largest(median_ms)
-        except (ImportError, Unavailable) as missing:
-            skipped(case.label, name, missing)
-            continue
-        except Exception as failure:
-            if name.startswith(OURS):
-                raise
-            skipped(case.label, name, failure)
+        except Exception as why:
+            rest.append(not_measured(case.label, name, why))
             continue
         if found is None:
-            skipped(case.label, name, "one sequence does not fit")
+            rest.append(not_measured(case.label, name, "one sequence does not fit"))
             continue
         batch, ms = found
         row: Row = {"case": case.label, "suite": "rso", "model": case.model, "rank": case.rank, "sequence": case.sequence}
         row |= {"dtype": shapes.dtype_name(case.dtype), "contender": name, "largest_batch": batch}
         rows.append(row | {"tokens_per_s": batch * case.sequence / ms * 1e3})
     base = next((row["largest_batch"] for row in rows if row["contender"] == OURS), None)
-    return [row | ({"ratio_to_ours": row["largest_batch"] / base} if base else {}) for row in rows]
+    return [row | ({"ratio_to_ours": row["largest_batch"] / base} if base else {}) for row in rows] + rest

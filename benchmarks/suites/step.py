@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .. import contenders, roofline, shapes, timing
-from ..cases import Context, Selection, Unavailable, fits, skipped
-from ..checks import WrongResult, check_step
+from ..cases import Context, Selection, not_measured, require_room
+from ..checks import check_step
 from ..records import OURS, Row, timed_rows
 
 
@@ -56,43 +56,38 @@ def cases(selection: Selection, on_gpu: bool) -> list[StepCase]:
 
 
 def run(case: StepCase, context: Context) -> list[Row]:
-    if not fits(case.label, case.bytes_needed(with_baselines=not context.on_gpu), context.on_gpu):
-        return []
+    require_room(case.bytes_needed(with_baselines=not context.on_gpu), context.on_gpu)
     weights = shapes.model_shapes(case.model)
     params = contenders.make_params(weights, case.dtype, context.device)
     built: dict[str, contenders.Built] = {}
     errors: dict[str, float] = {}
+    rest: list[Row] = []
     for name, build in contenders.STEP.items():
         if not contenders.applies(name, case.dtype):
             continue
         try:
             contenders.require(name, context.device)
-            if name in contenders.OURS:
-                errors[name] = check_step(weights, case.rank, case.dtype, context.device, contenders.OURS[name])
-            built[name] = build(params, case.rank)
-        except WrongResult as wrong:
-            raise SystemExit(f"{case.label}: {name}: {wrong}") from None
-        except (ImportError, Unavailable, torch.OutOfMemoryError) as missing:
-            skipped(case.label, name, missing)
-        except Exception as failure:
-            if name in contenders.OURS:
-                raise
-            skipped(case.label, name, failure)
+            with context.setting_up("step", name):
+                if name in contenders.OURS:
+                    errors[name] = check_step(weights, case.rank, case.dtype, context.device, contenders.OURS[name])
+                built[name] = build(params, case.rank)
+        except Exception as why:
+            rest.append(not_measured(case.label, name, why))
         if context.on_gpu:
             gc.collect()  # of one that ran out of memory, so that the next one finds what is free
             torch.cuda.empty_cache()
     for name in list(built):  # beside the states of all the others
         try:
             built[name].step()
-        except torch.OutOfMemoryError as full:
-            skipped(case.label, name, full)
+        except Exception as why:
+            rest.append(not_measured(case.label, name, why))
             del built[name]
     if OURS not in built:
-        return []
-    timings = timing.interleave({name: each.step for name, each in built.items()}, context.on_gpu, context.seconds)
+        return rest
+    timings = timing.interleave({name: each.step for name, each in built.items()}, context.on_gpu, context.measuring_s())
     fields = {"suite": "step", "model": case.model, "rank": case.rank, "shapes": shapes.buckets(case.model)}
     rows = timed_rows(case.label, case.dtype, timings, case.works(), context.machine, **fields)
     for row in rows:
         if row["contender"] in errors:
             row["update_error"] = errors[row["contender"]]
-    return rows
+    return rows + rest

@@ -9,6 +9,16 @@
 
 namespace lowrank_kernels::cuda {
 
+template <>
+LRK_HOST_DEVICE __nv_bfloat16 stored_as<__nv_bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+
+template <>
+LRK_HOST_DEVICE __half stored_as<__half>(float value) {
+    return __float2half_rn(value);
+}
+
 namespace {
 
 constexpr int THREADS = 256;

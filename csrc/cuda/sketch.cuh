@@ -36,6 +36,12 @@ struct WordValues {
     }
 };
 
+// One rounding to what is stored. sketch.cu specialises it for 16-bit types, whose conversion operators PyTorch takes from extensions.
+template <typename Out, typename Value>
+LRK_HOST_DEVICE Out stored_as(Value value) {
+    return static_cast<Out>(value);
+}
+
 // Stored at once, in pieces of at most 16 bytes.
 template <typename Out>
 struct alignas(sizeof(Out) * GROUP > 16 ? 16 : sizeof(Out) * GROUP) Four {
@@ -63,7 +69,7 @@ LRK_HOST_DEVICE void fill_group(Out* row, int64_t count, int64_t group, uint64_t
     typename Values::Value values[GROUP];
     Values::make(philox::words(seed, stream_id, static_cast<uint64_t>(group)), values);
     Four<Out> four;
-    for (int i = 0; i < GROUP; ++i) four.value[i] = static_cast<Out>(values[i]);
+    for (int i = 0; i < GROUP; ++i) four.value[i] = stored_as<Out>(values[i]);
     Out* out = row + GROUP * group;
     const int64_t left = count - GROUP * group;
     if (left >= GROUP && reinterpret_cast<uintptr_t>(out) % alignof(Four<Out>) == 0) {

@@ -7,12 +7,14 @@ reach in.
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .. import philox, subspaces
+from .. import extension, philox, subspaces
 from .. import range_finder as algorithms
 from . import dispatch
 
@@ -191,11 +193,24 @@ def choose_bases(
     for name, value, choices in (("selection", selection, tuple(subspaces.SELECTIONS)), ("svd", svd, subspaces.SVDS)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if grads[0].is_cuda:
+        _say_if_slow()
     sketch_seed = philox.signed64(philox.derive_seed(seed, refresh_number))
     seeds = [philox.signed64(philox.derive_seed(seed, refresh_number, *place)) for place in places]
     oversample = min(oversample, max(grads[0].shape))
     arguments = (list(grads), list(previous or ()), rank, right, selection, svd, oversample, power_iters, sketch_seed, seeds, dtype)
     return _choose_bases(*arguments, found_inf)
+
+
+@functools.cache
+def _say_if_slow() -> None:
+    """Warns once where a GPU's refresh has no compiled kernels."""
+    if extension.missing("CUDA") and not dispatch.REFERENCE_FORCED:
+        warnings.warn(
+            f"lowrank_kernels: the subspace refresh on the GPU runs in PyTorch, which is slower; the extension is {extension.status()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def _check_lists(grads: Sequence[Tensor], previous: Sequence[Tensor] | None, places: Sequence[tuple[int, int]]) -> None:

@@ -186,12 +186,14 @@ adamw_step_ = dispatch.define(
     _adamw_step_fake,
     reference.adamw_step_,
 )
-for _name, _cuda in {
+CUDA = {
     "project": _project_cuda,
     "update_moments_": _update_moments_cuda,
     "back_project_": _back_project_cuda,
     "adamw_step_": _adamw_step_cuda,
-}.items():
+}
+"""What each operator runs on a CUDA device."""
+for _name, _cuda in CUDA.items():
     dispatch.register(_name, "cpu", getattr(cpu, _name))
     dispatch.register(_name, "cuda", _cuda)
 

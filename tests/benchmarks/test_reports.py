@@ -110,6 +110,15 @@ class TestCompare:
         assert judged(tmp_path, timed(), timed() + slower) == 1
         assert judged(tmp_path, timed(), slower + timed()) == 0
 
+    def test_what_fails_in_b_is_a_regression_on_any_machine(self, tmp_path, capsys):
+        broken = ORIGIN | {"case": timed()[0]["case"], "contender": "lowrank_kernels", "failure": "WrongResult: M is off"}
+        assert judged(tmp_path, timed(), [broken]) == 1
+        assert "failed in B: step 60m r=128 float32: lowrank_kernels: WrongResult: M is off" in capsys.readouterr().out
+        assert judged(tmp_path, timed(), [broken | {"contender": "all"}]) == 1
+        assert judged(tmp_path, timed(), [broken | {"contender": "galore-torch"}]) == 0
+        assert judged(tmp_path, [broken], timed()) == 0
+        assert judged(tmp_path, counted(), [broken]) == 0, "A did not measure that"
+
     def test_the_command_exits_with_it(self, tmp_path):
         files = [write(tmp_path / "a.jsonl", timed()), write(tmp_path / "b.jsonl", timed(TIMES | {"lowrank_kernels": 20.0}))]
         with pytest.raises(SystemExit) as stopped:
@@ -152,6 +161,23 @@ class TestReadme:
         self.run(text, tmp_path / "results")
         assert "| this | this, 8-bit states | this, stochastic rounding | galore-torch |" in text.read_text()
         assert "torch 2.13.0, galore-torch 1.0; measured" in text.read_text()
+
+    def test_what_has_no_figure_is_in_no_table(self, text, tmp_path):
+        """Neither a contender that failed, nor a suite that another file measured."""
+        folder = tmp_path / "results" / "cpu-a"
+        late = {"time": "2026-01-02T12:00:00+00:00", "case": "step 60m r=128 float32"}
+        failed = ORIGIN | late | {"contender": "all", "failure": "RuntimeError: a long story"}
+        skipped = ORIGIN | late | {"case": "step 7b r=128 float32", "contender": "galore-torch", "skipped": "no module"}
+        write(folder / "a.jsonl", timed(), counted())
+        write(folder / "b.jsonl", [failed, skipped])
+        self.run(text, tmp_path / "results")
+        found = text.read_text()
+        assert "20.0 (2.00×)" in found and "`a.jsonl`" in found and "b.jsonl" not in found and "7B" not in found
+
+    def test_times_with_the_hosts_launches_in_them_say_so(self):
+        rows = timed()
+        assert "20.0 (2.00×) with launches" in readme.table("kernel", [row | {"launches": "visible"} for row in rows])
+        assert "launches" not in readme.table("kernel", [row | {"launches": "hidden"} for row in rows])
 
     def test_without_results_it_says_so(self, text, tmp_path):
         assert self.run(text, tmp_path / "none") == 0
@@ -231,6 +257,14 @@ def test_the_terminal_shows_times_and_bytes(capsys):
     records.print_rows(timed() + counted())
     printed = capsys.readouterr().out
     for shown in ("lowrank_kernels", "galore-torch", "20.0", "2.00", "50", "state MB", "80.00"):
+        assert shown in printed
+
+
+def test_the_terminal_says_what_was_not_measured_and_why(capsys):
+    rows = [{"case": f"step {model}", "contender": "galore-torch", "skipped": "no module"} for model in ("60m", "7b")]
+    records.print_rows([*rows, {"case": "step 7b", "contender": "all", "failure": "WrongResult: M is off"}])
+    printed = capsys.readouterr().out
+    for shown in ("not measured", "galore-torch", "2 ×", "no module", "FAILED in step 7b: WrongResult: M is off"):
         assert shown in printed
 
 

@@ -1,13 +1,14 @@
 """The rso suite: bytes and flops against counting by hand, what is measured, and that nothing wrong is timed or shown."""
 
 import json
+import re
 
 import pytest
 import torch
 
 import lowrank_kernels as lrk
 from benchmarks import checks, iterations, readme, records, roofline, shapes, timing
-from benchmarks.cases import Context, Selection
+from benchmarks.cases import Context, Selection, Unavailable
 from benchmarks.iterations import CHECKPOINTED, DENSE, GALORE, UNSHARED
 from benchmarks.records import OURS
 from benchmarks.roofline import Cost, Machine, total
@@ -29,7 +30,9 @@ def measured(case, chosen=None, patch=None):
 
 @pytest.fixture(scope="module")
 def rows():
-    return {case: measured(case) for case in (LAYER, BLOCK)}
+    """What was measured; galore-torch is an extra."""
+    found = {case: measured(case) for case in (LAYER, BLOCK)}
+    return {case: {name: row for name, row in of.items() if records.is_measured(row)} for case, of in found.items()}
 
 
 # Formulas.
@@ -146,11 +149,11 @@ def test_the_default_holds_the_layer_of_the_bar_and_largest_batches_are_a_gpus()
     assert any(isinstance(case, LargestCase) for case in on_gpu)
 
 
-def test_a_case_that_does_not_fit_is_skipped(monkeypatch, capsys):
+def test_a_case_that_does_not_fit_is_skipped(monkeypatch):
     monkeypatch.setattr("benchmarks.cases.free_bytes", lambda on_gpu: 10**6)
     monkeypatch.setattr(iterations, "make_module", None)
-    assert rso.run(IterationCase("7b", 8, 256, 128, HALF), HERE) == []
-    assert "rso 7b block at 8x256 tokens r=128 bfloat16: the case skipped: needs about" in capsys.readouterr().out
+    with pytest.raises(Unavailable, match="needs about .* GB and 0.0 GB are free"):
+        rso.run(IterationCase("7b", 8, 256, 128, HALF), HERE)
 
 
 # What is wrong is refused, and nothing is timed.
@@ -159,6 +162,11 @@ def test_a_case_that_does_not_fit_is_skipped(monkeypatch, capsys):
 @pytest.fixture
 def no_clock(monkeypatch):
     monkeypatch.setattr(timing, "interleave", lambda *arguments, **options: pytest.fail("something wrong was timed"))
+
+
+def refused(case, complaint):
+    row = next(row for row in records.failed(rso.run(case, HERE)) if row["contender"] == OURS)
+    assert row["case"] == case.label and re.match(f"WrongResult: {complaint}", row["failure"])
 
 
 @pytest.mark.parametrize("case", [LAYER, BLOCK], ids=["layer", "block"])
@@ -200,18 +208,15 @@ def test_a_wrong_iteration_is_refused(monkeypatch, no_clock, case, what):
         sound = lrk.SubspaceLinear.forward
         monkeypatch.setattr(lrk.SubspaceLinear, "forward", lambda self, x: 1.05 * sound(self, x))
     monkeypatch.setitem(iterations.BLOCK if case.is_block else iterations.LAYER, OURS, build)
-    with pytest.raises(SystemExit, match=f"{case.label}: lowrank_kernels: {what} .*not timed"):
-        rso.run(case, HERE)
+    refused(case, f"{what} .*not timed")
 
 
 def test_saving_the_input_is_refused(monkeypatch, no_clock):
     """A layer that is right, and keeps x as well as Z."""
     sound = lrk.SubspaceLinear.forward
     monkeypatch.setattr(lrk.SubspaceLinear, "forward", lambda self, x: sound(self, x) + 0 * (x * self.coordinates[0, :1]).sum())
-    with pytest.raises(SystemExit, match="lowrank_kernels has [0-9]* saved bytes, the formula says 512"):
-        rso.run(LAYER, HERE)
-    with pytest.raises(SystemExit, match=f"{BLOCK.label}: lowrank_kernels has [0-9]* saved bytes, the formula says"):
-        rso.run(BLOCK, HERE)
+    refused(LAYER, "it has [0-9]* saved bytes, the formula says 512")
+    refused(BLOCK, "it has [0-9]* saved bytes, the formula says")
 
 
 def test_states_of_another_size_are_refused(monkeypatch, no_clock):
@@ -223,25 +228,25 @@ def test_states_of_another_size_are_refused(monkeypatch, no_clock):
     monkeypatch.setattr(rso, "_checked", lambda case, build, device: 0.0)
     monkeypatch.setitem(iterations.LAYER, OURS, build)
     expected = LAYER.state_bytes()[OURS]
-    with pytest.raises(SystemExit, match=f"lowrank_kernels has {expected + 12} state bytes, the formula says {expected}"):
-        rso.run(LAYER, HERE)
+    refused(LAYER, f"it has {expected + 12} state bytes, the formula says {expected}")
 
 
-def test_what_cannot_run_is_skipped_with_a_reason_and_ours_is_not(monkeypatch, capsys):
+def test_what_fails_is_a_row_of_its_own(monkeypatch):
     def failing(case, batch, device):
         raise RuntimeError("no such instruction")
 
     chosen = {OURS: iterations.LAYER[OURS], DENSE: iterations.LAYER[DENSE], "peer": failing}
-    assert set(measured(LAYER, chosen, monkeypatch)) == {OURS, DENSE}
-    assert f"{LAYER.label}: peer skipped: RuntimeError: no such instruction" in capsys.readouterr().out
-    with pytest.raises(RuntimeError, match="no such instruction"):
-        measured(LAYER, {OURS: failing}, monkeypatch)
+    found = measured(LAYER, chosen, monkeypatch)
+    assert set(found) == set(chosen) and found[DENSE]["p50_ms"] > 0
+    assert found["peer"]["failure"] == "RuntimeError: no such instruction" and not records.failed(found.values())
+    found = measured(LAYER, {DENSE: iterations.LAYER[DENSE], OURS: failing}, monkeypatch)
+    assert set(found) == {OURS} and records.failed(found.values())
 
 
 # The largest batch.
 
 
-def test_largest_batches_of_a_model_that_has_room_for_so_many_tokens(monkeypatch, capsys):
+def test_largest_batches_of_a_model_that_has_room_for_so_many_tokens(monkeypatch):
     builds = iterations.BLOCK
     room = {OURS: 8, UNSHARED: 6, GALORE: 4, DENSE: 0, CHECKPOINTED: 12}
 
@@ -257,9 +262,9 @@ def test_largest_batches_of_a_model_that_has_room_for_so_many_tokens(monkeypatch
     monkeypatch.setattr(iterations, "BLOCK", {name: limited(name) for name in room})
     case = LargestCase("tiny", 4, 8, SINGLE)
     found = {row["contender"]: row for row in rso.run(case, HERE)}
+    assert found.pop(DENSE)["skipped"] == "one sequence does not fit"
     assert {name: row["largest_batch"] for name, row in found.items()} == {name: most for name, most in room.items() if most}
     assert found[CHECKPOINTED]["ratio_to_ours"] == 1.5 and all(row["tokens_per_s"] > 0 for row in found.values())
-    assert f"{case.label}: {DENSE} skipped: one sequence does not fit" in capsys.readouterr().out
 
 
 # What is shown.

@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import json
 import math
+import re
 import shutil
 import sys
 import sysconfig
@@ -14,8 +15,8 @@ import torch
 
 import lowrank_kernels as lrk
 from benchmarks import __main__ as command
-from benchmarks import cases, checks, contenders, memory, shapes, suites, timing
-from benchmarks.cases import Context, Selection, Unavailable
+from benchmarks import cases, ceilings, checks, contenders, memory, records, shapes, suites, timing
+from benchmarks.cases import Budget, Context, Selection, Unavailable
 from benchmarks.roofline import Machine, total
 from benchmarks.suites import host, kernel, refresh, step
 from benchmarks.suites import memory as memory_suite
@@ -35,9 +36,12 @@ def measured(tmp_path_factory):
         patch.setattr(builtins, "print", lambda *words, **options: printed.append(" ".join(map(str, words))))
         patch.setitem(contenders.STEP, "formulas, torch.compile", unavailable)  # it would compile for half a minute
         patch.setattr(command, "print_rows", lambda rows: printed.append(f"{len(rows)} rows"))
-        command.main([*"--models tiny --ranks 8 --dtypes fp32 bf16 --seconds 1 --commit abc1234 --out".split(), str(folder)])
+        patch.setattr(Context, "measuring_s", lambda self: 0.03)
+        command.main([*"--models tiny --ranks 8 --dtypes fp32 bf16 --seconds 500 --commit abc1234 --out".split(), str(folder)])
     [file] = folder.glob("*/*.jsonl")
-    return file, [json.loads(line) for line in file.read_text().splitlines()], printed
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert not records.failed(rows)
+    return file, [row for row in rows if records.is_measured(row)], printed
 
 
 def of_suite(rows, suite):
@@ -142,15 +146,18 @@ def test_the_command_line_chooses_cases(capsys):
     assert command.parse(["--suite", "step", "--suite", "memory"]).suite == ["step", "memory"]
 
 
-def test_a_case_that_does_not_fit_is_skipped_with_its_size(monkeypatch, capsys):
+def test_a_case_that_does_not_fit_is_skipped_with_its_size(monkeypatch):
     monkeypatch.setattr(cases, "free_bytes", lambda on_gpu: 10**6)
     monkeypatch.setattr(contenders, "make_params", None)
-    assert step.run(step.StepCase("7b", 128, HALF), HERE) == []
-    assert "step 7b r=128 bfloat16: the case skipped: needs about" in capsys.readouterr().out
-    assert kernel.run(kernel.KernelCase("project", 32, 4096, 11008, 128, HALF), HERE) == []
-    assert refresh.run(refresh.RefreshCase("7b", 128), HERE) == []
-    assert memory_suite.run(memory_suite.MemoryCase("7b", 128, HALF), HERE) == []
-    assert cases.free_bytes(False) == 10**6
+    for suite, case in (
+        (step, step.StepCase("7b", 128, HALF)),
+        (kernel, kernel.KernelCase("project", 32, 4096, 11008, 128, HALF)),
+        (refresh, refresh.RefreshCase("7b", 128)),
+    ):
+        [row] = command.measure(suite, case, HERE)
+        assert (row["case"], row["contender"]) == (case.label, records.ALL) and row["skipped"].startswith("needs about")
+    rows = memory_suite.run(memory_suite.MemoryCase("7b", 128, HALF), HERE)
+    assert rows and all(row["skipped"].startswith("needs about") for row in rows)
 
 
 # A contender that is missing or fails.
@@ -167,14 +174,18 @@ def failing(params, rank):
 def test_what_cannot_run_is_skipped_with_a_reason(monkeypatch, capsys):
     chosen = {name: contenders.STEP[name] for name in ("lowrank_kernels", "AdamW(fused=True), full rank")}
     monkeypatch.setattr(contenders, "STEP", chosen | {"peer": unavailable, "other": failing})
-    rows = step.run(step.StepCase("tiny", 8, SINGLE), HERE)
+    *rows, peer, other = step.run(step.StepCase("tiny", 8, SINGLE), HERE)
     assert [row["contender"] for row in rows] == list(chosen)
+    origin = {"case": "step tiny r=8 float32", "suite": "step"}
+    assert peer == origin | {"contender": "peer", "skipped": "not on a Tuesday"}
+    assert other == origin | {"contender": "other", "failure": "RuntimeError: no such instruction"}
     printed = capsys.readouterr().out
-    assert "step tiny r=8 float32: peer skipped: not on a Tuesday" in printed
-    assert "step tiny r=8 float32: other skipped: RuntimeError: no such instruction\n" in printed
+    assert "step tiny r=8 float32: peer skipped: not on a Tuesday\n" in printed
+    assert "step tiny r=8 float32: other FAILED: RuntimeError: no such instruction\n" in printed
+    assert not records.failed([peer, other]), "neither is this package's"
 
 
-def test_what_runs_out_of_memory_is_skipped_before_the_clock_starts(monkeypatch, capsys):
+def test_what_runs_out_of_memory_is_skipped_before_the_clock_starts(monkeypatch):
     def full(params, rank):
         def step():
             raise torch.OutOfMemoryError("tried to allocate much")
@@ -182,25 +193,115 @@ def test_what_runs_out_of_memory_is_skipped_before_the_clock_starts(monkeypatch,
         return contenders.Built(step, {})
 
     monkeypatch.setattr(contenders, "STEP", {"lowrank_kernels": contenders.STEP["lowrank_kernels"], "large": full})
-    assert [row["contender"] for row in step.run(step.StepCase("tiny", 8, SINGLE), HERE)] == ["lowrank_kernels"]
-    assert "large skipped: OutOfMemoryError: tried to allocate much" in capsys.readouterr().out
+    ours, large = step.run(step.StepCase("tiny", 8, SINGLE), HERE)
+    assert ours["contender"] == "lowrank_kernels" and large["skipped"] == "OutOfMemoryError: tried to allocate much"
 
 
-def test_a_failure_of_ours_is_not_skipped(monkeypatch):
-    monkeypatch.setattr(contenders, "STEP", {"lowrank_kernels": failing})
-    with pytest.raises(RuntimeError, match="no such instruction"):
-        step.run(step.StepCase("tiny", 8, SINGLE), HERE)
+def test_a_failure_of_ours_is_its_own_row_and_the_rest_goes_on(monkeypatch):
+    """Of one variant; the others are timed. Without the first there is nothing to compare with, and nothing is."""
+    chosen = {name: contenders.STEP[name] for name in ("lowrank_kernels", "AdamW(fused=True), full rank")}
+    variant = "lowrank_kernels, 8-bit states"
+    monkeypatch.setattr(contenders, "STEP", chosen | {variant: failing})
+    *rows, broken = step.run(step.StepCase("tiny", 8, SINGLE), HERE)
+    assert [row["contender"] for row in rows] == list(chosen) and all(row["p50_ms"] for row in rows)
+    assert broken["contender"] == variant and broken["failure"] == "RuntimeError: no such instruction"
+    assert records.failed([*rows, broken]) == [broken]
+    monkeypatch.setattr(contenders, "STEP", chosen | {"lowrank_kernels": failing})
+    [broken] = step.run(step.StepCase("tiny", 8, SINGLE), HERE)
+    assert broken["contender"] == "lowrank_kernels"
+
+
+def short_run(folder, *options):
+    """Rows of `python -m benchmarks` for steps of two models and the kernel parts, and the exit status."""
+    arguments = "--suite step --suite kernel --models tiny 3x16 --ranks 8 --dtypes fp32 --commit abc --out"
+    code = 0
+    try:
+        command.main([*arguments.split(), str(folder), *options])
+    except SystemExit as stopped:
+        code = stopped.code
+    [file] = folder.glob("*/*.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()], code
+
+
+@pytest.fixture
+def no_ceilings(monkeypatch):
+    monkeypatch.setattr(ceilings, "measure", lambda on_gpu, seconds: {"copy_gb_per_s": 10.0, "matmul_tflop_per_s_float32": 0.1})
+
+
+def test_a_run_goes_on_past_what_fails_and_exits_with_it(monkeypatch, tmp_path, no_ceilings):
+    monkeypatch.setattr(contenders, "STEP", {name: contenders.STEP[name] for name in ("lowrank_kernels", "formulas in PyTorch")})
+    monkeypatch.setattr(Context, "measuring_s", lambda self: 0.01)
+    rows, code = short_run(tmp_path / "sound", "--seconds", "100")
+    assert code == 0 and not any("failure" in row for row in rows)
+    monkeypatch.setattr(step.StepCase, "bytes_needed", lambda self, with_baselines: 1 // 0)
+    monkeypatch.setattr(kernel.cpu, "project", lambda bases, grads, right: [torch.zeros(8, 48)] * len(grads))
+    rows, code = short_run(tmp_path / "broken", "--seconds", "100")
+    wrong = [row for row in rows if "failure" in row]
+    assert {row["contender"] for row in wrong if row["suite"] == "step"} == {records.ALL}
+    assert {row["failure"].partition(":")[0] for row in wrong} >= {"ZeroDivisionError", "WrongResult"}
+    assert "could not be measured" in str(code) and str(code).startswith(f"{len(wrong)} ")
+    assert {row["op"] for row in rows if records.is_measured(row)} >= {"moments", "back_project"}
+    [file] = (tmp_path / "broken").glob("*/*.jsonl")
+    assert all("p50_ms" in row for row in records.read([file]))
+    assert [row for row in records.read([file], measured=False) if "failure" in row] == [row | {"file": file.name} for row in wrong]
+
+
+def test_seconds_bound_a_run_with_slow_set_ups(monkeypatch, tmp_path, no_ceilings, capsys):
+    """Each of a step's takes a second of a clock that moves in no other way."""
+    now = [0.0]
+    monkeypatch.setattr(cases.time, "perf_counter", lambda: now[0])
+
+    def slow(params, rank):
+        now[0] += 1.0
+        return contenders.Built(lambda: None, {})
+
+    monkeypatch.setattr(step, "check_step", lambda *arguments: 0.0)
+    monkeypatch.setattr(timing, "interleave", lambda runs, *_, **__: {name: timing.Timing(1, 1, 1, 5, 1) for name in runs})
+    monkeypatch.setattr(contenders, "STEP", dict.fromkeys(("lowrank_kernels", "peer", "another"), slow))
+    rows, code = short_run(tmp_path / "some", "--seconds", "3.5")
+    assert code == 0 and now[0] == 3.0
+    of_step = [(row["case"].split()[1], row["contender"], row.get("skipped")) for row in of_suite(rows, "step")]
+    assert of_step[:3] == [("tiny", name, None) for name in contenders.STEP]
+    late = "no time: 0 s of --seconds are left, and setting it up took 1 s before"
+    assert of_step[3:] == [("3x16", name, late) for name in contenders.STEP]
+    assert not any("no time" in row.get("skipped", "") for row in of_suite(rows, "kernel")), "they take none of that clock"
+    rows, code = short_run(tmp_path / "none", "--seconds", "0.5")
+    assert code == 0 and now[0] == 4.0
+    assert [row["contender"] for row in rows if "no time" in row.get("skipped", "")].count("all") == 21
+    assert "kernel moments 3x16x16 r=8 float32: all skipped: no time" in capsys.readouterr().out
+
+
+def test_what_others_wrote_is_set_up_once_where_that_takes_longer_than_a_case_has(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(cases.time, "perf_counter", lambda: now[0])
+    context = Context(False, 2.0, MACHINE, Budget(100))
+    for name in ("torch.compile", "lowrank_kernels"):
+        with context.setting_up("step", name):
+            now[0] += 5.0
+    with pytest.raises(Unavailable, match="setting it up took 5.0 s before, and a case has 2.0 s of --seconds"):
+        context.setting_up("step", "torch.compile").__enter__()
+    with context.setting_up("step", "lowrank_kernels"), context.setting_up("kernel", "torch.compile"):
+        pass
+    with Context(False, 2.0, MACHINE).setting_up("step", "torch.compile"):
+        pass
+    assert context.measuring_s() == 0.5  # its share is gone: a quarter of it
+    now[0] = 99.9
+    assert context.measuring_s() == pytest.approx(0.1)
+    now[0] = 101
+    assert context.measuring_s() == 0
+    with pytest.raises(Unavailable, match="no time: 0 s of --seconds are left"):
+        context.setting_up("step", "new").__enter__()
 
 
 @pytest.mark.parametrize("module, build, hint", [
     ("apollo_torch", contenders.apollo_torch, "pip install apollo-torch"),
     ("bitsandbytes", contenders.adamw_8bit, "pip install bitsandbytes"),
-    ("galore_torch", contenders.galore_torch, "galore_torch"),
+    ("galore_torch", contenders.galore_torch, "pip install galore-torch; .*--wheels"),
 ])  # fmt: skip
 def test_a_missing_peer_is_named(monkeypatch, module, build, hint):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, f"{module}.optim", None)
-    with pytest.raises((Unavailable, ImportError), match=hint):
+    with pytest.raises(Unavailable, match=hint):
         build(contenders.make_params([(8, 8)], SINGLE, "cpu"), 2)
 
 
@@ -285,6 +386,11 @@ def no_clock(monkeypatch):
     monkeypatch.setattr(timing, "interleave", timed)
 
 
+def refused(rows, contender, complaint):
+    [row] = records.failed(rows)
+    assert row["contender"] == contender and re.match(f"WrongResult: {complaint}", row["failure"])
+
+
 def with_scale(step_, factor):
     """adamw_step_ whose update is `factor` times as long."""
 
@@ -310,8 +416,7 @@ def with_spoilt_moment(step_):
 def test_a_wrong_step_is_refused(monkeypatch, no_clock, variant, spoil, complaint):
     monkeypatch.setattr(contenders, "STEP", {variant: contenders.STEP[variant]})
     monkeypatch.setattr(lrk.ops, "run_adamw_step_", spoil(lrk.ops.run_adamw_step_))
-    with pytest.raises(SystemExit, match=f"step tiny r=8 bfloat16: {variant}: {complaint} .* not timed"):
-        step.run(step.StepCase("tiny", 8, HALF), HERE)
+    refused(step.run(step.StepCase("tiny", 8, HALF), HERE), variant, f"{complaint} .* not timed")
 
 
 def test_a_right_step_passes_in_every_dtype():
@@ -332,8 +437,7 @@ def test_a_wrong_part_is_refused(monkeypatch, no_clock, op, name):
         return result if result is None else result * 1.05
 
     monkeypatch.setattr(kernel.cpu, name, wrong)
-    with pytest.raises(SystemExit, match=f"kernel {op} 2x24x40 r=8 bfloat16: .* is off by 0.0.* not timed"):
-        kernel.run(kernel.KernelCase(op, 2, 24, 40, 8, HALF), HERE)
+    refused(kernel.run(kernel.KernelCase(op, 2, 24, 40, 8, HALF), HERE), "lowrank_kernels", ".* is off by 0.0.* not timed")
 
 
 @pytest.mark.parametrize("bits", [32, 8])
@@ -342,14 +446,14 @@ def test_a_wrong_step_of_the_kernel_suite_is_refused(monkeypatch, no_clock, bits
     for spoil, complaint in ((lambda right: with_scale(right, 1.05), "ΔW"), (with_spoilt_moment, "M")):
         with monkeypatch.context() as patch:
             patch.setattr(kernel.cpu, "adamw_step_", spoil(kernel.cpu.adamw_step_))
-            with pytest.raises(SystemExit, match=f"{case.label}: {complaint} is off"):
-                kernel.run(case, HERE)
+            refused(kernel.run(case, HERE), "lowrank_kernels", f"{complaint} is off")
 
 
 def test_a_state_of_another_size_is_refused(monkeypatch):
     monkeypatch.setattr(memory_suite, "tensor_bytes", lambda state: 17)
-    with pytest.raises(SystemExit, match="memory tiny r=8 float32: lowrank_kernels holds 17 bytes of state, the formula says"):
-        memory_suite.run(memory_suite.MemoryCase("tiny", 8, SINGLE), HERE)
+    rows = memory_suite.run(memory_suite.MemoryCase("tiny", 8, SINGLE), HERE)
+    ours = [row for row in rows if row["contender"].startswith("lowrank_kernels")]
+    assert len(ours) == 2 and all("holds 17 bytes of state, the formula says" in row["failure"] for row in ours)
 
 
 def test_a_bad_basis_is_refused(monkeypatch, no_clock):
@@ -357,8 +461,7 @@ def test_a_bad_basis_is_refused(monkeypatch, no_clock):
         return torch.linalg.qr(torch.randn(grad.shape[-2], rank, generator=torch.Generator().manual_seed(0)))[0], None
 
     monkeypatch.setattr(lrk.ops, "range_finder", unrelated)
-    with pytest.raises(SystemExit, match="refresh 64x96 r=16 1/i: the basis of lowrank_kernels"):
-        refresh.run(refresh.RefreshCase((64, 96), 16), HERE)
+    refused(refresh.run(refresh.RefreshCase((64, 96), 16), HERE), "lowrank_kernels", "the basis has .* not timed")
 
 
 # The pieces.
@@ -425,58 +528,145 @@ def test_tensor_bytes_count_each_storage_once_wherever_it_is():
     assert memory.tensor_bytes({"a": base[0], "b": Holder(torch.zeros(3, dtype=HALF))}) == 406
 
 
+class Clock:
+    """perf_counter that moves by a second at every look."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        self.now += 1
+        return self.now
+
+
 def test_interleave_reports_quantiles_and_the_median_of_ratios(monkeypatch):
     times = {"a": iter([9, 9, 1.0, 2.0, 3.0, 4.0, 5.0]), "b": iter([9, 9, 2.0, 4.0, 6.0, 8.0, 50.0])}
-    monkeypatch.setattr(timing, "time_once_ms", lambda run, on_gpu, device_only: next(times[run]))
+    monkeypatch.setattr(timing, "time_once_ms", lambda run, on_gpu: next(times[run]))
     monkeypatch.setattr(timing, "WARM_UP_S", 0.0)
-    clock = iter(range(10**6))
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock) * 1e3)
-    found = timing.interleave({"a": "a", "b": "b"}, on_gpu=False, seconds=1.0)
+    monkeypatch.setattr(timing.time, "perf_counter", Clock())
+    found = timing.interleave({"a": "a", "b": "b"}, on_gpu=False, seconds=3.0)
     assert (found["a"].p50, found["a"].rounds, found["a"].ratio) == (3.0, 5, 1.0)
     assert (found["a"].p20, found["a"].p80) == pytest.approx((1.8, 4.2))
     assert found["b"].ratio == 2.0  # of 2, 2, 2, 2, 10
     assert found["b"].p50 == 6.0
 
 
+def test_the_least_rounds_take_no_more_than_twice_the_budget(monkeypatch):
+    monkeypatch.setattr(timing, "time_once_ms", lambda run, on_gpu: 1.0)
+    monkeypatch.setattr(timing.time, "perf_counter", Clock())
+    assert timing.interleave({"a": "a"}, on_gpu=False, seconds=1.5)["a"].rounds == 3
+    assert timing.interleave({"a": "a"}, on_gpu=False, seconds=1.5, least_rounds=2)["a"].rounds == 2
+
+
+@pytest.mark.parametrize("first, rounds", [(1e5, 5), (0.001, 5)])
+def test_a_slow_first_call_makes_nobody_slow(monkeypatch, first, rounds):
+    """It compiled."""
+    calls = []
+
+    def once(run, on_gpu):
+        calls.append(run)
+        return first if len(calls) == 1 else 0.001
+
+    monkeypatch.setattr(timing, "time_once_ms", once)
+    found = timing.interleave({"a": "a"}, on_gpu=False, seconds=0.02)["a"]
+    assert found.rounds >= rounds and found.p80 == 0.001
+
+
 def test_a_slow_contender_is_timed_once(monkeypatch):
     ran = {"fast": 0, "slow": 0}
     milliseconds = {"fast": 0.001, "slow": 1e5}
 
-    def once(run, on_gpu, device_only):
+    def once(run, on_gpu):
         ran[run] += 1
         return milliseconds[run]
 
     monkeypatch.setattr(timing, "time_once_ms", once)
     found = timing.interleave({name: name for name in ran}, on_gpu=False, seconds=0.02)
-    assert found["slow"].rounds == 1 and ran["slow"] == 2  # the first was its warm-up
+    assert found["slow"].rounds == 1 and ran["slow"] == 2  # the first might have compiled
     assert found["fast"].rounds >= 5 and found["slow"].ratio == pytest.approx(1e8)
+    assert found["fast"].launches is None
+    alone = timing.interleave({"slow": "slow"}, on_gpu=False, seconds=0.02)["slow"]
+    assert (alone.rounds, alone.ratio, alone.p50) == (1, 1.0, 1e5)
+
+
+class Gpu:
+    """What timing.py asks of a GPU. A run's launches take the host `launch_cycles`; of more than a queue of 1000 it waits for the GPU."""
+
+    def __init__(self, monkeypatch, launch_cycles=0, launches=10, capturable=True):
+        self.order, self.launch_cycles, self.launches, self.capturable = [], launch_cycles, launches, capturable
+        self.cycles = 0
+        self.buffer = torch.ones(4)
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                gpu.order.append("event")
+
+            def synchronize(self):
+                gpu.order.append("wait for event")
+
+            def query(self):
+                return gpu.launches > 1000 or gpu.cycles <= gpu.launch_cycles
+
+            def elapsed_time(self, end):
+                return 1.5
+
+        class Graph:
+            def replay(self):
+                gpu.order.append("replay")
+
+        @contextlib.contextmanager
+        def capture(graph):
+            if not capturable:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            yield
+            gpu.launches, gpu.launch_cycles = 1, 0
+
+        monkeypatch.setattr(timing, "_flushed", lambda: self.order.append("flush") or self.buffer)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: self.order.append("idle"))
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+
+    def sleep(self, cycles):
+        self.order.append("busy")
+        self.cycles = cycles
+
+    def run(self):
+        self.order.append("run")
 
 
 @pytest.mark.parametrize("device_only", [False, True])
 def test_on_a_gpu_the_cache_is_cold_and_the_events_enclose_the_run_alone(monkeypatch, device_only):
-    order = []
+    gpu = Gpu(monkeypatch)
+    clock = timing._Shielded(gpu.run) if device_only else timing._Waiting(gpu.run, True)
+    assert clock.once_ms() == 1.5
+    assert gpu.order == ["flush", "busy" if device_only else "idle", "event", "run", "event", "wait for event"]
+    assert not gpu.buffer.any()
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
 
-        def record(self):
-            order.append("event")
+def test_the_shield_is_longer_than_the_host_takes_to_launch(monkeypatch):
+    for launch_cycles in (10**6, 10**7, 10**8):
+        gpu = Gpu(monkeypatch, launch_cycles)
+        found = timing.interleave({"a": gpu.run}, True, 0.01, device_only=True)["a"]
+        assert found.launches == timing.HIDDEN and gpu.cycles >= 2 * launch_cycles and gpu.cycles <= 4 * max(launch_cycles, 10**6)
 
-        def synchronize(self):
-            order.append("wait for event")
 
-        def elapsed_time(self, end):
-            return 1.5
-
-    flushed = torch.ones(4)
-    monkeypatch.setattr(timing, "_flushed", lambda: order.append("flush") or flushed)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("idle"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("busy"))
-    assert timing.time_once_ms(lambda: order.append("run"), True, device_only) == 1.5
-    assert order == ["flush", "busy" if device_only else "idle", "event", "run", "event", "wait for event"]
-    assert not flushed.any()
+def test_more_launches_than_a_stream_takes_are_captured_in_a_graph_or_told(monkeypatch, capsys):
+    gpu = Gpu(monkeypatch, launches=2000)
+    assert timing.interleave({"a": gpu.run}, True, 0.01, device_only=True)["a"].launches == timing.GRAPH
+    assert gpu.order[-3:] == ["replay", "event", "wait for event"]
+    gpu = Gpu(monkeypatch, launches=2000, capturable=False)
+    found = timing.interleave({"a": gpu.run}, True, 0.01, device_only=True)
+    assert found["a"].launches == timing.VISIBLE and "not captured in a graph" in capsys.readouterr().out
+    [row] = records.timed_rows("kernel step 1x8x8 r=8 float32", SINGLE, found, {}, MACHINE)
+    assert row["launches"] == "visible"
+    records.print_rows([row])
+    assert "with the host's launches" in capsys.readouterr().out
 
 
 def test_the_reference_of_coded_moments_starts_from_the_same_codes():
@@ -498,7 +688,14 @@ def test_the_host_suite_runs_what_a_gpu_runs(measured):
     assert sum(count for count, *_ in next(iter(found.values()))["shapes"]) == 224
 
 
-def test_the_host_suite_says_why_it_could_not_run(monkeypatch, capsys):
+def test_the_host_suite_says_why_it_could_not_run(monkeypatch):
     monkeypatch.setattr(host.sys, "executable", "/bin/false")
     [case] = host.cases(Selection(), on_gpu=False)
-    assert host.run(case, HERE) == [] and "the case skipped: no message" in capsys.readouterr().out
+    [row] = command.measure(host, case, HERE)
+    assert row["failure"] == "RuntimeError: no message" and records.failed([row])
+
+
+def test_the_ceiling_of_a_slow_product_is_measured_on_a_smaller_one(monkeypatch):
+    for trial_ms, width in ((0.1, 1536), (30.0, 768), (200.0, 384)):
+        monkeypatch.setattr(ceilings, "time_once_ms", lambda run, on_gpu, trial_ms=trial_ms: trial_ms)
+        assert ceilings._affordable_width(HALF, 1.0) == width

@@ -1,6 +1,11 @@
-"""What nvcc makes of the CUDA kernels for GPUs that are not here: no warning, no spill, no block that does not fit."""
+"""What nvcc makes of the CUDA kernels for GPUs that are not here: no warning, no spill, no block that does not fit.
 
+Everything is compiled with the flags that setup.py and PyTorch's CUDAExtension give, which take the conversions of 16-bit types away.
+"""
+
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -8,8 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
-CSRC = Path(__file__).parents[2] / "csrc" / "cuda"
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc" / "cuda"
 ARCHITECTURES = ["80", "90a", "100a"]
 REGISTERS_PER_BLOCK = 65536
 REGISTER_GRANULE = 8  # registers of a thread are allocated in eights
@@ -31,16 +38,66 @@ class Usage(NamedTuple):
     shared: int
 
 
+class Commands(NamedTuple):
+    """Flags of a real build, without those that name architectures."""
+
+    nvcc: list[str]
+    cxx: list[str]
+
+
+class Reached(BaseException):
+    """Ends a build where compiling would begin. No Exception, for setup.py explains those away."""
+
+
 @pytest.fixture(scope="module")
-def usages(tmp_path_factory):
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+def commands(setup_module):
+    """What setup.py and torch.utils.cpp_extension would run, read off a build that stops before its first command."""
+    found = setup_module.find_nvcc(os.environ)
+    if found is None:
         pytest.skip("no nvcc")
+    from setuptools.dist import Distribution
+    from torch.utils import cpp_extension
+
+    written = {}
+
+    def stop(**arguments):
+        written.update(arguments)
+        raise Reached
+
+    version = re.search(r"release (\d+\.\d+)", setup_module.output_of(found[0], "--version")).group(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_HOME", found[1])
+        patch.setenv("CXX", setup_module.find_compiler(os.environ))
+        patch.setattr(cpp_extension, "CUDA_HOME", found[1])
+        patch.setattr(torch.version, "cuda", version)  # a torch without CUDA has the same flags
+        patch.setattr(cpp_extension, "_write_ninja_file_and_compile_objects", stop)
+        patch.chdir(ROOT)
+        command = setup_module.BuildOrExplain(Distribution({"name": setup_module.PACKAGE}))
+        with pytest.raises(Reached):
+            command.compile(setup_module.find_cuda(version, os.environ))
+
+    def flags(*lists):
+        return [flag for flag in shlex.split(" ".join(flag for part in lists for flag in written[part])) if "-gencode" not in flag]
+
+    return Commands(flags("cuda_cflags", "cuda_post_cflags"), flags("cflags", "post_cflags"))
+
+
+def test_the_flags_are_those_of_a_real_build(commands):
+    from torch.utils import cpp_extension
+
+    assert set(cpp_extension.COMMON_NVCC_FLAGS) < set(commands.nvcc)
+    assert "-D__CUDA_NO_BFLOAT16_CONVERSIONS__" in commands.nvcc
+    assert "-O3" in commands.nvcc and any(flag.startswith("-std=c++") for flag in commands.nvcc)
+
+
+@pytest.fixture(scope="module")
+def usages(commands, tmp_path_factory):
+    nvcc = shutil.which("nvcc")
     folder = tmp_path_factory.mktemp("nvcc")
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
 
     def compile_one(name):
-        flags = ["-std=c++17", "-O3", "-Xptxas", "-v", "-Werror", "all-warnings", "-c", *targets]
+        flags = [*commands.nvcc, "-Xptxas", "-v", "-Werror", "all-warnings", *targets]
         done = subprocess.run([nvcc, *flags, str(CSRC / f"{name}.cu"), "-o", str(folder / f"{name}.o")], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return parse(done.stdout + done.stderr)
@@ -94,14 +151,23 @@ def test_the_packed_triangle_may_take_all_shared_memory(usages):
     assert [usage for usage in usages["cholesky_inverse"] if usage.shared] == []
 
 
-def test_four_elements_are_stored_by_one_instruction(tmp_path):
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc")
+def test_four_elements_are_stored_by_one_instruction(commands, tmp_path):
     output = tmp_path / "sketch.ptx"
-    subprocess.run(["nvcc", "-std=c++17", "-O3", "-ptx", "-arch=compute_80", str(CSRC / "sketch.cu"), "-o", str(output)], check=True)
+    flags = [flag for flag in commands.nvcc if flag != "-c"]
+    subprocess.run(["nvcc", *flags, "-ptx", "-arch=compute_80", str(CSRC / "sketch.cu"), "-o", str(output)], check=True)
     stores = re.findall(r"st\.global\.wb\.(v\d\.u32)", output.read_text())
     # bf16 and fp16: 8 bytes each; fp32 normals and Gumbels: 16; fp64 and int64: twice 16.
     assert sorted(stores) == ["v2.u32"] * 2 + ["v4.u32"] * 6
+
+
+def test_the_cuda_part_compiles_against_these_headers_of_torch(commands, tmp_path):
+    """binding.cpp, and operators.cpp as the CUDA part has it: what nvcc does not see. A torch without CUDA ships all headers but one."""
+    generated = tmp_path / "c10/cuda/impl/cuda_cmake_macros.h"
+    generated.parent.mkdir(parents=True)
+    generated.touch()
+    for source in ("cuda/binding.cpp", "operators.cpp"):
+        flags = [*commands.cxx, "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fsyntax-only", f"-I{tmp_path}"]
+        subprocess.run([shutil.which("g++") or "c++", *flags, str(ROOT / "csrc" / source)], check=True)
 
 
 def test_headers_need_no_more_than_the_runtime_api(tmp_path):

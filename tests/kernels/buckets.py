@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowrank_kernels.kernels import configs
 from lowrank_kernels.kernels.dots import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +29,10 @@ SHAPES = (
 
 
 def framed(values: Tensor, layout: str = "rows", pad: int = 3) -> Tensor:
-    """The values as a view into a larger buffer of NaN: row-major, column-major, or with no unit stride at all."""
+    """The values as a view into a larger buffer of NaN: row-major, column-major, or with no unit stride at all.
+
+    pad: elements of the frame on each side. With a multiple of 16, extents that are multiples of 16 keep their 16-byte accesses.
+    """
     rows, columns = values.shape
     if layout == "columns":
         return framed(values.T, "rows", pad).T
@@ -44,13 +48,17 @@ def frames_intact(views: list[Tensor]) -> bool:
     return all(int((~view._base.isnan()).sum()) == int((~view.isnan()).sum()) for view in views)
 
 
-def matrices(count: int, rows: int, columns: int, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0) -> list[Tensor]:
-    return [framed((scale * torch.randn(rows, columns, dtype=torch.float64)).to(dtype), layout) for _ in range(count)]
+def matrices(
+    count: int, rows: int, columns: int, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0, pad: int = 3
+) -> list[Tensor]:
+    return [framed((scale * torch.randn(rows, columns, dtype=torch.float64)).to(dtype), layout, pad) for _ in range(count)]
 
 
-def stored(count: int, m: int, n: int, right: bool, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0) -> list[Tensor]:
+def stored(
+    count: int, m: int, n: int, right: bool, dtype: torch.dtype, layout: str = "rows", scale: float = 1.0, pad: int = 3
+) -> list[Tensor]:
     """Weights or gradients as stored: (m, n), (n, m) on the right side."""
-    return matrices(count, *((n, m) if right else (m, n)), dtype, layout, scale)
+    return matrices(count, *((n, m) if right else (m, n)), dtype, layout, scale, pad)
 
 
 def orient(matrix: Tensor, right: bool) -> Tensor:
@@ -80,6 +88,23 @@ def bits(tensors: list[Tensor]) -> list[Tensor]:
 
 def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+OVER = {False: (3, 5, 7), True: (16, 16, 16)}
+"""How far m, n and r reach over the edge of a tile, by whether the shape should allow 16-byte accesses; the first is also the frame."""
+
+
+def rows_of_this_machine(tables: dict) -> list[tuple[object, object, bool]]:
+    """(kind, row, wide) of configs' tables: of all architectures in the interpreter, else of this GPU and of unknown ones.
+
+    wide: whether shapes for the row should allow 16-byte accesses. A GPU's own rows serve no others; compiled for narrow accesses, their
+    large tiles would take many seconds each.
+    """
+    archs = list(tables) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
+    rows = {
+        (kind, row, arch is not None and not INTERPRETED) for arch in archs for kind, rows in tables.get(arch, {}).items() for row in rows
+    }
+    return sorted(rows, key=str)
 
 
 def tf32_unit(dtype: torch.dtype) -> float:

@@ -20,18 +20,34 @@ from tolerances import (
 )
 
 from lowrank_kernels import eight_bit, reference
-from lowrank_kernels.kernels import table
+from lowrank_kernels.kernels import configs, table
 from lowrank_kernels.kernels.dots import INTERPRETED
 
 STEP = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.2, "scale": 0.5, "step": 4}
 NAMES = ("weights", "grads", "bases", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
+chosen_config = configs.single_pass_config
+NARROW = tuple(configs.SinglePassConfig(rank, 1, 64, 16, 16, warps, 1) for rank, warps in ((32, 8), (64, 8), (128, 16)))
+"""Rows that compile fast for shapes without 16-byte accesses, which the single pass serves in tests alone."""
 
 
-def bucket(count, m, n, r, right, dtype=torch.float32, coded=False, layout="rows", basis_layout="rows", scale=1.0):
-    """The lists of a step by name. Columns of the bases have length 1; the step does not need more of them. scale: of the gradients."""
+def a_row_for_everything(arch, kind, rank, wide, eight_bit):
+    """On a GPU, too, shapes that allow no 16-byte access, and fp32 products, run the single pass."""
+    row = chosen_config(arch, kind, rank, wide, eight_bit)
+    return row or next((row for row in NARROW if row.rank_covered >= rank), None)
+
+
+def serve_everything(monkeypatch):
+    monkeypatch.setattr(configs, "single_pass_config", a_row_for_everything)
+
+
+def bucket(count, m, n, r, right, dtype=torch.float32, coded=False, layout="rows", basis_layout="rows", scale=1.0, pad=3):
+    """The lists of a step by name, each matrix in a frame of `pad`. scale: of the gradients.
+
+    Columns of the bases have length 1; the step does not need more of them.
+    """
     moments = coded_states(count, r, n, scale) if coded else states(count, r, n, scale)
-    bases = matrices(count, m, r, dtype, basis_layout, scale=m**-0.5)
-    weights, grads = stored(count, m, n, right, dtype, layout), stored(count, m, n, right, dtype, layout, scale)
+    bases = matrices(count, m, r, dtype, basis_layout, scale=m**-0.5, pad=pad)
+    weights, grads = (stored(count, m, n, right, dtype, layout, of, pad) for of in (1.0, scale))
     return dict(zip(NAMES, (weights, grads, bases, *moments), strict=False))
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from buckets import DEVICE, DTYPES, bits, matrices, orient, same_bits, states, stored, tf32_unit
+from steps import serve_everything
 from tolerances import UNIT, assert_within, back_project_error, moments_error, normalised_error, project_error, store_unit
 
 from lowrank_kernels import reference
@@ -20,6 +21,7 @@ UPDATE = {"lr": 0.1, "scale": 0.5, "weight_decay": 0.2}
 @pytest.fixture(autouse=True, params=[single_pass, two_pass], ids=["single-pass", "two-pass"])
 def path(request, monkeypatch):
     """Each path in turn, also where the other one would be chosen; both keep a preparation of their own."""
+    serve_everything(monkeypatch)
     monkeypatch.setattr(adamw_step, "choose_path", lambda *_, **__: request.param)
     monkeypatch.setattr(adamw_step, "_kept", adamw_step.OrderedDict())
     return request.param

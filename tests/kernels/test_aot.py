@@ -1,9 +1,9 @@
 """What the compiler makes of every configuration, for GPUs that are not here."""
 
-import dataclasses
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,14 +12,17 @@ pytest.importorskip("triton")
 if torch.version.hip is not None:
     pytest.skip("examines NVIDIA machine code", allow_module_level=True)
 
-from benchmarks import aot  # noqa: E402
+from benchmarks import aot, dry  # noqa: E402
 
 MATRIX_UNITS = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """Compiled once a session: with several workers of pytest-xdist the first one to get here does it, the others wait for its file."""
+    """Of the file that AOT_REPORTS names, which `python -m benchmarks.aot --json` wrote. Else compiled once a session: with several
+    workers of pytest-xdist the first one to get here does it, the others wait for its file."""
+    if path := os.environ.get("AOT_REPORTS"):
+        return aot.read(Path(path))
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return aot.compile_all_in_subprocess()
     shared = tmp_path_factory.getbasetemp().parent
@@ -33,7 +36,7 @@ def reports(tmp_path_factory):
             time.sleep(0.5)
     else:
         try:
-            unfinished.write_text(json.dumps([dataclasses.asdict(report) for report in aot.compile_all_in_subprocess()]))
+            aot.write(aot.compile_all_in_subprocess(), unfinished)
         except BaseException as error:
             unfinished.write_text(json.dumps(f"{type(error).__name__}: {error}"))
             raise
@@ -41,7 +44,7 @@ def reports(tmp_path_factory):
             unfinished.rename(result)
     found = json.loads(result.read_text())
     assert isinstance(found, list), found
-    return [aot.Report(**fields) for fields in found]
+    return aot.read(result)
 
 
 def failures(reports, is_bad):
@@ -74,7 +77,7 @@ def test_nothing_spills(reports):
 
 
 def test_shared_memory_fits(reports):
-    assert not failures(reports, lambda r: r.shared_bytes > aot.SHARED_LIMIT[r.arch] and r.shared_bytes)
+    assert not failures(reports, lambda r: r.shared_bytes > dry.SHARED_LIMIT[r.arch] and r.shared_bytes)
 
 
 def test_no_fp64(reports):

@@ -1,6 +1,20 @@
 import pytest
 import torch
-from buckets import DEVICE, DTYPES, LAYOUTS, SHAPES, bits, frames_intact, matrices, orient, same_bits, stored, tf32_unit
+from buckets import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    OVER,
+    SHAPES,
+    bits,
+    frames_intact,
+    matrices,
+    orient,
+    rows_of_this_machine,
+    same_bits,
+    stored,
+    tf32_unit,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import UNIT, assert_within, back_project_error, rounded_between, store_unit
@@ -113,23 +127,18 @@ def test_decay_comes_before_the_update():
     assert_within(weights[0], -0.25 * normalised[0], tf32_unit(torch.float32) * normalised[0].abs() + 1e-30, "W")
 
 
-def rows_of_this_machine():
-    archs = list(configs.BACK_PROJECT) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
-    rows = {(kind, row) for arch in archs for kind, rows in configs.BACK_PROJECT.get(arch, {}).items() for row in rows}
-    return sorted(rows, key=str)
-
-
 @SIDES
-@pytest.mark.parametrize(("kind", "row"), rows_of_this_machine(), ids=str)
-def test_every_row(kind, row, right, monkeypatch):
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.BACK_PROJECT), ids=str)
+def test_every_row(kind, row, wide, right, monkeypatch):
     monkeypatch.setattr(configs, "back_project_config", lambda *args: row)
     dtype = torch.bfloat16 if kind == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
-        m, n, r = row.BLOCK_M + 3, row.BLOCK_N + 5, 2 * row.BLOCK_K + 7
-        weights = stored(1, m, n, right, dtype)
-        check(weights, matrices(1, m, r, dtype), normalised_of(1, r, n), right, **UPDATE)
+        over = OVER[wide]
+        m, n, r = row.BLOCK_M + over[0], row.BLOCK_N + over[1], 2 * row.BLOCK_K + over[2]
+        weights = stored(1, m, n, right, dtype, pad=over[0])
+        check(weights, matrices(1, m, r, dtype, pad=over[0]), normalised_of(1, r, n), right, **UPDATE)
         assert frames_intact(weights)
     finally:
         torch.set_float32_matmul_precision(before)
@@ -240,17 +249,18 @@ def test_stochastic_rounding_keeps_what_bf16_holds(right):
 
 
 @SIDES
-@pytest.mark.parametrize(("kind", "row"), rows_of_this_machine(), ids=str)
-def test_stochastic_rounding_of_every_row(kind, row, right, monkeypatch):
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.BACK_PROJECT), ids=str)
+def test_stochastic_rounding_of_every_row(kind, row, wide, right, monkeypatch):
     monkeypatch.setattr(configs, "back_project_config", lambda *args: row)
     dtype = torch.bfloat16 if kind == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
-        m, n, r = row.BLOCK_M + 3, row.BLOCK_N + 5, row.BLOCK_K + 7
+        over = OVER[wide]
+        m, n, r = row.BLOCK_M + over[0], row.BLOCK_N + over[1], row.BLOCK_K + over[2]
         seeds = philox.seed_tensor([9], DEVICE)
         sharp = 0.9 if INTERPRETED or kind != "tf32" else 0.0
-        weights, bases = stored(1, m, n, right, torch.bfloat16), matrices(1, m, r, dtype)
+        weights, bases = stored(1, m, n, right, torch.bfloat16, pad=over[0]), matrices(1, m, r, dtype, pad=over[0])
         check_drawn(weights, bases, normalised_of(1, r, n, dtype), right, seeds, 2, sharp=sharp, **UPDATE)
     finally:
         torch.set_float32_matmul_precision(before)

@@ -1,13 +1,12 @@
 import pytest
 import torch
-from buckets import DEVICE, DTYPES, LAYOUTS, SHAPES, matrices, orient, stored, tf32_unit
+from buckets import DEVICE, DTYPES, LAYOUTS, OVER, SHAPES, matrices, orient, rows_of_this_machine, stored, tf32_unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_within, project_error
 
 from lowrank_kernels import reference
 from lowrank_kernels.kernels import configs
-from lowrank_kernels.kernels.dots import INTERPRETED
 from lowrank_kernels.kernels.project import project
 
 pytestmark = pytest.mark.gpu
@@ -73,22 +72,17 @@ def test_zero_gradient_gives_zero(right, poisoned_empty):
     assert not project(matrices(1, 33, 9, torch.float32), grads, right).any()
 
 
-def rows_of_this_machine():
-    archs = list(configs.PROJECT) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
-    rows = {(kind, row) for arch in archs for kind, rows in configs.PROJECT.get(arch, {}).items() for row in rows}
-    return sorted(rows, key=str)
-
-
 @SIDES
-@pytest.mark.parametrize(("kind", "row"), rows_of_this_machine(), ids=str)
-def test_every_row(kind, row, right, monkeypatch, poisoned_empty):
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.PROJECT), ids=str)
+def test_every_row(kind, row, wide, right, monkeypatch, poisoned_empty):
     monkeypatch.setattr(configs, "project_config", lambda *args: row)
     dtype = torch.bfloat16 if kind == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
-        m, n, r = 2 * row.BLOCK_K + 3, row.BLOCK_N + 5, row.BLOCK_R + 7
-        check(matrices(1, m, r, dtype), stored(1, m, n, right, dtype), right)
+        over = OVER[wide]
+        m, n, r = 2 * row.BLOCK_K + over[0], row.BLOCK_N + over[1], row.BLOCK_R + over[2]
+        check(matrices(1, m, r, dtype, pad=over[0]), stored(1, m, n, right, dtype, pad=over[0]), right)
     finally:
         torch.set_float32_matmul_precision(before)
 

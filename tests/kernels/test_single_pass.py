@@ -5,8 +5,9 @@ import itertools
 import weakref
 
 import pytest
+import steps
 import torch
-from buckets import DEVICE, DTYPES, LAYOUTS, SHAPES, bits, frames_intact, matrices, same_bits, states, stored
+from buckets import DEVICE, DTYPES, LAYOUTS, OVER, SHAPES, bits, frames_intact, matrices, rows_of_this_machine, same_bits, states, stored
 from coded import code_frames_intact
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,17 +22,11 @@ from lowrank_kernels.kernels.dots import INTERPRETED
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 CODED = pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
-chosen_config = configs.single_pass_config
-
-
-def a_row_for_everything(arch, kind, rank, wide, eight_bit):
-    """On a GPU, too, shapes that allow no 16-byte access run the kernel, if slowly, in the interpreter's tiles."""
-    return chosen_config(arch, kind, rank, wide, eight_bit) or chosen_config(None, "16bit", rank, wide, eight_bit)
 
 
 @pytest.fixture(autouse=True)
-def serve_everything(monkeypatch):
-    monkeypatch.setattr(configs, "single_pass_config", a_row_for_everything)
+def a_row_for_everything(monkeypatch):
+    steps.serve_everything(monkeypatch)
 
 
 def run(lists, right, **step):
@@ -127,23 +122,18 @@ def test_no_access_outside_of_the_matrices(shape, coded, right, monkeypatch):
     assert sum(seen) >= sum(tensor.numel() for tensors in lists.values() for tensor in tensors)
 
 
-def rows_of_this_machine():
-    archs = list(configs.SINGLE_PASS) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
-    rows = {(kind, row) for arch in archs for (kind, _), rows in configs.SINGLE_PASS.get(arch, {}).items() for row in rows}
-    return sorted(rows, key=str)
-
-
 @SIDES
-@pytest.mark.parametrize(("kind", "row"), rows_of_this_machine(), ids=str)
-def test_every_row(kind, row, right, monkeypatch):
-    """Over the edge of every tile; 8-bit moments on one side."""
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.SINGLE_PASS), ids=str)
+def test_every_row(kind, row, wide, right, monkeypatch):
+    """Over the edge of every tile."""
     monkeypatch.setattr(configs, "single_pass_config", lambda *args: row)
-    dtype = torch.bfloat16 if kind == "16bit" else torch.float32
+    dtype = torch.bfloat16 if kind[0] == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    torch.set_float32_matmul_precision("high" if kind[0] == "tf32" else "highest")
     try:
-        m, n, r = max(row.BLOCK_K, row.BLOCK_M) + 3, row.BLOCK_N + 5, row.BLOCK_R - 3
-        check(bucket(1, m, n, r, right, dtype, coded=right), right)
+        over = OVER[wide]
+        m, n, r = max(row.BLOCK_K, row.BLOCK_M) + over[0], row.BLOCK_N + over[1], max(row.BLOCK_R - over[2], 16)
+        check(bucket(1, m, n, r, right, dtype, coded=kind[1] == "8-bit", pad=over[0]), right)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -338,8 +328,8 @@ class TestChoice:
     """Which buckets have a row, and enough programs."""
 
     @pytest.fixture(autouse=True)
-    def the_real_choice(self, monkeypatch, serve_everything):
-        monkeypatch.setattr(configs, "single_pass_config", chosen_config)
+    def the_real_choice(self, monkeypatch, a_row_for_everything):
+        monkeypatch.setattr(configs, "single_pass_config", steps.chosen_config)
 
     def row(self, monkeypatch, arch, m=4096, n=4096, r=128, weight=torch.bfloat16, basis=torch.bfloat16, aligned=True):
         monkeypatch.setattr(configs, "architecture", lambda device: arch)

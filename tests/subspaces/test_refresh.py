@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_kernels as lrk
 from lowrank_kernels import ops
@@ -207,6 +208,45 @@ def test_exact_vectors_are_orthonormal_where_lapacks_are_not():
     (basis,) = fresh([torch.ones(300, 300)], 290, selection="dominant", svd="exact")
     assert defect(torch.linalg.svd(torch.ones(300, 300))[0][:, :290]) > ORTHONORMAL, "nothing to see"
     assert defect(basis) <= ORTHONORMAL
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("selection", ["dominant", "importance"])
+@pytest.mark.parametrize("shape", [(2048, 256), (256, 2048)], ids=str)
+def test_exact_vectors_of_equal_elements_are_orthonormal(refresh_implementation, shape, selection):
+    """Products of equal elements are rounded the same way, so that their errors add up."""
+    (basis,) = fresh([torch.ones(shape, device=DEVICE)], 64, selection=selection, svd="exact")
+    assert defect(basis) <= ORTHONORMAL / 4
+
+
+class WatchSvd(TorchDispatchMode):
+    """Records the largest element of what full SVDs are handed, also inside an operator's implementation in C++."""
+
+    def __init__(self):
+        super().__init__()
+        self.peaks = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "lowrank_kernels":
+            with self:
+                return func._op_dk(getattr(torch._C.DispatchKey, DEVICE.upper()), *args, **(kwargs or {}))
+        if func._schema.name in ("aten::linalg_svd", "aten::_linalg_svd"):
+            self.peaks.append(args[0].abs().max().item())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e38])
+def test_an_exact_svd_is_handed_numbers_around_one(refresh_implementation, scale):
+    """cuSOLVER does not scale, so that squares of larger ones would overflow, and those of smaller ones vanish."""
+    grad = torch.nn.functional.normalize(torch.randn(40, 60, dtype=torch.float64, device=DEVICE), dim=1)
+    grad = (grad * scale * torch.logspace(0, -3, 40, dtype=torch.float64, device=DEVICE)[:, None]).float()
+    with WatchSvd() as watched:
+        (basis,) = fresh([grad], 8, selection="dominant", svd="exact")
+    assert watched.peaks and all(0.4 < peak <= 1 for peak in watched.peaks)
+    exact = torch.linalg.svd(grad.double() / scale)[0][:, :8]
+    assert defect(basis) <= ORTHONORMAL / 4
+    assert (basis.double().mT @ exact).square().sum() / 8 > (0.999 if scale > 1e-38 else 0.9)  # of 1e-40 few bits are left
 
 
 @pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e38), (torch.float64, 1e200), (torch.float64, 1e-200)])

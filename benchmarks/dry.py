@@ -1,0 +1,128 @@
+"""Triton launches on a machine without a GPU: they go as far as a GPU's would and are not run.
+
+Arguments are bound and specialised, the kernel is compiled for a GPU that need not be here, and what it takes of one is held to that GPU's
+limits. Only the driver is replaced, by one that names a target, and the call that would start the kernel. So the choice of a configuration,
+the arguments and their specialisation are the launchers' own; what a launch would have written is left as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from lowrank_kernels.kernels import configs
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes of shared memory that a block may use."""
+REGISTERS, REGISTER_GRANULE = 65536, 8
+"""Of a block on every architecture since sm_70; a thread's are allocated in eights."""
+GRID_LIMIT = (2**31 - 1, 65535, 65535)
+
+OnLaunch = Callable[[object, tuple[int, ...], dict], None]
+"""Takes what Triton compiled, the grid, and the keyword arguments of the launch."""
+
+
+class WouldNotRun(Exception):
+    """A launch that compiles and that a GPU would refuse."""
+
+
+class Target:
+    """Stands in for Triton's active driver: names an architecture, has no device."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # one cache of compiled kernels an architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
+    """Within it a launch ends after compilation for sm_<arch>. Needs kernels that were not imported for Triton's interpreter."""
+    run, architecture = triton.JITFunction.run, configs.architecture
+
+    def compile_only(self, *arguments, grid, warmup, **keywords):
+        kernel = run(self, *arguments, grid=grid, warmup=True, **keywords)
+        if on_launch is not None:
+            on_launch(kernel, grid, keywords)
+        return kernel
+
+    triton.runtime.driver.set_active(Target(arch))
+    triton.JITFunction.run, configs.architecture = compile_only, lambda device: arch
+    try:
+        yield
+    finally:
+        triton.JITFunction.run, configs.architecture = run, architecture
+
+
+def check(kernel: object, grid: tuple[int, ...], arch: int) -> None:
+    """Raises WouldNotRun where a launch takes more than sm_<arch> has: blocks along the grid, shared memory, registers."""
+    name, threads = kernel.metadata.name, 32 * kernel.metadata.num_warps
+    if any(not 1 <= blocks <= most for blocks, most in zip(grid, GRID_LIMIT, strict=False)):
+        raise WouldNotRun(f"{name}: a grid of {grid} is outside of 1 to {GRID_LIMIT}")
+    if kernel.metadata.shared > SHARED_LIMIT[arch]:
+        raise WouldNotRun(f"{name}: {kernel.metadata.shared} bytes of shared memory and sm_{arch} has {SHARED_LIMIT[arch]} for a block")
+    registers = -(-resources(kernel.asm["cubin"])["REG"] // REGISTER_GRANULE) * REGISTER_GRANULE
+    if registers * threads > REGISTERS:
+        raise WouldNotRun(f"{name}: {registers} registers in each of {threads} threads and a block has {REGISTERS}")
+
+
+@functools.cache  # a launch is repeated for many tests, and its cubin is the same object
+def resources(cubin: bytes) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL and more of a kernel, as cuobjdump reads them."""
+    return resource_usage(cuobjdump(cubin, "--dump-resource-usage"))
+
+
+def resource_usage(text: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def cuobjdump(cubin: bytes, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return tool("cuobjdump", *options, file.name)
+
+
+def tool(name: str, *arguments: str) -> str:
+    """The output of one of the tools in Triton's wheel."""
+    return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def operators_as_on_a_gpu() -> None:
+    """From now on the step's operators run on CPU tensors what they run on a GPU's: the kernels' launchers."""
+    from lowrank_kernels.ops import step
+
+    library = torch.library.Library("lowrank_kernels", "IMPL")  # noqa: TOR901
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a kernel was there already
+        for name, implementation in step.CUDA.items():
+            library.impl(name, implementation, "CPU", allow_override=True)
+    _kept.append(library)  # its registrations end with it
+    step.DIRECT["cpu"] = step.DIRECT["cuda"]
+
+
+_kept: list[torch.library.Library] = []
+
+
+def interpreted() -> bool:
+    """Whether TRITON_INTERPRET asks for the interpreter, which compiles nothing."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")

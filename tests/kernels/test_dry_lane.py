@@ -1,0 +1,112 @@
+"""The lane of `make gpu-dry` itself: a part of it runs, and what it is there to find fails it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.version.hip is not None:
+    pytest.skip("compiles for NVIDIA GPUs", allow_module_level=True)
+
+from benchmarks import dry  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+MOMENTS = "tests/kernels/test_moments.py::test_each_matrix_its_own_states"
+ALIGNED = "tests/kernels/test_project.py::test_aligned_bucket_of_many"
+
+
+def lane(*tests, arch=90, tree=ROOT):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "tests.dry_lane", f"--dry-arch={arch}", "-m", "gpu"]
+    return subprocess.run([*command, *tests], cwd=tree, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_a_part_of_the_lane(arch):
+    """More of it takes minutes: `make gpu-dry`."""
+    done = lane("tests/test_step_parts.py", ALIGNED, arch=arch)
+    assert done.returncode == 0, done.stdout
+    [summary] = [line for line in done.stdout.splitlines() if line.startswith(f"sm_{arch}: ")]
+    launches, _, passed = summary.removeprefix(f"sm_{arch}: ").partition(" launches compiled, not run; passed: ")
+    counts = {ending: int(count) for count, _, ending in (part.partition(" ") for part in passed.split(", "))}
+    assert int(launches) > 60 and counts["to its end"] > 40 and counts["to a comparison"] > 0
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the sources to break."""
+    for folder in ("lowrank_kernels", "benchmarks", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "*.so", "_build.json"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "test", "message"),
+    [
+        pytest.param(
+            "kernels/moments.py", "rows, columns, float(beta1)", "columns, float(beta1)", MOMENTS, "missing 1 required positional argument",
+            id="an argument of a launcher dropped",
+        ),
+        pytest.param(
+            "kernels/configs.py", "ProjectConfig(32, 64, 16, 4, 3), ProjectConfig(64, 64, 16, 8, 3)",
+            "ProjectConfig(32, 64, 16, 4, 40), ProjectConfig(64, 64, 16, 8, 3)", ALIGNED, "bytes of shared memory and sm_90 has 232448",
+            id="a row too large for shared memory",
+        ),
+        pytest.param(
+            "kernels/project.py", "acc = tl.zeros((BLOCK_N, BLOCK_R)", "acc = tl.zeros((BLOCK_R, BLOCK_K)", ALIGNED, "CompilationError",
+            id="a kernel that does not compile",
+        ),
+    ],
+)  # fmt: skip
+def test_what_the_lane_is_there_to_find(tree, file, old, new, test, message):
+    path = tree / "lowrank_kernels" / file
+    source = path.read_text()
+    assert source.count(old) == 1
+    path.write_text(source.replace(old, new))
+    done = lane("-x", test, tree=tree)
+    assert done.returncode == 1 and message in done.stdout, done.stdout
+
+
+def test_a_failed_assertion_is_a_comparison_only_in_a_test_and_after_a_launch(tree):
+    (tree / "tests/kernels/test_new.py").write_text(
+        "import pytest, torch\n"
+        "from lowrank_kernels.kernels.project import project\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "def launch(): return project([torch.zeros(4, 2)], [torch.zeros(4, 5)], False)\n"
+        "def test_compares(): launch(); assert False\n"
+        "def test_launches_nothing(): assert False\n"
+        "def test_raises(): launch(); raise KeyError\n"
+        "def test_fails_outside(): launch(); torch.testing.assert_close(torch.ones(1), torch.zeros(1))\n"
+    )
+    done = lane("tests/kernels/test_new.py", tree=tree)
+    assert "3 failed, 1 passed" in done.stdout, done.stdout
+    assert "test_compares" not in done.stdout.partition("short test summary")[2]
+
+
+def kernel(shared=0, warps=4):
+    return SimpleNamespace(metadata=SimpleNamespace(name="kernel", shared=shared, num_warps=warps), asm={"cubin": b""})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "grid", "registers", "message"),
+    [
+        (dict(shared=163 * 1024), (1, 1), 255, None),
+        (dict(shared=163 * 1024 + 1), (1, 1), 32, "166913 bytes of shared memory and sm_80 has 166912"),
+        (dict(warps=8), (1, 1), 255, None),
+        (dict(warps=16), (1, 1), 129, "136 registers in each of 512 threads and a block has 65536"),
+        ({}, (0, 1), 32, r"a grid of \(0, 1\)"),
+        ({}, (1, 65536), 32, r"a grid of \(1, 65536\)"),
+    ],
+)
+def test_what_a_gpu_would_refuse(monkeypatch, arguments, grid, registers, message):
+    monkeypatch.setattr(dry, "resources", lambda cubin: {"REG": registers})
+    if message is None:
+        dry.check(kernel(**arguments), grid, 80)
+        return
+    with pytest.raises(dry.WouldNotRun, match=message):
+        dry.check(kernel(**arguments), grid, 80)
