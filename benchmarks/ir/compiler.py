@@ -177,7 +177,15 @@ _CUT = re.compile(r"\s*\^bb\d+:\s*// no predecessors")
 def _operations(module: str) -> list[str]:
     """Names of operations in order, but for barriers, constants, which move, and the function's head."""
     names = re.findall(r'^\s*(?:%[^"]*= )?"([\w.]+)"\(', module, re.MULTILINE)
-    apart = ("ttg.barrier", "gpu.barrier", "arith.constant", "builtin.unrealized_conversion_cast", "tt.func", "llvm.func", "llvm.mlir.global")
+    apart = (
+        "ttg.barrier",
+        "gpu.barrier",
+        "arith.constant",
+        "builtin.unrealized_conversion_cast",
+        "tt.func",
+        "llvm.func",
+        "llvm.mlir.global",
+    )
     return [name for name in names if name not in apart]
 
 

@@ -8,6 +8,7 @@ import time
 import torch
 import triton
 from ttsem import harness, sanitize
+from ttsem.values import Unsupported
 
 from . import compiler, launches, warps
 from .cases import Case
@@ -88,9 +89,13 @@ def _validate(record: harness.LaunchRecord, modules: compiler.Modules, outcome: 
 
 
 def _races(record: harness.LaunchRecord, modules: compiler.Modules, outcome: Outcome) -> None:
-    found = warps.find(record, compiler.compact(modules.barriers))
-    if found.faults:
-        found = warps.find(record, modules.barriers)  # with lines of the source
+    try:
+        found = warps.find(record, compiler.compact(modules.barriers))
+        if found.faults:
+            found = warps.find(record, modules.barriers)  # with lines of the source
+    except Unsupported as unsupported:
+        outcome.unsupported.append(f"races: {unsupported}")
+        return
     outcome.faults += [f"races: {fault}" for fault in found.faults]
     outcome.unsupported += [f"races: {gap}" for gap in found.gaps]
     outcome.stages["races"] = f"{len(found.faults)} in {found.accesses}, {found.barriers} barriers"

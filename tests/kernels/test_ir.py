@@ -73,7 +73,11 @@ MASKS = {
     "load of G": ("project", "g = tl.load(g_at, mask=in_k[:, None] & in_n[None, :], other=0.0)", "g = tl.load(g_at)"),
     "rows of P": ("project", "p = tl.load(p_at, mask=in_k[:, None] & in_r[None, :], other=0.0)", "p = tl.load(p_at, mask=in_r[None, :])"),
     "store of W": ("back_project", "tl.store(w_at, w.to(W_DTYPE), mask=inside)", "tl.store(w_at, w.to(W_DTYPE), mask=in_m[:, None])"),
-    "store of scales": ("moments", "tl.store(m_scales_at, m_scales, mask=block_inside)", "tl.store(m_scales_at, m_scales, mask=row < rows)"),
+    "store of scales": (
+        "moments",
+        "tl.store(m_scales_at, m_scales, mask=block_inside)",
+        "tl.store(m_scales_at, m_scales, mask=row < rows)",
+    ),
     "next tile of W": ("single_pass", "mask=(offs_m < m - i - BLOCK_M)[:, None] & in_n", "mask=in_n"),
 }
 
