@@ -34,8 +34,9 @@ def run(case: Case, stages: tuple[str, ...] = STAGES) -> Outcome:
     launch, target = launches.launch_of(case), harness.target_for("cpu", case.arch)
     record = _sanitize(launch, target, outcome)
     if record is not None and len(stages) > 1:
-        modules = compiler.modules_of(record, target)
-        if "validate" in stages and case.validated:
+        validated = "validate" in stages and case.validated
+        modules = compiler.modules_of(record, target, every_pass=validated)
+        if validated:
             _validate(record, modules, outcome)
         if "races" in stages:
             _races(record, modules, outcome)
