@@ -2,6 +2,8 @@
 # make sanitize: the extension's tests under AddressSanitizer and UBSan.
 # make gpu-dry: the tests marked gpu up to the launch of each kernel, which is compiled for GPUs that need not be here and not run.
 # make cuda-build: the CUDA part against a CUDA build of torch, in a virtual environment of its own that takes 8 GB; needs nvcc, no GPU.
+# make gpu-ir: every kernel executed from the compiler's IR, in the same environment with a Triton of its own. Half an hour on two idle cores.
+# make test-all: make test, and a sample of make gpu-ir.
 # make gpu: runs with the Python given as PYTHON, as it is: no virtual environment, nothing installed.
 # LOWRANK_KERNELS_BUILD=0 | 1: without the extension, or with it or not at all; setup.py has the details.
 
@@ -19,6 +21,10 @@ WORKERS ?= 2
 CUDA_TORCH ?= torch==2.11.0
 CUDA_PYTHON ?= python3.12
 CUDA_VENV ?= .venv-cuda
+# ttsem knows the modules of this Triton, which is put in front of the one that comes with torch.
+IR_PACKAGES := triton==3.8.0 ttsem==0.1.0
+IR_FOLDER = $(abspath $(CUDA_VENV)/triton-3.8)
+IR_RUN = OMP_NUM_THREADS=1 LOWRANK_KERNELS_BUILD=0 PYTHONPATH=$(IR_FOLDER) $(CUDA_VENV)/bin/python
 # Of make gpu-dry.
 ARCHS ?= 80 90 100
 DRY_TESTS := tests/kernels tests/test_fuzz.py tests/test_step_parts.py tests/optim
@@ -29,13 +35,16 @@ SEED ?=
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 
-.PHONY: demo test lint bench aot fuzz sanitize gpu-dry cuda-build gpu clean FORCE
+.PHONY: demo test test-all lint bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
 
 test: $(VENV)/.extra-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-all: test $(IR_FOLDER)/.installed
+	$(IR_RUN) -m benchmarks.ir --sample --workers $(WORKERS)
 
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
@@ -68,6 +77,11 @@ sanitize: $(VENV)/.extra-test
 cuda-build: $(CUDA_VENV)/.torch
 	$(CUDA_VENV)/bin/python -m benchmarks.cuda_build --workers $(WORKERS) $(ARGS)
 
+# With ARGS="--out benchmarks/results/ir/triton-3.8.0.txt" it writes the log that is to be committed.
+gpu-ir: $(IR_FOLDER)/.installed
+	$(IR_RUN) -m benchmarks.ir --workers $(WORKERS) $(ARGS)
+	$(IR_RUN) -m pytest -q tests/kernels/test_ir.py
+
 # Needs torch, triton, ninja, nvcc, pytest and hypothesis in that Python; with pytest-xdist the tests run side by side. In nine minutes, with
 # a summary at the end whatever happens: make gpu ARGS="--stages full --minutes 60".
 gpu:
@@ -93,6 +107,10 @@ $(CUDA_VENV)/.torch: FORCE | $(CUDA_VENV)/bin/python
 	@test "$$(cat $@ 2>/dev/null)" = '$(CUDA_TORCH)' || { $(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
 		'$(CUDA_TORCH)' 'numpy>=1.26,<2.4' 'setuptools>=77' wheel ninja 'pytest>=8' 'pytest-xdist>=3.5' 'hypothesis>=6.100' rich matplotlib \
 		&& echo '$(CUDA_TORCH)' > $@; }
+
+$(IR_FOLDER)/.installed: $(CUDA_VENV)/.torch
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(IR_FOLDER) $(IR_PACKAGES)
+	touch $@
 
 # Holds LOWRANK_KERNELS_BUILD, so that another value builds anew, or removes what was built.
 $(VENV)/.mode: FORCE | $(VENV)/bin/python

@@ -33,7 +33,7 @@ def main() -> int:
     stages, start, found = tuple({"sanitize": None, **dict.fromkeys(arguments.stages)}), time.perf_counter(), {}
     for outcome in outcomes(cases, stages, arguments.workers):
         found[outcome.name] = outcome
-        print(line(outcome, stages), *(f"    {fault}" for fault in outcome.faults), sep="\n", flush=True)
+        print(line(outcome, stages), *(f"    {text}" for text in (*outcome.faults, *outcome.unsupported)), sep="\n", flush=True)
     ordered = [found[case.name] for case in cases]
     summary = summarise(ordered, time.perf_counter() - start, arguments.workers)
     print(summary)

@@ -31,7 +31,7 @@ class Case:
 
     @property
     def validated(self) -> bool:
-        """On sm_90 and sm_100; of what can be rounded stochastically the case that is, whose modules hold the code of the other one, too."""
+        """On sm_90 and sm_100. Where a case can be rounded stochastically, that one is; its modules hold the other one's code, too."""
         either = self.kernel in ("single_pass", "back_project") and self.kind == "16bit"
         return self.arch in (90, 100) and (not either or "stochastic" in self.options)
 

@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from ttsem import harness, validate
 
+LAST = "Before ConvertTritonGPUToLLVM"
 UNLOWERED = "ttg.predicate_stage"
 """An operation of the pipeliner's, which no pass lowers to LLVM."""
 
@@ -80,7 +81,11 @@ def first_module(record: harness.LaunchRecord, target: GPUTarget) -> str:
     return compact(harness._stage_text(record, "ttir", target))
 
 
-def modules_of(record: harness.LaunchRecord, target: GPUTarget) -> Modules:
+def modules_of(record: harness.LaunchRecord, target: GPUTarget, *, every_pass: bool = True) -> Modules:
+    """Those of every pass, or the last one alone, which takes less time."""
+    if not every_pass:
+        module, _, arguments = _before_llvm(record, target)
+        return Modules([(LAST, str(module))], _with_barriers(str(module), arguments))
     begin = _dump.stat().st_size if _dump.exists() else 0
     os.environ["MLIR_ENABLE_DUMP"] = "1"
     try:
@@ -94,7 +99,7 @@ def modules_of(record: harness.LaunchRecord, target: GPUTarget) -> Modules:
         text = file.read().decode()
     os.truncate(_dump, 0)  # Triton goes on where it was, so what was read is a hole
     last = str(module)
-    stages = [*validate.split_dump(text)[:-1], ("Before ConvertTritonGPUToLLVM", last)]
+    stages = [*validate.split_dump(text)[:-1], (LAST, last)]
     return Modules(stages, _with_barriers(last, arguments))
 
 
@@ -177,7 +182,15 @@ _CUT = re.compile(r"\s*\^bb\d+:\s*// no predecessors")
 def _operations(module: str) -> list[str]:
     """Names of operations in order, but for barriers, constants, which move, and the function's head."""
     names = re.findall(r'^\s*(?:%[^"]*= )?"([\w.]+)"\(', module, re.MULTILINE)
-    apart = ("ttg.barrier", "gpu.barrier", "arith.constant", "builtin.unrealized_conversion_cast", "tt.func", "llvm.func", "llvm.mlir.global")
+    apart = (
+        "ttg.barrier",
+        "gpu.barrier",
+        "arith.constant",
+        "builtin.unrealized_conversion_cast",
+        "tt.func",
+        "llvm.func",
+        "llvm.mlir.global",
+    )
     return [name for name in names if name not in apart]
 
 

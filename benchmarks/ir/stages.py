@@ -8,6 +8,7 @@ import time
 import torch
 import triton
 from ttsem import harness, sanitize
+from ttsem.values import Unsupported
 
 from . import compiler, launches, warps
 from .cases import Case
@@ -33,8 +34,9 @@ def run(case: Case, stages: tuple[str, ...] = STAGES) -> Outcome:
     launch, target = launches.launch_of(case), harness.target_for("cpu", case.arch)
     record = _sanitize(launch, target, outcome)
     if record is not None and len(stages) > 1:
-        modules = compiler.modules_of(record, target)
-        if "validate" in stages and case.validated:
+        validated = "validate" in stages and case.validated
+        modules = compiler.modules_of(record, target, every_pass=validated)
+        if validated:
             _validate(record, modules, outcome)
         if "races" in stages:
             _races(record, modules, outcome)
@@ -88,9 +90,13 @@ def _validate(record: harness.LaunchRecord, modules: compiler.Modules, outcome: 
 
 
 def _races(record: harness.LaunchRecord, modules: compiler.Modules, outcome: Outcome) -> None:
-    found = warps.find(record, compiler.compact(modules.barriers))
-    if found.faults:
-        found = warps.find(record, modules.barriers)  # with lines of the source
+    try:
+        found = warps.find(record, compiler.compact(modules.barriers))
+        if found.faults:
+            found = warps.find(record, modules.barriers)  # with lines of the source
+    except Unsupported as unsupported:
+        outcome.unsupported.append(f"races: {unsupported}")
+        return
     outcome.faults += [f"races: {fault}" for fault in found.faults]
     outcome.unsupported += [f"races: {gap}" for gap in found.gaps]
     outcome.stages["races"] = f"{len(found.faults)} in {found.accesses}, {found.barriers} barriers"
