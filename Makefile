@@ -19,7 +19,8 @@ PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
 WORKERS ?= 2
 # What GPU machines run. Other than here, the ordinary torch for Linux has CUDA.
 CUDA_TORCH ?= torch==2.11.0
-CUDA_PYTHON ?= python3.12
+CUDA_PYTHON ?= $(shell for python in python3.12 python3.13 "$$HOME"/.pyenv/versions/3.12*/bin/python; do \
+	"$$python" --version >/dev/null 2>&1 && echo "$$python" && break; done)
 CUDA_VENV ?= .venv-cuda
 # ttsem knows the modules of this Triton, which is put in front of the one that comes with torch.
 IR_PACKAGES := triton==3.8.0 ttsem==0.1.0
@@ -100,6 +101,7 @@ $(VENV)/.torch: FORCE | $(VENV)/bin/python
 	@test "$$(cat $@ 2>/dev/null)" = '$(TORCH)' || { $(PIP) '$(TORCH)' 'setuptools>=77' wheel ninja && echo '$(TORCH)' > $@; }
 
 $(CUDA_VENV)/bin/python:
+	@test -n "$(CUDA_PYTHON)" || { echo "no Python 3.12 or 3.13 was found: name one with CUDA_PYTHON=path"; exit 1; }
 	$(CUDA_PYTHON) -m venv $(CUDA_VENV)
 
 # Triton 3.6, which comes with this torch, needs numpy < 2.4 for its interpreter.
