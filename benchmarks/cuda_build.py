@@ -91,20 +91,24 @@ def versions() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_build", description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, help="write what is printed to this file as well")
+    parser.add_argument("--out", type=Path, help="append what is printed to this file as well")
+    parser.add_argument("--steps", nargs="+", metavar="TEXT", help="those with one of these in their name (default all)")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     lines, all_succeeded = [versions()], True
     print(versions(), flush=True)
     for step in steps(arguments.workers):
+        if arguments.steps and not any(text in step.name for text in arguments.steps):
+            continue
         succeeded, found = run(step)
         all_succeeded &= succeeded
         lines += found
         print("\n".join(found), flush=True)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text("\n".join(lines) + "\n")
+        with arguments.out.open("a") as file:
+            file.write("\n".join(lines) + "\n")
     return 0 if all_succeeded else 1
 
 
