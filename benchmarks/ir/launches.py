@@ -43,7 +43,7 @@ MATRICES = ("weights_at", "grads_at", "bases_at", "exp_avgs_at", "exp_avg_sqs_at
 
 
 @triton.jit
-def _matrix_itself(addresses, matrix, DTYPE: tl.constexpr):
+def _matrix_itself(addresses, matrix, DTYPE: tl.constexpr, ALIGNED: tl.constexpr = False):
     """In place of pointers.matrix_at, where the row is the matrix."""
     tl.static_assert(addresses.dtype.element_ty == DTYPE)
     return addresses

@@ -38,11 +38,8 @@ def _back_project_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     in_m = offs_m < m
     in_n = offs_n < n
-    weight = pointers.matrix_at(weights_at, matrix, W_DTYPE)
-    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE)
-    if ALIGNED:
-        weight = tl.multiple_of(weight, 16)
-        basis = tl.multiple_of(basis, 16)
+    weight = pointers.matrix_at(weights_at, matrix, W_DTYPE, ALIGNED)
+    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE, ALIGNED)
     p_at = basis + offs_m[:, None].to(tl.int64) * stride_pm + offs_k[None, :].to(tl.int64) * stride_pr
     n_at = normalised + matrix * rank * n + offs_k[:, None].to(tl.int64) * n + offs_n[None, :]
     block_k = tl.full((), BLOCK_K, tl.int64)

@@ -31,11 +31,8 @@ def _update_moments_kernel(
     EIGHT_BIT: tl.constexpr = exp_avg_scales_at is not None
     STATE: tl.constexpr = tl.uint8 if EIGHT_BIT else tl.float32
     matrix = tl.program_id(1).to(tl.int64)
-    exp_avg = pointers.matrix_at(exp_avgs_at, matrix, STATE)
-    exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, STATE)
-    if ALIGNED:
-        exp_avg = tl.multiple_of(exp_avg, 16)
-        exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
+    exp_avg = pointers.matrix_at(exp_avgs_at, matrix, STATE, ALIGNED)
+    exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, STATE, ALIGNED)
     column_tiles = tl.cdiv(columns, COLUMNS)
     row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]

@@ -30,11 +30,8 @@ def _project_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     in_r = offs_r < rank
     in_n = offs_n < n
-    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE)
-    grad = pointers.matrix_at(grads_at, matrix, G_DTYPE)
-    if ALIGNED:
-        basis = tl.multiple_of(basis, 16)
-        grad = tl.multiple_of(grad, 16)
+    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE, ALIGNED)
+    grad = pointers.matrix_at(grads_at, matrix, G_DTYPE, ALIGNED)
     p_at = basis + offs_k[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
     block_k = tl.full((), BLOCK_K, tl.int64)

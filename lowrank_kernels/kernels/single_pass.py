@@ -174,17 +174,11 @@ def _adamw_step_kernel(
     M_DTYPE: tl.constexpr = tl.float32 if exp_avg_scales_at is None else tl.uint8
     # Programs of one matrix are neighbours, so that the re-reads of P hit L2.
     matrix = tl.program_id(1).to(tl.int64)
-    weight = pointers.matrix_at(weights_at, matrix, W_DTYPE)
-    grad = pointers.matrix_at(grads_at, matrix, G_DTYPE)
-    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE)
-    exp_avg = pointers.matrix_at(exp_avgs_at, matrix, M_DTYPE)
-    exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, M_DTYPE)
-    if ALIGNED:
-        weight = tl.multiple_of(weight, 16)
-        grad = tl.multiple_of(grad, 16)
-        basis = tl.multiple_of(basis, 16)
-        exp_avg = tl.multiple_of(exp_avg, 16)
-        exp_avg_sq = tl.multiple_of(exp_avg_sq, 16)
+    weight = pointers.matrix_at(weights_at, matrix, W_DTYPE, ALIGNED)
+    grad = pointers.matrix_at(grads_at, matrix, G_DTYPE, ALIGNED)
+    basis = pointers.matrix_at(bases_at, matrix, P_DTYPE, ALIGNED)
+    exp_avg = pointers.matrix_at(exp_avgs_at, matrix, M_DTYPE, ALIGNED)
+    exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, M_DTYPE, ALIGNED)
     exp_avg_scale = None
     exp_avg_sq_scale = None
     if exp_avg_scales_at is not None:
