@@ -61,7 +61,7 @@ def _advance(
         m_codes, m_scales = eight_bit.encode_m(m, inside)
         v_codes, v_scales = eight_bit.encode_v(v, inside)
         # Every warp of a block of 64 has loaded its scale, and one of them stores it. The conversion of its layout brings the barrier that
-        # must stand between, which benchmarks/ir looks for: one more makes tf32 rows spill in Triton 3.6.
+        # must stand between, which benchmarks/ir looks for.
         tl.store(exp_avg_scale + offs_s, m_scales, mask=in_blocks)
         tl.store(exp_avg_sq_scale + offs_s, v_scales, mask=in_blocks)
         tl.store(exp_avg + offs, m_codes, mask=inside)
