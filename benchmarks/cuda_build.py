@@ -27,7 +27,6 @@ LIBRARY = FOLDER / "lowrank_kernels" / "_C.so"
 REPORTS = FOLDER / "aot.json"
 ARCHITECTURES = (80, 90, 100)
 EXTENSION_TESTS = "test_extension.py test_philox.py test_range_finder.py test_ops.py subspaces csrc".split()
-DRY_TESTS = "kernels test_fuzz.py test_step_parts.py optim".split()
 PROOF = r"""
 import re, torch, lowrank_kernels
 from lowrank_kernels import extension
@@ -56,7 +55,7 @@ def steps(workers: int) -> list[Step]:
     table = f"benchmarks/results/aot/triton-{version('triton')}.txt"
     build = [python, "setup.py", "--quiet", "build_ext", "--build-lib", str(FOLDER)]
     compile_rows = [python, "-m", "benchmarks.aot", "--workers", str(workers), "--json", str(REPORTS), "--out", table]
-    dry = [*pytest, *parallel, "-p", "tests.dry_lane", "-m", "gpu", *(f"tests/{name}" for name in DRY_TESTS)]
+    dry = [*pytest, *parallel, "-p", "tests.dry_lane"]
     return [
         Step("build", build, {"LOWRANK_KERNELS_BUILD": "cuda"}, kept="^$"),
         Step("report", [python, "-m", "lowrank_kernels"], built, kept=None),
@@ -89,6 +88,15 @@ def versions() -> str:
     return f"Python {platform.python_version()}, torch {torch.__version__}, Triton {version('triton')}, nvcc {nvcc}, {os.cpu_count()} cores"
 
 
+def report(lines: list[str], path: Path | None) -> None:
+    text = "\n".join(lines) + "\n"
+    print(text, end="", flush=True)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_build", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, help="append what is printed to this file as well")
@@ -96,19 +104,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    lines, all_succeeded = [versions()], True
-    print(versions(), flush=True)
-    for step in steps(arguments.workers):
-        if arguments.steps and not any(text in step.name for text in arguments.steps):
-            continue
+    chosen = [step for step in steps(arguments.workers) if not arguments.steps or any(text in step.name for text in arguments.steps)]
+    if not chosen:
+        parser.error(f"no step is called like {', '.join(arguments.steps)}")
+    all_succeeded = True
+    report([versions()], arguments.out)
+    for step in chosen:
         succeeded, found = run(step)
         all_succeeded &= succeeded
-        lines += found
-        print("\n".join(found), flush=True)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.out.open("a") as file:
-            file.write("\n".join(lines) + "\n")
+        report(found, arguments.out)
     return 0 if all_succeeded else 1
 
 

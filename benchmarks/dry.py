@@ -111,7 +111,7 @@ def operators_as_on_a_gpu() -> None:
     """From now on the step's operators run on CPU tensors what they run on a GPU's: the kernels' launchers."""
     from lowrank_kernels.ops import step
 
-    library = torch.library.Library("lowrank_kernels", "IMPL")  # noqa: TOR901
+    library = torch.library.Library("lowrank_kernels", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a kernel was there already
         for name, implementation in step.CUDA.items():

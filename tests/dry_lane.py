@@ -1,8 +1,8 @@
 """pytest plugin of `make gpu-dry`: the host side of the GPU path, tested on a machine without a GPU.
 
-    python -m pytest -p tests.dry_lane --dry-arch 90 -m gpu tests/kernels
+    python -m pytest -p tests.dry_lane --dry-arch 90
 
-The operators run what they run on a GPU, on CPU tensors, up to the launch of a kernel; benchmarks/dry.py compiles that for the architecture
+Without other arguments it runs the tests marked `gpu` of LANE. The operators run what they run on a GPU, on CPU tensors, up to the launch of a kernel; benchmarks/dry.py compiles that for the architecture
 and holds it to its limits. Nothing is computed, so comparisons of results are left out: the helpers named below say yes to everything, and
 a test that launched kernels and then fails on an `assert` of its own ends there and counts as passed. All else fails as ever: exceptions,
 failures before the first launch, assertions outside of tests/, and launches that a GPU would refuse.
@@ -21,6 +21,8 @@ os.environ["TRITON_INTERPRET"] = "0"  # before the kernels are imported
 
 TESTS = Path(__file__).parent
 ARCHITECTURES = (80, 90, 100)
+LANE = ("kernels", "test_fuzz.py", "test_step_parts.py", "optim")
+"""Where tests launch the kernels of a step."""
 COMPARISONS = {
     "assert_within": lambda *arguments, **keywords: None,
     "assert_codes": lambda *arguments, **keywords: None,
@@ -102,5 +104,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     from benchmarks import dry
 
+    if config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.args = [str(TESTS / name) for name in LANE]
+    config.option.markexpr = config.option.markexpr or "gpu"
     dry.operators_as_on_a_gpu()
     config.pluginmanager.register(DryLane(config.getoption("dry_arch")))

@@ -326,6 +326,11 @@ def test_the_library_named_by_the_environment(package, tmp_path):
     other.touch()
     found = extension.find(package, RUNNING, {"LOWRANK_KERNELS_LIBRARY": str(other)})
     assert (found.library, found.sentence) == (other, f"loaded from {other} (LOWRANK_KERNELS_LIBRARY)")
+    write_facts(package, torch="2.11.0+cu130", cuda="13.0", archs=["sm_90"])
+    library = package / "_C.so"
+    found = extension.find(package, RUNNING, {"LOWRANK_KERNELS_LIBRARY": str(library)})
+    built = "built for torch 2.11.0+cu130 (C++ and CUDA 13.0 for sm_90)"
+    assert found.sentence == f"loaded from {library} (LOWRANK_KERNELS_LIBRARY), {built}"
 
 
 def test_a_library_that_does_not_load_is_said_once_and_reported(package, monkeypatch):

@@ -1,6 +1,6 @@
 """The IR lane: every kernel executed from the compiler's own intermediate representation, on a machine without a GPU.
 
-    python -m benchmarks.ir                 # every row of the tables, about half an hour on two cores
+    python -m benchmarks.ir                 # every row of the tables
     python -m benchmarks.ir --sample        # a part of it, under two minutes
     python -m benchmarks.ir --out FILE      # the log in a file as well
 
