@@ -132,7 +132,7 @@ def test_every_row(kind, row, wide, right, monkeypatch):
     torch.set_float32_matmul_precision("high" if kind[0] == "tf32" else "highest")
     try:
         over = OVER[wide]
-        m, n, r = max(row.BLOCK_K, row.BLOCK_M) + over[0], row.BLOCK_N + over[1], max(row.BLOCK_R - over[2], 16)
+        m, n, r = max(row.BLOCK_K, row.BLOCK_M) + over[0], row.BLOCK_N + over[1], row.BLOCK_R - over[2]
         check(bucket(1, m, n, r, right, dtype, coded=kind[1] == "8-bit", pad=over[0]), right)
     finally:
         torch.set_float32_matmul_precision(before)
