@@ -1,4 +1,4 @@
-"""Groups without `rank`: torch's own functional AdamW, fused where torch has a fused kernel for the parameters."""
+"""Groups without `rank`: torch's own functional AdamW, fused where its fused kernel computes what is meant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from ..reference import kept_where
+
 FUSED_DEVICES = ("cpu", "cuda")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def dense_adamw_step_(
@@ -16,41 +19,54 @@ def dense_adamw_step_(
 ) -> None:
     """The update of torch.optim.AdamW(fused=True), bit for bit, with the same state: step, exp_avg, exp_avg_sq.
 
-    Where no fused kernel exists (complex parameters, other devices) torch picks its default, and a GradScaler's skipped step costs a
-    host sync.
+    That kernel pairs elements by their place in memory. Where weight, gradient and moments lie differently, or the weight has gaps, and
+    where there is no such kernel (complex parameters, other devices), torch picks its default.
     """
     params = [param for param in dict.fromkeys(group["params"]) if param.grad is not None]
-    fused = [param for param in params if param.is_floating_point() and param.device.type in FUSED_DEVICES]
-    plain = [param for param in params if not (param.is_floating_point() and param.device.type in FUSED_DEVICES)]
+    current = {param: states.get(param) or _new_state(param, group["capturable"]) for param in params}
+    fused, plain, counted_on_host = [], [], []
+    for param, state in current.items():
+        if (state["exp_avg"].dtype, state["exp_avg"].device) != (param.dtype, param.device):  # the model was cast or moved
+            state |= {key: torch.empty_like(param).copy_(state[key]) for key in MOMENTS}
+            state["step"] = state["step"].to(param.device)
+        has_kernel = param.is_floating_point() and param.device.type in FUSED_DEVICES
+        if has_kernel and _paired_in_memory(param, param.grad, *(state[key] for key in MOMENTS)):
+            fused.append(param)
+        elif state["step"].is_cuda:
+            plain.append(param)
+        else:
+            counted_on_host.append(param)
     if fused:
-        _adamw_(fused, group, states, fused=True, grad_scale=grad_scale, found_inf=found_inf)
-    if plain and not (found_inf is not None and found_inf.item()):
+        _adamw_(fused, current, group, fused=True, grad_scale=grad_scale, found_inf=found_inf)
+    for others in filter(None, (plain, counted_on_host)):
         if grad_scale is not None:
-            for param in plain:
+            for param in others:
                 param.grad.div_(grad_scale.to(param.device))
-        _adamw_(plain, group, states, fused=False)
+        moving = [*others, *(current[param][key] for param in others for key in ("step", *MOMENTS))]
+        with kept_where(found_inf, moving):
+            _adamw_(others, current, group, fused=False)
+    states |= {param: state for param, state in current.items() if not states.get(param)}
 
 
 def _adamw_(
     params: list[Tensor],
-    group: dict[str, Any],
     states: dict[Tensor, dict[str, Any]],
+    group: dict[str, Any],
     fused: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    fresh = {param: _new_state(param, fused or (group["capturable"] and param.is_cuda)) for param in params if not states.get(param)}
-    current = [fresh.get(param) or states[param] for param in params]
+    steps, exp_avgs, exp_avg_sqs = ([states[param][key] for param in params] for key in ("step", *MOMENTS))
     adamw(
         params,
         [param.grad for param in params],
-        [state["exp_avg"] for state in current],
-        [state["exp_avg_sq"] for state in current],
+        exp_avgs,
+        exp_avg_sqs,
         [],
-        [state["step"] for state in current],
+        steps,
         fused=fused or None,
-        # A fused kernel is capturable anyway, and on a CPU there is nothing to capture.
-        capturable=group["capturable"] and not fused and all(param.is_cuda for param in params),
+        # Of a count on a GPU, which would be read otherwise; a fused kernel never reads it.
+        capturable=not fused and steps[0].is_cuda,
         grad_scale=grad_scale,
         found_inf=found_inf,
         has_complex=any(torch.is_complex(param) for param in params),
@@ -62,13 +78,27 @@ def _adamw_(
         eps=group["eps"],
         maximize=False,
     )
-    for param, state in fresh.items():
-        states[param] = state
 
 
-def _new_state(param: Tensor, count_on_device: bool) -> dict[str, Tensor]:
+def _new_state(param: Tensor, capturable: bool) -> dict[str, Tensor]:
+    on_device = param.is_cuda and (param.is_floating_point() or capturable)
     return {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device if count_on_device else "cpu"),
-        "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
+        "step": torch.zeros((), dtype=torch.float32, device=param.device if on_device else "cpu"),
+        **{key: torch.zeros_like(param, memory_format=torch.preserve_format) for key in MOMENTS},
     }
+
+
+def _paired_in_memory(param: Tensor, *others: Tensor) -> bool:
+    """Whether equal places in memory hold equal elements, and the parameter's memory is all its own, without gaps or overlaps."""
+    if param.is_contiguous() and all(other.is_contiguous() for other in others):
+        return True
+    dimensions = [dimension for dimension, size in enumerate(param.shape) if size != 1]
+    strides = [param.stride(dimension) for dimension in dimensions]
+    if any([other.stride(dimension) for dimension in dimensions] != strides for other in others):
+        return False
+    following = 1
+    for stride, dimension in sorted(zip(strides, dimensions, strict=True)):
+        if stride != following:
+            return False
+        following *= param.shape[dimension]
+    return True
