@@ -155,11 +155,13 @@ std::vector<at::Tensor> choose_of_batch(at::TensorList grads, at::TensorList pre
         const Gradients batch(std::move(matrices));
         const at::Tensor peak = batch.peak();
         const at::Tensor rows = choose(batch, rank, method, seeds.slice(begin, end - begin), peak);
-        at::Tensor usable = at::isfinite(peak);
+        const at::Tensor some = method.selection == "random" ? at::ones_like(peak, at::kBool) : peak.ne(0);
+        at::Tensor usable = at::isfinite(peak).logical_and_(some);
         if (found_inf) usable = usable.logical_and(found_inf->to(usable.device()).reshape({}) == 0);
         for (int64_t i = begin; i < end; ++i) {
             const at::Tensor fresh = rows.select(0, i - begin).to(dtype);
-            const at::Tensor kept = previous.empty() ? fresh : at::where(usable.select(0, i - begin), fresh, previous[i].mT());
+            const at::Tensor kept = previous.empty() ? at::where(some.select(0, i - begin), fresh, 0.0)
+                                                     : at::where(usable.select(0, i - begin), fresh, previous[i].mT());
             bases.push_back(own_basis(kept, dtype));
         }
     }
@@ -172,9 +174,12 @@ std::vector<at::Tensor> choose_on_cpu(at::TensorList grads, at::TensorList previ
     std::vector<at::Tensor> bases;
     for (size_t i = 0; i < grads.size(); ++i) {
         const InRange matrix = in_range(oriented(grads[i], right));
+        const bool is_zero = method.selection != "random" && matrix.peak.item<double>() == 0;
         at::Tensor rows;
-        if (!previous.empty() && (skipped || !is_finite(matrix))) {
+        if (!previous.empty() && (skipped || !is_finite(matrix) || is_zero)) {
             rows = previous[i].mT();
+        } else if (is_zero) {
+            rows = at::zeros({rank, matrix.grad.size(0)}, matrix.grad.options());
         } else if (is_finite(matrix) || method.selection == "random") {
             rows = choose(Gradients(matrix.grad), rank, method, seeds.slice(i, 1), matrix.peak);
         } else {

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
+ALL_LINEAR = ("all-linear", "all_linear")
+"""The second is how Hugging Face writes it."""
 
 
 def matching_modules(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
     """Modules by name, in the model's order.
 
-    target_modules: "all-linear", every linear layer but the output head (`lm_head`, what `model.get_output_embeddings()` returns, and
-    any layer whose weight is an embedding's); a list of strings, a module being taken where its name contains one of them; or a
-    regular expression that must match a module's whole name. Raises ValueError where nothing matches.
+    target_modules: "all-linear", every linear layer but adapters' of PEFT and the output head (`lm_head`, what
+    `model.get_output_embeddings()` returns, and any layer whose weight is an embedding's), and modules that hold the weights of experts;
+    a list of strings, a module being taken where its name contains one of them or matches one as a regular expression; or a regular
+    expression that must match a module's whole name. Raises ValueError where nothing matches, TypeError for what is no module.
     """
+    check_is_module(model)
     matched = dict(_matches(model, target_modules))
     if not matched:
         names = [name for name, module in _named_modules(model) if is_linear(module)]
@@ -27,27 +31,60 @@ def matching_modules(model: nn.Module, target_modules: str | Iterable[str]) -> d
     return matched
 
 
+def check_is_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass the model itself, not its parameters")
+
+
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, and the Conv1D of transformers (a linear layer with a transposed weight)."""
-    return isinstance(module, nn.Linear) or (type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None)
+    """nn.Linear, and the Conv1D of transformers."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """The Conv1D of transformers: a linear layer with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
+
+
+def experts_of(name: str, module: nn.Module) -> list[nn.Parameter]:
+    """The weights [experts, m, n] that a mixture's module holds, as those of Mixtral do in transformers."""
+    if "expert" not in f"{name}.{type(module).__name__}".lower() or type(module).__module__.startswith("torch.nn."):
+        return []
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
+
+
+def without_wrappers(names: list[str]) -> list[str]:
+    """Names of modules or parameters without what torch.compile and DistributedDataParallel put in front of those that a user knows."""
+    names = [name.replace("_orig_mod.", "") for name in names]
+    if all(name in ("_orig_mod", "module") or name.startswith("module.") for name in names):  # else it is a child of that name
+        names = [name.removeprefix("module.") for name in names]
+    return names
+
+
+def is_head_or_embedding(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Of a named module: whether it is the output head, an embedding, or has an embedding's weight."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+
+    def examine(name: str, module: nn.Module) -> bool:
+        is_head = module is head or name.rpartition(".")[2] in OUTPUT_HEADS
+        return is_head or id(getattr(module, "weight", None)) in embeddings
+
+    return examine
 
 
 def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All but the model itself, without what torch.compile and DistributedDataParallel put in front of the names that a user knows."""
-    named = [(name.replace("_orig_mod.", ""), module) for name, module in model.named_modules() if name]
-    if all(name in ("_orig_mod", "module") or name.startswith("module.") for name, _ in named):  # else it is a child of that name
-        named = [(name.removeprefix("module."), module) for name, module in named]
-    return named
+    """All but the model itself."""
+    named = [(name, module) for name, module in model.named_modules() if name]
+    return list(zip(without_wrappers([name for name, _ in named]), (module for _, module in named), strict=True))
 
 
 def _matches(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
     named = _named_modules(model)
-    if target_modules == "all-linear":
-        embeddings = {id(module.weight) for _, module in named if isinstance(module, nn.Embedding)}
-        head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
+    if target_modules in ALL_LINEAR:
+        excluded, adapters = is_head_or_embedding(model), _adapters(model)
         for name, module in named or [("", model)]:
-            is_head = module is head or name.rpartition(".")[2] in OUTPUT_HEADS
-            if is_linear(module) and not is_head and id(module.weight) not in embeddings:
+            if (is_linear(module) or experts_of(name, module)) and id(module) not in adapters and not excluded(name, module):
                 yield name, module
     elif isinstance(target_modules, str):
         try:
@@ -59,4 +96,24 @@ def _matches(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[
         parts = list(target_modules)
         if not parts or not all(isinstance(part, str) and part for part in parts):
             raise ValueError(f"target_modules must be 'all-linear', a regular expression or a list of non-empty strings, got {parts!r}")
-        yield from ((name, module) for name, module in named if any(part in name for part in parts))
+        patterns = list(filter(None, map(_pattern, parts)))
+        for name, module in named:
+            if any(part in name for part in parts) or any(pattern.fullmatch(name) for pattern in patterns):
+                yield name, module
+
+
+def _pattern(text: str) -> re.Pattern[str] | None:
+    try:
+        return re.compile(text)
+    except re.error:
+        return None  # then it is a part of a name
+
+
+def _adapters(model: nn.Module) -> set[int]:
+    """The modules that PEFT adds to a layer (lora_A, lora_B, …), which a layer of it lists; all inside of them, too."""
+    found = set()
+    for layer in model.modules():
+        for name in getattr(layer, "adapter_layer_names", ()):
+            if isinstance(added := getattr(layer, name, None), nn.Module):
+                found |= {id(module) for module in added.modules()}
+    return found

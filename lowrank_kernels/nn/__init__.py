@@ -1,8 +1,8 @@
 """Layers that train in a random subspace (RSO): SubspaceLinear, and the conversion of a model to it and back."""
 
 from .convert import to_dense, to_subspace
-from .linear import SubspaceLinear
+from .linear import SubspaceLayer, SubspaceLinear
 from .registry import changes, layer_of
 from .subspace import Subspace
 
-__all__ = ["Subspace", "SubspaceLinear", "changes", "layer_of", "to_dense", "to_subspace"]
+__all__ = ["Subspace", "SubspaceLayer", "SubspaceLinear", "changes", "layer_of", "to_dense", "to_subspace"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..targets import matching_modules
-from .linear import SubspaceLinear
+from ..targets import check_is_module, is_conv1d, matching_modules
+from .linear import SubspaceConv1D, SubspaceLayer, SubspaceLinear
 from .subspace import Subspace
 
 SHARED = (
@@ -32,16 +33,17 @@ def to_subspace(
     seed: int = 0,
     share: Sequence[Sequence[str]] | str | None = "auto",
 ) -> nn.Module:
-    """Turns linear layers into SubspaceLinear, in place; returns the model. `to_dense` is the inverse.
+    """Turns linear layers into SubspaceLinear (a Conv1D of transformers into SubspaceConv1D), in place; returns the model. `to_dense` is
+    the inverse.
 
     Layers stay the objects that they are, with their hooks, names and weights; a weight stops requiring a gradient, and the layer's
     `coordinates` start to. Build the optimizer afterwards. Parameters that are not converted train as before.
 
     Args:
         model: any module, or an nn.Linear itself. Layers with a frozen weight are left alone.
-        rank: r, from 1 to the in_features of every layer converted.
+        rank: r ≥ 1. A layer with fewer in_features stays as it is; a warning names it.
         target_modules: as in `param_groups`: "all-linear" (all but the output head and layers tied to an embedding), a list of strings
-            that names contain, or a regular expression for whole names. nn.Linear itself is converted, no subclass.
+            that names contain or match, or a regular expression for whole names. nn.Linear and Conv1D are converted, no subclass.
         distribution: of P: "gaussian", "haar" or "rademacher"; see SubspaceLinear.
         seed: P is a function of (seed, the layer's name, outer step); the same on every rank of a data-parallel run. Layers of equal
             names, in two models or in parts that are converted one by one, have equal Ps where the seeds are equal.
@@ -52,34 +54,63 @@ def to_subspace(
             NumPy) counts as the same.
 
     Raises:
-        ValueError: rank outside 1…in_features, an unknown distribution, target_modules that match nothing or nothing that can be
-            converted, a layer that is converted already, a weight that another module uses too, a model in DistributedDataParallel, which
-        has to be put around the converted one. TypeError: a seed that is no int, a sharded weight. The model is then as it was.
+        ValueError: a rank under 1 or above the in_features of all layers, an unknown distribution, target_modules that match nothing or
+        nothing that can be converted, a layer that is converted already, a weight that another module uses too, a model in
+        DistributedDataParallel, which has to be put around the converted one. TypeError: a seed that is no int, a sharded weight. The model
+        is then as it was.
     """
+    check_is_module(model)
     _check_not_wrapped(model)
     layers = _convertible(model, target_modules)
+    narrow = {}
+    if isinstance(rank, int) and rank <= max(map(_in_features, layers.values())):
+        narrow = {name: layer for name, layer in layers.items() if _in_features(layer) < rank}
+        layers = {name: layer for name, layer in layers.items() if name not in narrow}
     _check_not_tied(model, layers)
     planned = []
     for members in _sharing(layers, share):
         first = members[0]
         place = int.from_bytes(hashlib.blake2b(first.encode(), digest_size=8).digest(), "little")
         try:
-            planned.append((members, Subspace(layers[first].in_features, rank, distribution, seed, place)))
+            planned.append((members, Subspace(_in_features(layers[first]), rank, distribution, seed, place)))
         except ValueError as error:
             shape = tuple(layers[first].weight.shape)
             raise ValueError(f"{error} (layer {first!r} of shape {shape}; target_modules may leave it out)") from None
+    _warn_of_narrow(narrow, rank)
     for members, subspace in planned:
         for name in members:
-            layers[name].__class__ = SubspaceLinear
-            layers[name]._enter(subspace)
+            layer = layers[name]
+            if is_conv1d(layer):
+                original = type(layer)
+                layer.__class__ = SubspaceConv1D
+                layer._convert(subspace, original)
+            else:
+                layer.__class__ = SubspaceLinear
+                layer._enter(subspace)
     return model
 
 
+def _in_features(layer: nn.Module) -> int:
+    return layer.weight.shape[0] if is_conv1d(layer) else layer.in_features
+
+
+def _warn_of_narrow(narrow: dict[str, nn.Module], rank: int) -> None:
+    if narrow:
+        found = ", ".join(f"{name!r} ({_in_features(layer)})" for name, layer in list(narrow.items())[:3])
+        more = f" and {len(narrow) - 3} more" if len(narrow) > 3 else ""
+        warnings.warn(
+            f"rank {rank} is more than the in_features of {found}{more}, which stay as they are and train as a whole; a lower rank, or a "
+            "conversion of their own, would convert them",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def to_dense(model: nn.Module) -> nn.Module:
-    """Turns every SubspaceLinear back into nn.Linear with the weight that it has, in place, trainable; returns the model."""
+    """Turns every converted layer back into what it was, with the weight that it has, in place, trainable; returns the model."""
     _check_not_wrapped(model)
     for module in list(model.modules()):
-        if isinstance(module, SubspaceLinear):
+        if isinstance(module, SubspaceLayer):
             module._leave()
     return model
 
@@ -90,20 +121,21 @@ def _check_not_wrapped(model: nn.Module) -> None:
         raise ValueError("the model is in DistributedDataParallel, which would not reduce the new parameters' gradients; convert it first")
 
 
-def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Linear]:
+def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
     matched = matching_modules(model, target_modules)
     for name, module in matched.items():
-        if isinstance(module, SubspaceLinear):
+        if isinstance(module, SubspaceLayer):
             raise ValueError(
-                f"{name!r} is a SubspaceLinear of rank {module.subspace.rank} already; name other layers in target_modules, or call "
-                "to_dense(model) first"
+                f"{name!r} is a {type(module).__name__} of rank {module.subspace.rank} already; name other layers in "
+                "target_modules, or call to_dense(model) first"
             )
     linear = {name: module for name, module in matched.items() if _is_plain(module)}
     if not linear:
         kinds = sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in matched.values()})
         raise ValueError(
-            f"target_modules={target_modules!r} matches no nn.Linear with a real weight of its own, only {', '.join(kinds)}, which cannot "
-            "be converted"
+            f"target_modules={target_modules!r} matches no nn.Linear or Conv1D with a real weight of its own, only "
+            f"{', '.join(kinds)}, "
+            "which cannot be converted"
         )
     found = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
     if not found:
@@ -116,18 +148,20 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
             raise TypeError(f"{name!r} has a sharded weight ({type(layer.weight).__name__}); sharded parameters are not supported yet")
         if "forward" in vars(layer):
             raise ValueError(
-                f"the forward method of {name!r} has been replaced, as by accelerate's hooks, and would go on computing nn.Linear; remove "
-                "what replaced it, and put it in place again after the conversion"
+                f"the forward method of {name!r} has been replaced, as by accelerate's hooks, and would go on computing a linear layer; "
+                "remove what replaced it, and put it in place again after the conversion"
             )
     return found
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """An nn.Linear itself, with a weight that is neither complex nor computed from others, as by parametrizations and pruning."""
-    return type(module) is nn.Linear and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
+    """An nn.Linear or Conv1D itself, with a weight that is neither complex nor computed from others, as by parametrizations and pruning."""
+    return (
+        (type(module) is nn.Linear or is_conv1d(module)) and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
+    )
 
 
-def _check_not_tied(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
+def _check_not_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     """A weight that another module uses would get that module's gradient too, which has no coordinates to go to."""
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
@@ -141,7 +175,7 @@ def _check_not_tied(model: nn.Module, layers: dict[str, nn.Linear]) -> None:
             )
 
 
-def _sharing(layers: dict[str, nn.Linear], share: Sequence[Sequence[str]] | str | None) -> list[list[str]]:
+def _sharing(layers: dict[str, nn.Module], share: Sequence[Sequence[str]] | str | None) -> list[list[str]]:
     """The names of `layers`, together those that share."""
     lists = SHARED if share == "auto" else () if share is None else share
     if not _is_sequence(lists) or not all(_is_sequence(names) and all(isinstance(name, str) for name in names) for names in lists):
@@ -156,11 +190,10 @@ def _sharing(layers: dict[str, nn.Linear], share: Sequence[Sequence[str]] | str 
             together[name].append(name)
         else:
             used.add(child)
-            together[parent, index, layer.in_features, layer.weight.dtype, layer.weight.device].append(name)
-            if share != "auto" and layers[(first := firsts.setdefault((parent, index), name))].in_features != layer.in_features:
-                raise ValueError(
-                    f"share puts {first!r} and {name!r} together, whose in_features are {layers[first].in_features} and {layer.in_features}"
-                )
+            width = _in_features(layer)
+            together[parent, index, width, layer.weight.dtype, layer.weight.device].append(name)
+            if share != "auto" and (other := _in_features(layers[(first := firsts.setdefault((parent, index), name))])) != width:
+                raise ValueError(f"share puts {first!r} and {name!r} together, whose in_features are {other} and {width}")
     unused = [name for names in lists for name in names if name not in used]
     if unused and share != "auto":
         raise ValueError(f"share names {', '.join(map(repr, unused))}, which no converted layer is called; use the last part of its name")

@@ -1,4 +1,7 @@
-"""SubspaceLinear: a linear layer that saves Z = x·P for its backward pass, not x, and trains the r × out coordinates of its weight."""
+"""SubspaceLinear: a linear layer that saves Z = x·P for its backward pass, not x, and trains the r × out coordinates of its weight.
+
+SubspaceConv1D is the same for the Conv1D of transformers, which stores the transpose of the weight.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,84 @@ class _SubspaceLinearFunction(torch.autograd.Function):
         return dx, None, db, None, dB
 
 
-class SubspaceLinear(nn.Linear):
+class SubspaceLayer(nn.Module):
+    """What a converted layer does, whichever way its weight is stored; see SubspaceLinear."""
+
+    transposed = False
+    """Whether `weight` is stored as (in, out)."""
+    in_features: int
+    out_features: int
+
+    @property
+    def matrix(self) -> Tensor:
+        """W (out, in)."""
+        return self.weight.mT if self.transposed else self.weight
+
+    def _enter(self, subspace: Subspace) -> None:
+        """From here on the weight moves in `subspace`."""
+        self.weight.requires_grad_(False)
+        self.weight.grad = None
+        self.coordinates = nn.Parameter(self.weight.new_zeros(subspace.rank, self.out_features))
+        self.subspace = subspace
+        subspace.layers += 1
+        register(self)
+
+    def _leave(self) -> None:
+        """Back to what the layer was, in place; the weight is what it is."""
+        unregister(self)
+        self.subspace.layers -= 1
+        del self.coordinates, self.subspace
+        self.weight.requires_grad_(True)
+        self._restore_class()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and self.coordinates.requires_grad:
+            z = self.subspace.project(x, self.weight)
+            return _SubspaceLinearFunction.apply(x, self.matrix, self.bias, z, self.coordinates)
+        return F.linear(x, self.matrix, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={self.subspace.rank}, distribution={self.subspace.distribution!r}"
+
+    # Coordinates are in no checkpoint: they are zero.
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[prefix + "coordinates"]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any):
+        with self._changing_parameters():
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        if prefix + "coordinates" in missing:
+            missing.remove(prefix + "coordinates")
+
+    # An optimizer knows layers by their parameters, and these may become others.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceLayer:
+        with self._changing_parameters():
+            return super()._apply(fn, recurse)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register(self)
+
+    @contextmanager
+    def _changing_parameters(self) -> Iterator[None]:
+        """Around what may give the parameters other memory, dtypes or devices, or make others of them."""
+        unregister(self)  # torch.utils.swap_tensors, by which some of it goes, refuses tensors with weak references
+        try:
+            yield
+        finally:
+            weight, coordinates = self.weight, self.coordinates
+            if (coordinates.device, coordinates.dtype) != (weight.device, weight.dtype):  # no checkpoint had any to assign
+                self.coordinates = nn.Parameter(weight.new_zeros(coordinates.shape), coordinates.requires_grad)
+            else:
+                coordinates.data.zero_()  # to_empty leaves what was in the memory
+            self.subspace.keep_only(weight.device, weight.dtype)
+            register(self)
+
+
+class SubspaceLinear(SubspaceLayer, nn.Linear):
     """nn.Linear whose weight moves in a random subspace: Wᵀ ← Wᵀ + P·ΔB (RSO, arXiv 2502.07222).
 
         y = x·Wᵀ + b          saved for the backward pass: Z = x·P, nothing of size in_features
@@ -81,65 +161,31 @@ class SubspaceLinear(nn.Linear):
             raise ValueError(f"dtype must be a real floating-point type, got {dtype}")
         self._enter(subspace)
 
-    def _enter(self, subspace: Subspace) -> None:
-        """From here on the weight moves in `subspace`."""
-        self.weight.requires_grad_(False)
-        self.weight.grad = None
-        self.coordinates = nn.Parameter(self.weight.new_zeros(subspace.rank, self.out_features))
-        self.subspace = subspace
-        subspace.layers += 1
-        register(self)
-
-    def _leave(self) -> None:
-        """Back to nn.Linear, in place; the weight is what it is."""
-        unregister(self)
-        self.subspace.layers -= 1
-        del self.coordinates, self.subspace
-        self.weight.requires_grad_(True)
+    def _restore_class(self) -> None:
         self.__class__ = nn.Linear
 
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and self.coordinates.requires_grad:
-            z = self.subspace.project(x, self.weight)
-            return _SubspaceLinearFunction.apply(x, self.weight, self.bias, z, self.coordinates)
-        return F.linear(x, self.weight, self.bias)
+
+class SubspaceConv1D(SubspaceLayer):
+    """The Conv1D of transformers (GPT-2), y = x·W + b with `weight` W (in, out), as SubspaceLinear: only `to_subspace` makes one."""
+
+    transposed = True
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+    def _convert(self, subspace: Subspace, original: type[nn.Module]) -> None:
+        self._original = original
+        self._enter(subspace)
+
+    def _restore_class(self) -> None:
+        original = self._original
+        del self._original
+        self.__class__ = original
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, rank={self.subspace.rank}, distribution={self.subspace.distribution!r}"
-
-    # Coordinates are in no checkpoint: they are zero.
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        del destination[prefix + "coordinates"]
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any):
-        with self._changing_parameters():
-            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        if prefix + "coordinates" in missing:
-            missing.remove(prefix + "coordinates")
-
-    # An optimizer knows layers by their parameters, and these may become others.
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceLinear:
-        with self._changing_parameters():
-            return super()._apply(fn, recurse)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        register(self)
-
-    @contextmanager
-    def _changing_parameters(self) -> Iterator[None]:
-        """Around what may give the parameters other memory, dtypes or devices, or make others of them."""
-        unregister(self)  # torch.utils.swap_tensors, by which some of it goes, refuses tensors with weak references
-        try:
-            yield
-        finally:
-            weight, coordinates = self.weight, self.coordinates
-            if (coordinates.device, coordinates.dtype) != (weight.device, weight.dtype):  # no checkpoint had any to assign
-                self.coordinates = nn.Parameter(weight.new_zeros(coordinates.shape), coordinates.requires_grad)
-            else:
-                coordinates.data.zero_()  # to_empty leaves what was in the memory
-            self.subspace.keep_only(weight.device, weight.dtype)
-            register(self)
+        return f"in_features={self.in_features}, out_features={self.out_features}, {super().extra_repr().removeprefix(', ')}"

@@ -10,7 +10,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from .linear import SubspaceLinear
+    from .linear import SubspaceLayer
 
 _layers = WeakTensorKeyDictionary()
 """Weight or coordinates → weak reference to the layer."""
@@ -22,7 +22,7 @@ def changes() -> int:
     return _changes
 
 
-def layer_of(parameter: Tensor) -> SubspaceLinear | None:
+def layer_of(parameter: Tensor) -> SubspaceLayer | None:
     """The converted layer whose weight or coordinates this is."""
     found = _layers.get(parameter)
     layer = None if found is None else found()
@@ -30,14 +30,14 @@ def layer_of(parameter: Tensor) -> SubspaceLinear | None:
     return layer if layer is not None and (parameter is layer.coordinates or parameter is layer.weight) else None
 
 
-def register(layer: SubspaceLinear) -> None:
+def register(layer: SubspaceLayer) -> None:
     for parameter in (layer.weight, layer.coordinates):
         if layer_of(parameter) is None:  # a shallow copy has the parameters of the original
             _layers[parameter] = weakref.ref(layer)
     _note_change()
 
 
-def unregister(layer: SubspaceLinear) -> None:
+def unregister(layer: SubspaceLayer) -> None:
     for parameter in (layer.weight, layer.coordinates):
         if layer_of(parameter) is layer:
             del _layers[parameter]

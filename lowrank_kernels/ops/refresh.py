@@ -181,12 +181,14 @@ def choose_bases(
 ) -> list[Tensor]:
     """One basis (m, r) of `dtype` for each gradient, each in memory of its own; the optimizers' refresh, in one call.
 
+    A gradient that is all zero chooses none: the old one stays, or zeros are what there is at the first refresh ("random" needs none).
+
     Args:
         grads: matrices as stored, of equal shape and device; the right side works on their transposes.
         previous: the bases in use, which stay where a gradient is not finite or found_inf ≠ 0 (decided on the device); None at the
             first refresh, when such a gradient gets a random basis.
         selection, svd: keys of subspaces.SELECTIONS and SVDS.
-        places: (parameter index, expert) of each matrix. All draws are functions of (seed, place, refresh_number); the sketch is
+        places: (number of the parameter, expert) of each matrix. All draws are functions of (seed, place, refresh_number); the sketch is
             one of (seed, refresh_number) and shared.
     """
     _check_lists(grads, previous, places)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import eight_bit, ops
+from . import groups
 from .base import LowRankOptimizer
 from .buckets import Bucket, Member
 from .groups import matrix_shape
@@ -49,19 +50,25 @@ class LowRankAdamW(LowRankOptimizer):
             ones: an element of V whose share of its block's largest changes by less than half a code at each step, 0.8 % and more,
             keeps that share. Where gradients drift that is felt at β2 = 0.999, little at 0.99.
         rounding: of the weight when it is stored: "nearest" (default), or for bf16 parameters "stochastic", up or down at random so that
-            the mean stays, as a function of (seed, index of the parameter, number of the update, element).
+            the mean stays, as a function of (seed, the parameter, number of the update, element).
         proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".
         selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).
         svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).
         oversample, power_iters: accuracy of the range finder (8, 1).
-        seed: all randomness is a function of (seed, index of the parameter in the optimizer, number of the refresh, or of the update
-            where it is a rounding) (0).
+        seed: all randomness is a function of (seed, the parameter, number of the refresh, or of the update where it is a rounding) (0). The
+            parameter is known by its name, where the group has `param_names`, else by its index in the optimizer. A checkpoint keeps
+            what it was made with.
+
+    Where torch.distributed is initialised the first step compares seeds and other settings of all processes, in one small all-gather,
+    and raises RuntimeError where they differ for the same parameters. A matrix whose gradients have been all zero waits with its basis for
+    the first one that is not. Unknown keys of a group pass, as torch's optimizers let them, unless they nearly are one of these.
 
     Parameters of shape [experts, m, n] are batches of matrices, those with more dimensions are read as [out, -1].
 
     Raises:
-        ValueError, TypeError: at construction (and add_param_group) for anything out of range, an unknown key, a parameter that is
-        no matrix; in step() for a sparse or complex gradient. The message names the group, the parameter and the remedy.
+        ValueError, TypeError: at construction (and add_param_group) for anything out of range, a mistyped key, what torch's AdamW
+        knows and this one does not (amsgrad, maximize, …), a parameter that is no matrix; in step() for a sparse or complex gradient.
+        The message names the group, the parameter and the remedy.
 
     Sources: GaLore, arXiv 2403.03507; I3S, arXiv 2502.05790. Unlike galore-torch, decay comes first and ε stands outside the bias
     correction, as in torch.optim.AdamW; with eps = 0 and weight_decay = 0 the two rules agree.
@@ -75,7 +82,15 @@ class LowRankAdamW(LowRankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         capturable: bool = False,
+        **unsupported: Any,
     ) -> None:
+        groups.check_arguments(
+            type(self).__name__,
+            unsupported,
+            f"a group: {type(self).__name__}(lowrank_kernels.param_groups(model, rank=…, …))",
+            ("rank", *groups.LOW_RANK_DEFAULTS),
+            groups.ADAMW_KEYS,
+        )
         super().__init__(params, lr, betas, eps, weight_decay, capturable)
 
     def state_shapes(self, group: dict[str, Any], rank: int, n: int) -> dict[str, tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,20 +12,22 @@ from torch.optim import Optimizer
 
 from .. import ops, subspaces
 from ..ops.dispatch import outside_training
-from . import buckets, groups, scaler
+from . import buckets, groups, ranks, scaler
 from .buckets import Bucket
 from .dense import dense_adamw_step_
-from .loading import load_uncast, restore_dense
+from .loading import check_dense, check_step, check_tensors, load_uncast, restore_dense
+from .waiting import Waiting
 
 
 class LowRankOptimizer(Optimizer):
     """Groups with `rank` are projected and updated by the subclass, bucket by bucket; the others are ordinary AdamW.
 
     A projected parameter's state is {"step": number, "basis": (m, r) in its dtype, …the subclass's tensors}, a dense one's is
-    torch.optim.AdamW's. `step` counts the updates that were made: an int, or with capturable=True, and after a GradScaler's step on a
-    GPU, one fp32 on the parameter's device. A basis is chosen before the first update and wherever
-    step % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share of the period. A step that raises
-    leaves the bucket in which it happened, and those after it, as they were.
+    torch.optim.AdamW's. A parameter with a name has `draw_key` besides, a number for that name, by which its draws go on being keyed; one
+    whose gradients have been all zero so far has `waiting`, and a basis of zeros in the place of its first one. `step` counts the updates
+    that were made: an int, or with capturable=True, and after a GradScaler's step on a GPU, one fp32 on the parameter's device. A basis is
+    chosen before the first update and wherever step % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share
+    of the period. A step that raises leaves the bucket in which it happened, and those after it, as they were.
 
     With a GradScaler the step is skipped on the device. On a GPU the host learns of it later, and waits for it only where a basis may be
     due. Gradients that the scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32 copies, a bucket at a time.
@@ -43,13 +46,22 @@ class LowRankOptimizer(Optimizer):
     ) -> None:
         self._forget()
         self._clamp_warned: set[tuple[int, int]] = set()
+        self._compared = False
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable))
+        if self.selection is not None and not any(map(groups.is_low_rank, self.param_groups)):
+            warnings.warn(
+                f"{type(self).__name__} has no group with rank and trains every parameter with AdamW; "
+                "lowrank_kernels.param_groups(model, rank=…) makes groups that are projected",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _forget(self) -> None:
         """What was found out about the states, which may all be others now."""
         self._plan: buckets.Plan | None = None
         self._counts: dict[Tensor, tuple[Tensor, int]] = {}
         self._skipped = scaler.SkippedSteps()
+        self._waiting = Waiting()
         self._captured: list[buckets.Plan] = []
         """What CUDA graphs read besides the states: they do not tell when they die."""
 
@@ -72,6 +84,7 @@ class LowRankOptimizer(Optimizer):
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, then every check that can be made now; see `groups.complete`. A refused group leaves the optimizer as it was."""
+        groups.even_out_names(self.param_groups, param_group)
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -116,6 +129,7 @@ class LowRankOptimizer(Optimizer):
         without capturable=True, before the first step, and where no parameter has a gradient.
         """
         low_rank = [entry for entry in self._indexed_groups() if groups.is_low_rank(entry[1])]
+        self._waiting.settle(wait=False)
         for index, group, _ in low_rank:
             if not group["capturable"]:
                 raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
@@ -131,10 +145,10 @@ class LowRankOptimizer(Optimizer):
                 if not bucket.members[0].state:
                     raise RuntimeError("refresh() came before the first step; take one outside of the graph, which makes the states")
             # All before anything changes: what may run out of memory.
-            fresh = [self._refresh(due, None) if (due := bucket.due()) else {} for bucket in plan.buckets]
+            fresh = [self._refresh(bucket.due(), None) for bucket in plan.buckets]
             for bucket, chosen in zip(plan.buckets, fresh, strict=True):
                 bucket.count_on_device()
-                _keep(chosen, bucket)
+                self._keep(chosen, bucket)
                 bucket.step += 1
         finally:
             plan.release()
@@ -154,7 +168,10 @@ class LowRankOptimizer(Optimizer):
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if not capturing:
             self._take_back(self._skipped.known(wait=False))
+            self._waiting.settle(wait=False)
         plan = self._plan_of(low_rank)
+        if not (capturing or self._compared):
+            self._compare_ranks(low_rank)
         if self._skipped and not capturing and any(bucket.needs_count(len(self._skipped)) for bucket in plan.buckets):
             self._take_back(self._skipped.known(wait=True))
             plan = self._plan_of(low_rank)
@@ -194,12 +211,12 @@ class LowRankOptimizer(Optimizer):
             if bucket.step == 0:
                 for member in bucket.members:
                     if not member.state:
-                        member.state |= {"step": 0, **self.new_state(member, bucket)}
+                        named = {} if member.key == member.index else {"draw_key": member.key}
+                        member.state |= {"step": 0, **named, **self.new_state(member, bucket)}
             if bucket.hyper["capturable"] or (found_inf is not None and found_inf.is_cuda):
                 bucket.count_on_device()
-            due = None if capturing else bucket.due()
             # Before anything moves: what may still run out of memory.
-            fresh = self._refresh(due, found_inf) if due else {}
+            fresh = {} if capturing else self._refresh(bucket.due(), found_inf)
             if fresh:
                 whole = [fresh[member.index] if member.index in fresh else member.state["basis"] for member in bucket.members]
                 bases = [matrix for basis in whole for matrix in buckets.split(basis)]
@@ -207,17 +224,31 @@ class LowRankOptimizer(Optimizer):
                 bases = bucket.states("basis")
             self.step_bucket(bucket, bases, found_inf)
         if fresh:
-            _keep(fresh, bucket)
+            self._keep(fresh, bucket)
         for param, matrix in bucket.copied:
             param.copy_(matrix.view(param.shape))
         bucket.advance(found_inf, self.state, capturing)
 
-    def _refresh(self, bucket: Bucket, found_inf: Tensor | None) -> dict[int, Tensor]:
+    def _refresh(self, due: list[Bucket], found_inf: Tensor | None) -> dict[int, Tensor]:
         """A new basis, (m, r) or (experts, m, r), for each member, by its index in the optimizer."""
+        fresh: dict[int, Tensor] = {}
+        for bucket in due:
+            chosen = iter(self._chosen(bucket, found_inf))
+            for member in bucket.members:
+                whole = buckets.join([next(chosen) for _ in range(member.matrices)], member.param)
+                fresh[member.index] = subspaces.own_memory(whole)
+        return fresh
+
+    def _chosen(self, bucket: Bucket, found_inf: Tensor | None) -> list[Tensor]:
+        """One for each matrix. Of those that wait only matrices without a basis get one; a CPU chooses no other, a GPU takes no other."""
         hyper = bucket.hyper
+        previous = bucket.states("basis") if "basis" in bucket.members[0].state else None
+        wanted = range(len(bucket.grads))
+        if bucket.waits and bucket.device.type == "cpu":
+            wanted = [number for number in wanted if not previous[number].any()]
         chosen = ops.choose_bases(
-            bucket.grads,
-            bucket.states("basis") if "basis" in bucket.members[0].state else None,
+            [bucket.grads[number] for number in wanted],
+            None if previous is None else [previous[number] for number in wanted],
             rank=bucket.rank,
             right=bucket.right,
             selection=hyper["selection"],
@@ -226,15 +257,44 @@ class LowRankOptimizer(Optimizer):
             power_iters=hyper["power_iters"],
             seed=hyper["seed"],
             refresh_number=bucket.refresh_number,
-            places=bucket.places,
+            places=[bucket.places[number] for number in wanted],
             dtype=bucket.members[0].param.dtype,
             found_inf=found_inf,
         )
-        remaining = iter(chosen)
-        return {
-            member.index: subspaces.own_memory(buckets.join([next(remaining) for _ in range(member.matrices)], member.param))
-            for member in bucket.members
-        }
+        if not bucket.waits:
+            return chosen
+        bases = list(previous)
+        for number, basis in zip(wanted, chosen, strict=True):
+            bases[number] = torch.where(bases[number].any(), bases[number], basis)
+        return bases
+
+    def _keep(self, fresh: dict[int, Tensor], bucket: Bucket) -> None:
+        """New bases into the states, into the same memory where a graph may hold its address."""
+        first = []
+        for member in bucket.members:
+            if member.index not in fresh:
+                continue
+            if "basis" not in member.state or "waiting" in member.state:
+                first.append(member.state)
+            if bucket.hyper["capturable"] and "basis" in member.state:
+                member.state["basis"].copy_(fresh[member.index])
+            else:
+                member.state["basis"] = fresh[member.index]
+        if bucket.hyper["selection"] != "random":  # which needs no gradient
+            self._waiting.note(first)
+
+    def _compare_ranks(self, low_rank: buckets.Groups) -> None:
+        """Once, where torch.distributed is initialised: the draws of all processes have to agree."""
+        self._compared = True
+        if not low_rank:
+            return
+        held, chosen = [], []
+        for _, group, first in low_rank:
+            chosen.append(tuple(group[key] for key in ("rank", *groups.LOW_RANK_DEFAULTS)))
+            for number, param in enumerate(group["params"]):
+                name = groups.draw_key(group, number)
+                held.append((tuple(param.shape), first + number if name is None else name))
+        ranks.check_equal(held, chosen, low_rank[0][1]["params"][0].device)
 
     def _take_back(self, params: list[Tensor]) -> None:
         """One update less for each: it turned out to be skipped. A count on the device knows that by itself."""
@@ -251,14 +311,20 @@ class LowRankOptimizer(Optimizer):
 
     # State.
 
-    def __getstate__(self) -> dict[str, Any]:
+    def _settle(self) -> None:
+        """Waits for what the host does not know yet of the states."""
         self._take_back(self._skipped.known(wait=True))
+        self._waiting.settle(wait=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
         self.__dict__.setdefault("_clamp_warned", set())
+        self._compared = False
         self.defaults.setdefault("capturable", False)
         for group in self.param_groups:  # of an older version
             for key, value in ({"capturable": False} | (groups.LOW_RANK_DEFAULTS if groups.is_low_rank(group) else {})).items():
@@ -267,7 +333,7 @@ class LowRankOptimizer(Optimizer):
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so that torch.load(..., weights_only=True) takes it."""
-        self._take_back(self._skipped.known(wait=True))
+        self._settle()
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -276,7 +342,7 @@ class LowRankOptimizer(Optimizer):
 
         Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
         """
-        self._take_back(self._skipped.known(wait=True))
+        self._settle()
         try:
             load_uncast(self, super().load_state_dict, state_dict, check=self._completed, restore=self._restore_states)
         finally:
@@ -284,6 +350,11 @@ class LowRankOptimizer(Optimizer):
 
     def _completed(self, incoming: dict[str, Any]) -> dict[str, Any]:
         """With the keys that the checkpoint is older than, and checked."""
+        if any("projector" in state for state in incoming["state"].values()):
+            raise ValueError(
+                "the checkpoint is one of galore-torch or its kin, whose states hold a projector; the model's weights can be loaded, its "
+                "optimizer starts anew"
+            )
         defaults = {"capturable": False}, {"capturable": False} | groups.LOW_RANK_DEFAULTS
         completed = [defaults[groups.is_low_rank(group)] | group for group in incoming["param_groups"]]
         final = {**incoming, "param_groups": completed}
@@ -291,6 +362,7 @@ class LowRankOptimizer(Optimizer):
         return final
 
     def _check_loaded(self, incoming: dict[str, Any]) -> None:
+        changes = []
         for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):
             if groups.is_low_rank(group) != groups.is_low_rank(saved):
                 kinds = ("dense", "low-rank")
@@ -298,13 +370,24 @@ class LowRankOptimizer(Optimizer):
                     f"group {index} is {kinds[groups.is_low_rank(group)]} here but {kinds[groups.is_low_rank(saved)]} in the checkpoint; "
                     "build the groups as they were when it was saved (a checkpoint of another optimizer does not fit)"
                 )
+            groups.check_keys({**saved, "param_names": None}, index, ("rank", *groups.LOW_RANK_DEFAULTS, *groups.ADAMW_KEYS))
             groups.check_values(dict(saved), index, self.selection)
-            if not groups.is_low_rank(group) or len(group["params"]) != len(saved["params"]):
-                continue
+            if len(group["params"]) != len(saved["params"]):
+                continue  # torch says so
+            for key in ("rank", *groups.LOW_RANK_DEFAULTS) if groups.is_low_rank(group) else ():
+                if group[key] != saved[key]:
+                    changes.append(f"{key} {group[key]!r} becomes {saved[key]!r} (group {index})")
+            final = {**group, **saved, "params": group["params"]}
             for param_index, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                where = groups.describe(group, index, param_index)
                 state = incoming["state"].get(saved_id)
-                if state:
-                    self._check_loaded_state(state, param, saved, groups.describe(group, index, param_index))
+                if groups.is_low_rank(group):
+                    groups.check_param(final, index, param_index)
+                    if state:
+                        self._check_loaded_state(state, param, saved, where)
+                elif state:
+                    check_dense(state, param, where)
+        groups.warn_of_changes(changes)
 
     def _check_loaded_state(self, state: dict[str, Any], param: Tensor, saved: dict[str, Any], where: str) -> None:
         shape = groups.matrix_shape(param)
@@ -314,6 +397,8 @@ class LowRankOptimizer(Optimizer):
         expected = {"basis": (m, rank), **self.state_shapes(saved, rank, n)}
         if "step" not in state:
             raise ValueError(f"the checkpoint's step is missing ({where}); it was saved for another optimizer")
+        check_step(state["step"], where)
+        check_tensors(state, (key for key in expected if key in state), where)
         coded = "exp_avg" in state and state["exp_avg"].dtype == torch.uint8
         if coded != (saved["state_bits"] == 8):
             raise ValueError(
@@ -349,13 +434,3 @@ def _check_capture(bucket: Bucket) -> None:
         raise RuntimeError("step() is being captured in a CUDA graph; build the optimizer with capturable=True")
     if not bucket.members[0].state:
         raise RuntimeError("step() is being captured before the first step, which makes the states; take one outside of the graph")
-
-
-def _keep(fresh: dict[int, Tensor], bucket: Bucket) -> None:
-    """New bases into the states, into the same memory where a graph may hold its address."""
-    for member in bucket.members:
-        if member.index in fresh:
-            if bucket.hyper["capturable"] and "basis" in member.state:
-                member.state["basis"].copy_(fresh[member.index])
-            else:
-                member.state["basis"] = fresh[member.index]

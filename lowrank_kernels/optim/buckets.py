@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, describe, is_right, matrix_shape, refresh_offset
+from ..subspaces import own_memory
+from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, check_param, describe, draw_key, is_right, matrix_shape, refresh_offset
 
 Groups = Sequence[tuple[int, dict[str, Any], int]]
 """(group index, group, index of its first parameter in the optimizer)."""
@@ -27,10 +28,14 @@ FIXED = tuple(key for key in (*ADAMW_KEYS, "rank", *LOW_RANK_DEFAULTS) if key no
 
 @dataclass
 class Member:
-    """One parameter with a gradient: its place, when it refreshes, its state (empty before the first step), how many matrices it has."""
+    """One parameter with a gradient: its place, when it refreshes, its state (empty before the first step), how many matrices it has.
+
+    key: what its random draws are keyed by: a number for its name, or, without one or in an older checkpoint, `index`.
+    """
 
     param: Tensor
     index: int
+    key: int
     refresh_offset: int
     state: dict[str, Any]
     matrices: int
@@ -40,7 +45,8 @@ class Member:
 class Bucket:
     """Members that share everything a launch needs. `hyper` holds their group's values; rank is already clamped.
 
-    step: the updates that its members have had, as far as the host knows. counted_on_device: state["step"] is a tensor there, `counts`.
+    step: the updates that its members have had, as far as the host knows. waits: all of them wait for a gradient that is not zero, with
+    which their first basis is to be chosen. counted_on_device: state["step"] is a tensor there, `counts`.
     weights, grads: this step's, one for each matrix. copied: those of the weights that are copies, of parameters whose strides give no
     view of a matrix.
     """
@@ -49,6 +55,7 @@ class Bucket:
     right: bool
     rank: int
     step: int
+    waits: bool = False
     members: list[Member] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
@@ -90,8 +97,8 @@ class Bucket:
 
     @functools.cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
-        """(parameter index, number of the matrix in the parameter) of each matrix: what its random draws are keyed by."""
-        return tuple((member.index, number) for member in self.members for number in range(member.matrices))
+        """(key of the parameter, number of the matrix in it) of each matrix: what its random draws are keyed by."""
+        return tuple((member.key, number) for member in self.members for number in range(member.matrices))
 
     @functools.cached_property
     def _offsets(self) -> set[int]:
@@ -99,30 +106,36 @@ class Bucket:
 
     @property
     def refresh_number(self) -> int:
-        """⌈step / gap⌉, which all draws hang on: 0 at the first step, and one more at each refresh of a parameter, whatever its offset."""
-        return -(-self.step // self.hyper["update_proj_gap"])
+        """⌈step / gap⌉, which all draws hang on: 0 for a first basis, and one more at each refresh of a parameter, whatever its offset."""
+        return 0 if self.waits else -(-self.step // self.hyper["update_proj_gap"])
 
     def may_be_due(self, skipped: int) -> bool:
         """Whether a member needs a new basis before this update, if up to `skipped` of those counted were none."""
         gap = self.hyper["update_proj_gap"]
+        if any("waiting" in member.state for member in self.members):
+            return True
         return any(step <= 0 or step % gap in self._offsets for step in range(self.step - skipped, self.step + 1))
 
     def needs_count(self, skipped: int) -> bool:
         """Whether this update hangs on how many of the last `skipped` ones were made: by a basis, or by a count that the host alone has."""
         return self.may_be_due(skipped) or not self.counted_on_device
 
-    def due(self) -> Bucket | None:
-        """The members that need a new basis before this update: all at their first one, afterwards those whose turn it is."""
+    def due(self) -> list[Bucket]:
+        """The members that need a new basis before this update: all at their first one, afterwards those whose turn it is, and in a bucket
+        of their own those that still wait for their first basis."""
         if not self.may_be_due(0):
-            return None
+            return []
         turn = self.step % self.hyper["update_proj_gap"]
-        found, first = Bucket(self.hyper, self.right, self.rank, self.step), 0
+        regular, waiting = (Bucket(self.hyper, self.right, self.rank, self.step, waits) for waits in (False, True))
+        first = 0
         for member in self.members:
-            if self.step == 0 or member.refresh_offset == turn:
-                found.members.append(member)
-                found.grads += self.grads[first : first + member.matrices]
+            is_turn = self.step == 0 or member.refresh_offset == turn
+            if is_turn or "waiting" in member.state:
+                part = regular if is_turn else waiting
+                part.members.append(member)
+                part.grads += self.grads[first : first + member.matrices]
             first += member.matrices
-        return found
+        return [part for part in (regular, waiting) if part.members]
 
     def states(self, key: str) -> list[Tensor]:
         """One tensor for each matrix."""
@@ -213,6 +226,7 @@ class Plan:
                 seen.add(param)
                 check_grad(group, group_index, param_index)
                 if (side := sides.get(param.shape)) is None:
+                    check_param(group, group_index, param_index)  # what the parameter has become since
                     shape = matrix_shape(param)
                     side = sides[param.shape] = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
                 right, rank = side
@@ -228,11 +242,13 @@ class Plan:
                 # A first step that was skipped leaves a state with a basis at step 0; it has no bucket in common with none.
                 count, on_device = _count(state, counts.get(param)), isinstance(state.get("step"), Tensor)
                 layout = (weights[0].stride(), grads[0].stride(), param.dtype, grad.dtype, param.device)
-                key = (number, weights[0].shape, layout, count, bool(state), on_device)
-                if (bucket := buckets.get(key)) is None:
-                    bucket = buckets[key] = Bucket(hypers[number], right, rank, count)
-                offset = refresh_offset(group, param_index)
-                member = Member(param, first + param_index, offset, state, len(weights))
+                alike = (number, weights[0].shape, layout, count, bool(state), on_device)
+                if (bucket := buckets.get(alike)) is None:
+                    bucket = buckets[alike] = Bucket(hypers[number], right, rank, count)
+                name = draw_key(group, param_index)
+                index = first + param_index
+                key = state.get("draw_key", index) if state else index if name is None else name
+                member = Member(param, index, key, refresh_offset(group, param_index), state, len(weights))
                 bucket.members.append(member)
                 if on_device:
                     bucket.counts.append(state["step"])
@@ -353,6 +369,7 @@ def _check_state(
 ) -> None:
     if isinstance(count := state.get("step"), Tensor) and (count.dtype, count.shape, count.device) != (torch.float32, (), param.device):
         state["step"] = count.detach().to(param.device, torch.float32).reshape(())
+    _follow(state, param)
     expected = (weight.shape[1 if right else 0], rank)
     if state["basis"].shape[-2:] != expected:
         where = describe(group, group_index, param_index)
@@ -367,3 +384,15 @@ def _check_state(
             f"the state has {bits}-bit moments but state_bits={group['state_bits']} ({where}); it cannot change after the first step: "
             "restore it, or delete optimizer.state[param] to restart it"
         )
+
+
+def _follow(state: dict[str, Any], param: Tensor) -> None:
+    """Casts and moves a state whose parameter was, as by model.to(…)."""
+    if (state["basis"].dtype, state["basis"].device) == (param.dtype, param.device):
+        return
+    state["basis"] = own_memory(state["basis"].to(param.device, param.dtype))
+    wide = torch.promote_types(param.dtype, torch.float32)
+    for key, value in state.items():
+        if key not in ("basis", "step") and isinstance(value, Tensor):
+            is_moment = value.is_floating_point() and not key.endswith("scale")
+            state[key] = value.to(param.device, wide if is_moment else value.dtype)

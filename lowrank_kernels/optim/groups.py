@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 import warnings
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -30,20 +32,19 @@ PROJ_TYPES = ("std", "reverse_std", "left", "right")
 STATE_BITS = (32, 8)
 ROUNDINGS = ("nearest", "stochastic")
 ADAMW_KEYS = ("lr", "betas", "eps", "weight_decay", "capturable")
-# What torch and its schedulers write into a group, and names that training scripts commonly give one.
-FOREIGN_KEYS = (
-    "params",
-    "param_names",
-    "initial_lr",
-    "max_lr",
-    "min_lr",
-    "swa_lr",
-    "base_momentum",
-    "max_momentum",
-    "name",
-    "lr_scale",
-    "differentiable",
-)
+UNSUPPORTED: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "differentiable": False,
+    "foreach": None,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+"""What torch.optim.AdamW knows besides, and the only value that means nothing here."""
+FOREIGN_KEYS = ("params", "param_names", "initial_lr", "lr_scale", "base_momentum", "max_momentum")
+"""Of torch, its schedulers and of training scripts, where they resemble keys of ours."""
+NEAR_MISS = 0.8
+"""Of difflib's ratio: `update_gap` for update_proj_gap has 0.80, `maximise` for maximize 0.88, `lr_mult` for lr 0.44, `keeps` for eps 0.75."""
 
 
 def describe(group: dict[str, Any], group_index: int, param_index: int | None = None) -> str:
@@ -90,6 +91,7 @@ def complete(group: dict[str, Any], group_index: int, selection: str | None) -> 
     `selection`, if given, is the one that the optimizer's class stands for. A group without `rank` gets only AdamW's checks. Numbers
     become Python's own, so that a checkpoint holds nothing else.
     """
+    check_keys(group, group_index, ("rank", *LOW_RANK_DEFAULTS, *ADAMW_KEYS))
     if not is_low_rank(group):
         stray = [key for key in LOW_RANK_DEFAULTS if key in group]
         if stray:
@@ -98,14 +100,13 @@ def complete(group: dict[str, Any], group_index: int, selection: str | None) -> 
             )
         check_values(group, group_index, selection)
         return
-    check_keys(group, group_index, ("rank", *LOW_RANK_DEFAULTS, *ADAMW_KEYS), "a low-rank group")
     if selection is not None:
         group.setdefault("selection", selection)
     for key, value in LOW_RANK_DEFAULTS.items():
         group.setdefault(key, value)
     check_values(group, group_index, selection)
     for param_index in range(len(group["params"])):
-        _check_param(group, group_index, param_index)
+        check_param(group, group_index, param_index)
 
 
 def check_values(group: dict[str, Any], group_index: int, selection: str | None) -> None:
@@ -174,14 +175,76 @@ def check_adamw(group: dict[str, Any], group_index: int) -> None:
     group["betas"] = tuple(float(beta) for beta in betas)
 
 
-def check_keys(group: dict[str, Any], group_index: int, own: tuple[str, ...], kind: str) -> None:
-    """Raises ValueError for a key that is neither the group's own nor one that torch and training scripts put there."""
-    known = (*own, *FOREIGN_KEYS)
-    for key in group:
-        if key not in known:
-            nearest = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys are {', '.join(own)}"
-            raise ValueError(f"unknown key {key!r} in {kind} ({describe(group, group_index)}); {hint}")
+def check_keys(group: dict[str, Any], group_index: int, own: tuple[str, ...]) -> None:
+    """Raises ValueError for a key of torch's AdamW that is not supported, unless it is off, and for one that nearly is one of ours.
+
+    Other keys pass, as torch's optimizers let them: frameworks tag groups with them.
+    """
+    where = describe(group, group_index)
+    for key, value in group.items():
+        if key in own or key in FOREIGN_KEYS:
+            continue
+        if key in UNSUPPORTED:
+            if value is not UNSUPPORTED[key]:
+                raise ValueError(f"{key}={value!r} is not supported ({where}); leave it out")
+        elif nearest := nearest_key(key, (*own, *UNSUPPORTED)):
+            raise ValueError(f"unknown key {key!r} in a group ({where}); did you mean {nearest!r}?")
+    names = group.get("param_names")
+    if names is not None and len(names) != len(group["params"]):
+        raise ValueError(f"{where} has {len(group['params'])} parameters and {len(names)} param_names; give each its own, or remove them")
+
+
+def nearest_key(key: Any, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(str(key).lower(), list(known), n=1, cutoff=NEAR_MISS)), None)
+
+
+def check_arguments(name: str, options: dict[str, Any], example: str, group_keys: Iterable[str], own: Iterable[str]) -> None:
+    """Raises TypeError for keyword arguments of an optimizer that it does not have; the unsupported ones of torch's AdamW may be off."""
+    for key, value in options.items():
+        if key in group_keys:
+            raise TypeError(f"{name}() takes no {key!r}, which belongs to {example}")
+        if key in UNSUPPORTED:
+            if value is not UNSUPPORTED[key]:
+                raise TypeError(f"{name}() does not support {key}={value!r}; leave it out")
+        else:
+            nearest = nearest_key(key, (*own, *group_keys))
+            hint = f"; did you mean {nearest!r}?" if nearest else ""
+            raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
+
+
+def even_out_names(groups: list[dict[str, Any]], added: dict[str, Any]) -> None:
+    """Gives names to a group without, where others have some: torch wants all or none to have them."""
+    if not groups or not isinstance(added, dict) or "params" not in added:
+        return
+    if isinstance(added["params"], set):
+        return  # which torch refuses
+    added["params"] = params = [added["params"]] if isinstance(added["params"], Tensor) else list(added["params"])
+    named = "param_names" in added or any(isinstance(param, tuple) for param in params)
+    if named:
+        for index, group in enumerate(groups):
+            group.setdefault("param_names", [f"group {index}, parameter {number}" for number in range(len(group["params"]))])
+    elif "param_names" in groups[0]:
+        added["param_names"] = [f"group {len(groups)}, parameter {number}" for number in range(len(params))]
+
+
+def draw_key(group: dict[str, Any], param_index: int) -> int | None:
+    """A number for the parameter's name, by which its random draws are keyed, or None where it has none."""
+    names = group.get("param_names")
+    if not names:
+        return None
+    return int.from_bytes(hashlib.blake2b(names[param_index].encode(), digest_size=8).digest(), "little") >> 1
+
+
+def warn_of_changes(changes: list[str]) -> None:
+    """After a checkpoint has been checked: which of the optimizer's settings it replaces."""
+    if changes:
+        shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
+        warnings.warn(
+            f"the checkpoint's settings take the place of the optimizer's: {shown}. To go on with others, change optimizer.param_groups "
+            "after loading, where the states allow it",
+            UserWarning,
+            stacklevel=9,
+        )
 
 
 def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
@@ -219,9 +282,25 @@ def _check_low_rank(group: dict[str, Any], group_index: int) -> None:
             raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, got {group[key]!r} ({where}){hint}")
 
 
-def _check_param(group: dict[str, Any], group_index: int, param_index: int) -> None:
+def is_flattened(param: Tensor) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) holds the parameter, as a part of a flat one."""
+    return getattr(param, "_fsdp_flattened", False)
+
+
+def refuse_flattened(group: dict[str, Any], group_index: int, param_index: int) -> None:
+    """FSDP1 keeps of each matrix a piece without rows and columns."""
+    if is_flattened(group["params"][param_index]):
+        raise TypeError(
+            f"FullyShardedDataParallel (FSDP1) keeps flat pieces of matrices, which cannot be projected "
+            f"({describe(group, group_index, param_index)}); replicate the model instead, as with DistributedDataParallel"
+        )
+
+
+def check_param(group: dict[str, Any], group_index: int, param_index: int) -> None:
+    """Raises where a low-rank group cannot hold this parameter."""
     param = group["params"][param_index]
     where = describe(group, group_index, param_index)
+    refuse_flattened(group, group_index, param_index)
     if param.dim() < 2:
         raise ValueError(f"a low-rank group takes matrices, got a {param.dim()}-D parameter ({where}); put it in a group without rank")
     if param.numel() == 0:

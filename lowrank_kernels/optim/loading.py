@@ -61,7 +61,8 @@ def check_dense(state: dict[str, Any], param: Tensor, where: str) -> None:
     for key in MOMENTS:
         if state[key].shape != param.shape:
             raise ValueError(
-                f"the checkpoint's {key} is {tuple(state[key].shape)}, expected {tuple(param.shape)} ({where}); it was saved for another model"
+                f"the checkpoint's {key} is {tuple(state[key].shape)}, expected {tuple(param.shape)} ({where}); it was saved for another "
+                "model"
             )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from ..nn import SubspaceLinear
-from ..targets import is_linear, matching_modules
+from ..nn import SubspaceLayer
+from ..targets import ALL_LINEAR, experts_of, is_head_or_embedding, is_linear, matching_modules, without_wrappers
 from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS
 
 
@@ -19,19 +20,23 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
     Args:
         model: any module. Parameters with requires_grad=False are left out; shared ones appear once.
         rank: r of the low-rank group.
-        target_modules: "all-linear", every linear layer but the output head (`lm_head`, what `model.get_output_embeddings()`
-            returns, and any layer whose weight is an embedding's); or a list of strings, a module being taken where its name
-            contains one of them (`["q_proj", "mlp"]`); or a regular expression that must match a module's whole name. Of the
-            modules found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]` of named modules.
+        target_modules: "all-linear" (or "all_linear"), every linear layer but PEFT's adapters and the output head (`lm_head`, what
+            `model.get_output_embeddings()` returns, and any layer whose weight is an embedding's), and experts that lie in one
+            parameter, as Mixtral's do; or a list of strings, a module being taken where its name contains one of them
+            (`["q_proj", "mlp"]`) or matches it as a regular expression; or a regular expression that must match a module's whole name.
+            Of the modules found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]`.
         options: any other key of a low-rank group (`update_proj_gap`, `stagger`, `scale`, `proj_type`, `selection`, `svd`,
             `oversample`, `power_iters`, `seed`, `state_bits`, `rounding`; `lr`, `betas`, `eps`, `weight_decay`), set in the low-rank
             group only. `capturable` is the optimizer's own argument, for both groups.
 
     Returns:
-        [{"params": everything else}, {"params": projected weights, "rank": rank, **options}].
+        [{"params": everything else}, {"params": projected weights, "rank": rank, **options}], both with the names of their
+        parameters (`param_names`), by which random draws are keyed. Warns where less than half of the elements of trainable matrices
+        (embeddings and head left out) are projected.
 
     Raises:
-        ValueError: an unknown option; target_modules that match nothing, nothing that can be projected, or a SubspaceLinear.
+        ValueError: an unknown option; target_modules that match nothing, nothing that can be projected, or a converted layer.
+        TypeError: a model that is none.
     """
     allowed = (*LOW_RANK_DEFAULTS, *ADAMW_KEYS)
     for key in options:
@@ -41,13 +46,14 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             raise ValueError(f"unknown option {key!r} for param_groups; {hint}")
     matched = matching_modules(model, target_modules)
     for name, module in matched.items():
-        if isinstance(module, SubspaceLinear):
+        if isinstance(module, SubspaceLayer):
             raise ValueError(
-                f"{name!r} is a SubspaceLinear, which only RSOAdamW moves; build RSOAdamW(model.parameters()), or call to_dense(model)"
+                f"{name!r} is a {type(module).__name__}, which only RSOAdamW moves; build RSOAdamW(model.parameters()), or call "
+                "to_dense(model)"
             )
     projected = {}
     for name, module in matched.items():
-        for parameter in _projectable(module, experts=target_modules != "all-linear"):
+        for parameter in _projectable(name, module, by_name=target_modules not in ALL_LINEAR):
             projected[id(parameter)] = (name, parameter)
     if not projected:
         kinds = sorted({type(module).__name__ for module in matched.values()})
@@ -55,7 +61,9 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             f"target_modules={target_modules!r} matches only modules without a linear weight of their own ({', '.join(kinds)}); "
             "name linear layers, or build the groups by hand"
         )
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = dict(zip((id(parameter) for _, parameter in named), without_wrappers([name for name, _ in named]), strict=True))
+    trainable = [parameter for _, parameter in named]
     low_rank = [parameter for parameter in trainable if id(parameter) in projected]
     if not low_rank:
         name, parameter = next(iter(projected.values()))
@@ -64,12 +72,31 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             "have requires_grad=False); unfreeze them before building the groups"
         )
     dense = [parameter for parameter in trainable if id(parameter) not in projected]
-    return [{"params": dense}, {"params": low_rank, "rank": rank, **options}]
+    _warn_if_little(model, dense, low_rank, names)
+    parts = ((dense, {}), (low_rank, {"rank": rank, **options}))
+    return [{"params": params, "param_names": [names[id(parameter)] for parameter in params], **keys} for params, keys in parts]
 
 
-def _projectable(module: nn.Module, experts: bool) -> Iterator[nn.Parameter]:
+def _warn_if_little(model: nn.Module, dense: list[nn.Parameter], low_rank: list[nn.Parameter], names: dict[int, str]) -> None:
+    excluded = is_head_or_embedding(model)
+    apart = {id(module.weight) for name, module in model.named_modules() if hasattr(module, "weight") and excluded(name, module)}
+    left = sorted((p for p in dense if p.dim() >= 2 and id(p) not in apart), key=lambda p: -p.numel())
+    inside, outside = sum(p.numel() for p in low_rank), sum(p.numel() for p in left)
+    if inside < outside:
+        shown = ", ".join(f"{names[id(p)]} {tuple(p.shape)}" for p in left[:3])
+        warnings.warn(
+            f"param_groups projects {inside / (inside + outside):.0%} of the elements of matrices; the others train as a whole, the "
+            f"largest being {shown}. target_modules chooses",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _projectable(name: str, module: nn.Module, by_name: bool) -> Iterator[nn.Parameter]:
     if is_linear(module):
         if isinstance(module.weight, nn.Parameter):  # a parametrized weight is computed from others, which stay dense
             yield module.weight
-    elif experts and not type(module).__module__.startswith("torch.nn."):  # torch's own have no experts; Conv1d has 3-D weights
+    elif not by_name:
+        yield from experts_of(name, module)
+    elif not type(module).__module__.startswith("torch.nn."):  # torch's own have no experts; Conv1d has 3-D weights
         yield from (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)

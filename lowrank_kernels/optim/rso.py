@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .. import ops, philox, reference
-from ..nn import SubspaceLinear, changes, layer_of
+from ..nn import SubspaceLayer, changes, layer_of
 from ..ops.dispatch import outside_training
-from . import groups, rso_groups
+from . import groups, ranks, rso_groups
 from .buckets import check_grad
 from .dense import dense_adamw_step_
-from .loading import load_uncast, restore_dense
+from .loading import check_dense, load_uncast, restore_dense
 from .rso_groups import Layers, layers_of
 
 HOST = ("cpu",)
@@ -62,8 +62,11 @@ class RSOAdamW(Optimizer):
     the position ends it with the next call, another `inner` starts from zero moments, and a proximal term that was off until now takes
     the B of this moment for 0.
 
+    Where torch.distributed is initialised the first step compares subspaces of all processes, in one small all-gather, and raises
+    RuntimeError where they differ.
+
     Raises:
-        ValueError, TypeError: at construction for what is out of range, an unknown key, parameters of which none belongs to a
+        ValueError, TypeError: at construction for what is out of range, a mistyped key, parameters of which none belongs to a
         converted layer, sharded parameters, layers that share P in different groups. RuntimeError in step(): a layer of these parameters
         was converted after the optimizer was built, its P belongs to another optimizer, its weight has a gradient of its own or is no
         parameter any more, or a CUDA graph is being captured. A warning names layers that had no gradient in the first outer step.
@@ -85,32 +88,59 @@ class RSOAdamW(Optimizer):
         inner: str = "adamw",
         momentum: float = 0.9,
         rounding: str = "nearest",
+        **unsupported: Any,
     ) -> None:
+        groups.check_arguments(
+            "RSOAdamW",
+            unsupported,
+            "lowrank_kernels.to_subspace(model, rank=…, …)",
+            ("rank", "distribution", "seed", "share"),
+            rso_groups.KEYS,
+        )
+        self._compared = False
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
         self._known: tuple[Any, list[Layers]] | None = None
+        self._met: set[Tensor] = set()
+        """Coordinates that had a gradient in the first outer step, also where a GradScaler skipped all of it."""
         super().__init__(params, adamw | own | dict.fromkeys(rso_groups.POSITION, 0))
         if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
             raise TypeError("params are sharded (DTensor), which RSOAdamW does not support yet; replicate the model, as with DDP")
+        for index, group in enumerate(self.param_groups):
+            for param_index in range(len(group["params"])):
+                groups.refuse_flattened(group, index, param_index)
         if not any(map(layers_of, self.param_groups)):
-            raise ValueError(
-                "params hold no coordinates of a SubspaceLinear; convert the model with to_subspace before the optimizer is built, or use "
-                "torch.optim.AdamW"
-            )
+            raise ValueError(self._why_no_coordinates())
         self._built = True
         for group in self.param_groups:  # when nothing can be refused any more: another optimizer may be at work on these layers
             _move_subspaces(layers_of(group), group["outer_step"])
+
+    def _why_no_coordinates(self) -> str:
+        if any(layer_of(param) is not None for group in self.param_groups for param in group["params"]):
+            return (
+                "params hold no coordinates of a SubspaceLinear but weights of such layers, which do not train by themselves: take all of "
+                "model.parameters(), and where names sort them into groups, put `coordinates` with the weights. "
+                "ZeroRedundancyOptimizer, which gives each process some of the parameters, cannot work with RSOAdamW, which moves weights by coordinates"
+            )
+        return (
+            "params hold no coordinates of a SubspaceLinear; convert the model with to_subspace before the optimizer is built, or use "
+            "torch.optim.AdamW. ZeroRedundancyOptimizer, which gives each process some of the parameters, cannot work with RSOAdamW, which "
+            "moves weights by coordinates"
+        )
 
     # Groups.
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, then every check that can be made now. A refused group leaves the optimizer as it was."""
+        groups.even_out_names(self.param_groups, param_group)
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
             group = self.param_groups[index]
-            groups.check_keys(group, index, rso_groups.KEYS, "a group of RSOAdamW")
+            if "rank" in group:
+                raise ValueError(f"unknown key 'rank' in a group ({groups.describe(group, index)}); to_subspace(model, rank=…) takes it")
+            groups.check_keys(group, index, rso_groups.KEYS)
             rso_groups.check_values(group, index)
             rso_groups.check_rounding(group, index, layers_of(group))
             self._check_shared(index)
@@ -149,7 +179,7 @@ class RSOAdamW(Optimizer):
                 if layer is not None and param is layer.weight and layer.coordinates not in owned and layer.coordinates.requires_grad:
                     raise RuntimeError(
                         f"{rso_groups.describe(group, index, param)} is the weight of a SubspaceLinear whose coordinates are not in this "
-                        "optimizer; build the optimizer after the conversion, from model.parameters(), or call to_dense(model)"
+                        "optimizer; build the optimizer after the conversion, from all of model.parameters(), or call to_dense(model)"
                     )
 
     # The step.
@@ -184,7 +214,11 @@ class RSOAdamW(Optimizer):
             # What has the state of coordinates and no layer belonged to one that is dense again.
             others = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
             work.append((group, layers, others))
+        if not self._compared:
+            self._compare_ranks(work)
         for group, layers, others in work:
+            if group["outer_step"] == 0:
+                self._met.update(param for param in layers if param.grad is not None)
             dense_adamw_step_(group | {"params": others, "capturable": False}, self.state, grad_scale, found_inf)
             for part in _parts({param: layer for param, layer in layers.items() if param.grad is not None}):
                 self._step_layers(part, group, grad_scale, found_inf)
@@ -198,6 +232,7 @@ class RSOAdamW(Optimizer):
 
     def _step_layers(self, part: Layers, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         params, weights = list(part), [layer.weight for layer in part.values()]
+        transposed = next(iter(part.values())).transposed
         device, wide = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
         on_host = device.type in HOST
         if found_inf is not None:
@@ -220,7 +255,7 @@ class RSOAdamW(Optimizer):
         update = _inner_step(group, states, projected, found_inf)
         steps, seeds = [state["step"] for state in states], _rounding_seeds(part, group, device)
         ops.back_project_(
-            weights, bases, update, lr=lr, scale=1.0, weight_decay=wd, right=True, found_inf=found_inf,
+            weights, bases, update, lr=lr, scale=1.0, weight_decay=wd, right=not transposed, found_inf=found_inf,
             rounding_seeds=seeds, device_steps=None if seeds is None else steps,
         )  # fmt: skip
         if moved := [(state["displacement"], n) for state, n in zip(states, update, strict=True) if "displacement" in state]:
@@ -230,7 +265,7 @@ class RSOAdamW(Optimizer):
                 torch._foreach_add_(displacements, updates, alpha=-lr)
         torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
 
-    def _state_of(self, param: Tensor, layer: SubspaceLinear, group: dict[str, Any]) -> dict[str, Any]:
+    def _state_of(self, param: Tensor, layer: SubspaceLayer, group: dict[str, Any]) -> dict[str, Any]:
         """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""
         state = self.state[param]
         wide = torch.promote_types(param.dtype, torch.float32)
@@ -259,8 +294,20 @@ class RSOAdamW(Optimizer):
                 if isinstance(value, Tensor):
                     value.zero_()
 
+    def _compare_ranks(self, work: list[tuple[dict[str, Any], Layers, list[Tensor]]]) -> None:
+        """Once, where torch.distributed is initialised: all processes have to draw the same subspaces."""
+        self._compared = True
+        layers = [(param, layer) for _, found, _ in work for param, layer in found.items()]
+        settings = [tuple(group[key] for key in ("inner_steps", "rounding", *rso_groups.POSITION)) for group, _, _ in work]
+        if layers:
+            ranks.check_equal(
+                [tuple(param.shape) for param, _ in layers],
+                [*settings, *(layer.subspace.fingerprint for _, layer in layers)],
+                layers[0][0].device,
+            )
+
     def _warn_of_unused(self, group: dict[str, Any], index: int, layers: Layers) -> None:
-        unused = [param for param in layers if param not in self.state and param.requires_grad]
+        unused = [param for param in layers if param not in self.state and param not in self._met and param.requires_grad]
         if unused:
             warnings.warn(
                 f"{len(unused)} layers had no gradient in a whole outer step and did not move, the first one that of "
@@ -273,7 +320,7 @@ class RSOAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known, self._built = None, True
+        self._known, self._built, self._compared, self._met = None, True, False, set()
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -284,12 +331,17 @@ class RSOAdamW(Optimizer):
         load_uncast(self, super().load_state_dict, state_dict, check=self._check_loaded, restore=self._restore)
 
     def _check_loaded(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        changes: list[str] = []
         for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):
             if missing := [key for key in (*rso_groups.OWN_KEYS, *rso_groups.POSITION) if key not in saved]:
                 raise ValueError(f"the checkpoint's group {index} has no {missing[0]!r}; it was saved for another optimizer")
             if len(group["params"]) != len(saved["params"]):
                 continue  # torch says so
+            groups.check_keys({**saved, "param_names": None}, index, rso_groups.KEYS)
             rso_groups.check_values(dict(saved), index)
+            changes += [
+                f"{key} {group[key]!r} becomes {saved[key]!r} (group {index})" for key in rso_groups.OWN_KEYS if group[key] != saved[key]
+            ]
             layers = layers_of(group)
             for param, saved_id in zip(group["params"], saved["params"], strict=True):
                 state, where = incoming["state"].get(saved_id), rso_groups.describe(group, index, param)
@@ -301,6 +353,9 @@ class RSOAdamW(Optimizer):
                     )
                 if state and param in layers:
                     rso_groups.check_loaded_state(state, layers[param], where)
+                elif state:
+                    check_dense(state, param, where)
+        groups.warn_of_changes(changes)
         return incoming
 
     def _restore(self, final: dict[str, Any]) -> None:
@@ -327,10 +382,10 @@ def _move_subspaces(layers: Layers, outer_step: int) -> None:
 
 def _parts(layers: Layers) -> Iterator[Layers]:
     """Layers whose weights, coordinates and gradients are alike, at most PART_ELEMENTS of their gradients at a time."""
-    buckets: dict[Any, list[tuple[Tensor, SubspaceLinear]]] = defaultdict(list)
+    buckets: dict[Any, list[tuple[Tensor, SubspaceLayer]]] = defaultdict(list)
     for param, layer in layers.items():
         weight = layer.weight
-        key = weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device, param.grad.dtype
+        key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device, param.grad.dtype
         buckets[key].append((param, layer))
     for members in buckets.values():
         at_once = max(1, PART_ELEMENTS // members[0][0].numel())

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nn import SubspaceLinear, layer_of
+from ..nn import SubspaceLayer, layer_of
 from . import groups
+from .loading import check_step, check_tensors
 
 INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """Inner optimizers, and the tensors (r, out) of their state."""
@@ -18,7 +19,7 @@ OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum", "rounding")
 POSITION = ("outer_step", "inner_step")
 """Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
 KEYS = ("lr", "betas", "eps", "weight_decay", *OWN_KEYS, *POSITION)
-Layers = dict[Tensor, SubspaceLinear]
+Layers = dict[Tensor, SubspaceLayer]
 """Coordinates → their layer."""
 
 
@@ -62,12 +63,18 @@ def check_rounding(group: dict[str, Any], index: int, layers: Layers) -> None:
             )
 
 
-def check_layer(layer: SubspaceLinear, group: dict[str, Any], index: int, param: Tensor) -> None:
+def check_layer(layer: SubspaceLayer, group: dict[str, Any], index: int, param: Tensor) -> None:
     if layer.subspace.outer_step != group["outer_step"]:
         raise RuntimeError(
             f"P of {describe(group, index, param)} is that of outer step {layer.subspace.outer_step} and the optimizer is at "
             f"{group['outer_step']}: another optimizer moves it. Layers that share P belong into one group of one optimizer; or convert "
             "with share=None"
+        )
+    flattened = next((each for each in (param, layer.weight) if groups.is_flattened(each) or each.dim() != 2), None)
+    if flattened is not None:
+        raise RuntimeError(
+            f"{describe(group, index, param)} or its layer's weight is {flattened.dim()}-D, as FullyShardedDataParallel (FSDP1) makes "
+            "them, which keeps flat pieces of matrices; replicate the model instead, as with DistributedDataParallel"
         )
     if not isinstance(layer.weight, torch.nn.Parameter):
         raise RuntimeError(
@@ -81,10 +88,12 @@ def check_layer(layer: SubspaceLinear, group: dict[str, Any], index: int, param:
         )
 
 
-def check_loaded_state(state: dict[str, Any], layer: SubspaceLinear, where: str) -> None:
+def check_loaded_state(state: dict[str, Any], layer: SubspaceLayer, where: str) -> None:
     rank, out = wanted = tuple(layer.coordinates.shape)
     if "step" not in state or not any(all(key in state for key in keys) for keys in INNER.values()):
         raise ValueError(f"the checkpoint's state of {where} lacks {', '.join(INNER['adamw'])} or step; it is of another optimizer")
+    check_step(state["step"], where)
+    check_tensors(state, next(keys for keys in INNER.values() if all(key in state for key in keys)), where)
     for key, value in state.items():
         if key == "step" or not isinstance(value, Tensor) or value.shape == wanted:
             continue

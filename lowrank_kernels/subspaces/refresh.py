@@ -48,11 +48,15 @@ def choose_bases(
         stacked = multipliable(torch.stack(tuple(grads[start:stop])))
         stacked = stacked.mT if right else stacked
         fresh = choose(stacked, rank, spectrum, seeds[start:stop]).to(dtype)
+        peak = peak_of(stacked)
+        some = torch.ones_like(peak, dtype=torch.bool) if selection == "random" else peak != 0
         if previous:
-            usable = torch.isfinite(peak_of(stacked))
+            usable = torch.isfinite(peak) & some
             if found_inf is not None:
                 usable = usable & (found_inf.to(usable.device) == 0)
             fresh = torch.where(usable[:, None, None], fresh, torch.stack(tuple(previous[start:stop])).to(dtype))
+        else:
+            fresh = torch.where(some[:, None, None], fresh, 0)
         bases.extend(map(own_memory, fresh.unbind()))
     return bases
 

@@ -70,17 +70,8 @@ class MyLinear(nn.Linear):
     pass
 
 
-class Conv1D(nn.Module):
-    """As the one of transformers, by which it is known."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 6))
-
-
 OTHERS = {
     "MyLinear": lambda: MyLinear(6, 6),
-    "Conv1D": Conv1D,
     "NonDynamicallyQuantizableLinear": lambda: nn.MultiheadAttention(6, 2),
     "ParametrizedLinear": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
     "linear.Linear": lambda: prune.identity(nn.Linear(6, 6), "weight"),
@@ -96,7 +87,7 @@ def test_what_only_resembles_linear_is_left_alone(kind):
     assert converted(with_linear) == ["1"]
     check_untouched(with_linear[0], before)
     alone = nn.ModuleList([OTHERS[kind]()])
-    with pytest.raises(ValueError, match=rf"no nn\.Linear with a real weight of its own, only .*{re.escape(kind)}, which cannot"):
+    with pytest.raises(ValueError, match=rf"no nn\.Linear or Conv1D with a real weight of its own, only .*{re.escape(kind)}, which cannot"):
         lrk.to_subspace(alone, rank=2)
 
 
@@ -160,7 +151,7 @@ def with_own_parameter():
         (Block, dict(rank=-1), ValueError, "got -1"),
         (Block, dict(rank=True), ValueError, "got True"),
         (Block, dict(rank=2.0), ValueError, r"got 2\.0"),
-        (lambda: nn.Sequential(nn.Linear(9, 9), nn.Linear(3, 9)), dict(rank=5), ValueError, r"3, got 5 \(layer '1' of shape \(9, 3\)"),
+        (lambda: nn.Sequential(nn.Linear(9, 9), nn.Linear(3, 9)), dict(rank=10), ValueError, r"9, got 10 \(layer '0' of shape \(9, 9\)"),
         (Block, dict(distribution="normal"), ValueError, "one of 'gaussian', 'haar', 'rademacher', got 'normal'"),
         (Block, dict(seed="0"), TypeError, "seed must be an int, got '0'"),
         (Block, dict(seed=True), TypeError, "seed must be an int, got True"),

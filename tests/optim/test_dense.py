@@ -97,7 +97,9 @@ def test_a_weight_that_is_a_part_of_a_tensor_leaves_the_rest_alone(build):
 def test_what_lies_alike_takes_the_fused_kernel(monkeypatch):
     calls = []
     original = lrk.optim.dense.adamw
-    monkeypatch.setattr(lrk.optim.dense, "adamw", lambda params, *args, **options: calls.append(options["fused"]) or original(params, *args, **options))
+    monkeypatch.setattr(
+        lrk.optim.dense, "adamw", lambda params, *args, **options: calls.append(options["fused"]) or original(params, *args, **options)
+    )
     weights = [
         nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)),
         nn.Parameter(torch.randn(3, 5).mT),

@@ -58,8 +58,8 @@ def test_values_changed_to_wrong_ones_are_refused_before_anything_moves(key, val
 @pytest.mark.parametrize(
     "group, message",
     [
-        ({"proximl": 0.1}, "unknown key 'proximl' in a group of RSOAdamW .*; did you mean 'proximal'?"),
-        ({"rank": 4}, "unknown key 'rank' in a group of RSOAdamW"),
+        ({"proximl": 0.1}, "unknown key 'proximl' in a group .*; did you mean 'proximal'?"),
+        ({"rank": 4}, "unknown key 'rank' in a group .*to_subspace"),
         ({"inner_steps": 0}, r"inner_steps must be an int ≥ 1, got 0 \(group 1\)"),
         (
             {"layer": "k_proj"},
@@ -96,7 +96,7 @@ def test_layers_converted_after_the_optimizer_was_built_raise_at_the_next_step()
     before = everything(model, optimizer)
     for _ in range(2):
         with pytest.raises(
-            RuntimeError, match=r"parameter 'up.weight' .* build the optimizer after the conversion, from model.parameters\(\)"
+            RuntimeError, match=r"parameter 'up.weight' .* build the optimizer after the conversion, from all of model.parameters\(\)"
         ):
             optimizer.step()
     assert same_bits(before, everything(model, optimizer))

@@ -194,7 +194,7 @@ def test_the_experts_of_a_parameter_refresh_together():
 def test_a_bucket_keeps_one_update_and_one_refresh_a_step(monkeypatch):
     """Of four matrices of a shape two are due at a time: one call chooses both bases, one moves all four."""
     optimizer = lrk.LowRankAdamW([random_group(matrices(4, shapes=((8, 12),)), 2, stagger=True)])
-    calls = {"_refresh": [], "step_bucket": []}
+    calls = {"_chosen": [], "step_bucket": []}
 
     def spied(name):
         original = getattr(lrk.LowRankAdamW, name)
@@ -210,7 +210,7 @@ def test_a_bucket_keeps_one_update_and_one_refresh_a_step(monkeypatch):
     for _ in range(4):
         take_step(optimizer)
     assert calls["step_bucket"] == [[0, 1, 2, 3]] * 4
-    assert calls["_refresh"] == [[0, 1, 2, 3], [2, 3], [0, 1], [2, 3]]
+    assert calls["_chosen"] == [[0, 1, 2, 3], [2, 3], [0, 1], [2, 3]]
 
 
 def test_the_basis_in_use_belongs_to_the_matrix():

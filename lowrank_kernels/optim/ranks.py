@@ -1,0 +1,39 @@
+"""Whether the processes of a data-parallel run draw the same subspaces."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+
+def check_equal(parameters: Iterable[object], settings: Iterable[object], device: torch.device) -> None:
+    """Raises RuntimeError, in all processes, where two of them have the same parameters and other settings. One small all-gather.
+
+    Processes that hold other parameters, as parts of a pipeline or under ZeroRedundancyOptimizer, have nothing in common to compare.
+    parameters, settings: numbers, strings and tuples of them.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    if device.type != "cuda" and "nccl" in dist.get_backend() and "gloo" not in dist.get_backend():
+        device = torch.device("cuda")
+    mine = torch.tensor([_digest(parameters), _digest(settings)], device=device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    first: dict[int, tuple[int, int]] = {}
+    for rank, (held, chosen) in enumerate(torch.stack(gathered).tolist()):
+        other, theirs = first.setdefault(held, (rank, chosen))
+        if theirs != chosen:
+            raise RuntimeError(
+                f"processes {other} and {rank} have the same parameters, but their seeds or other settings of subspaces differ, by which "
+                "their weights would drift apart; give every process the same ones"
+            )
+
+
+def _digest(values: Iterable[object]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for value in values:
+        digest.update(repr(value).encode() + b"\n")
+    return int.from_bytes(digest.digest(), "little", signed=True)
