@@ -56,8 +56,8 @@ class LowRankAdamW(LowRankOptimizer):
         svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).
         oversample, power_iters: accuracy of the range finder (8, 1).
         seed: all randomness is a function of (seed, the parameter, number of the refresh, or of the update where it is a rounding) (0). The
-            parameter is known by its name, where the group has `param_names`, else by its index in the optimizer. A checkpoint keeps
-            what it was made with.
+            parameter is known by its name, where the group has `param_names` or `param_groups` has seen the model, else by its index in
+            the optimizer. A checkpoint keeps what it was made with.
 
     Where torch.distributed is initialised the first step compares seeds and other settings of all processes, in one small all-gather,
     and raises RuntimeError where they differ for the same parameters. A matrix whose gradients have been all zero waits with its basis for

@@ -84,7 +84,6 @@ class LowRankOptimizer(Optimizer):
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, then every check that can be made now; see `groups.complete`. A refused group leaves the optimizer as it was."""
-        groups.even_out_names(self.param_groups, param_group)
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:

@@ -43,17 +43,26 @@ UNSUPPORTED: dict[str, Any] = {
 """What torch.optim.AdamW knows besides, and the only value that means nothing here."""
 FOREIGN_KEYS = ("params", "param_names", "initial_lr", "lr_scale", "base_momentum", "max_momentum")
 """Of torch, its schedulers and of training scripts, where they resemble keys of ours."""
+NAME = "_lowrank_kernels_name"
+"""Attribute of a parameter by which it is known in whatever groups and optimizers a user or a framework puts it into."""
 NEAR_MISS = 0.8
-"""Of difflib's ratio: `update_gap` for update_proj_gap has 0.80, `maximise` for maximize 0.88, `lr_mult` for lr 0.44, `keeps` for eps 0.75."""
+"""Of difflib's ratio: `update_gap` for update_proj_gap has 0.80, `maximise` for maximize 0.88, `keeps` for eps 0.75."""
 
 
 def describe(group: dict[str, Any], group_index: int, param_index: int | None = None) -> str:
     """'group 1, parameter 'layers.0.q_proj.weight' of shape (512, 512)', for error messages."""
     if param_index is None:
         return f"group {group_index}"
-    names = group.get("param_names")
-    name = repr(names[param_index]) if names else str(param_index)
-    return f"group {group_index}, parameter {name} of shape {tuple(group['params'][param_index].shape)}"
+    name = name_of(group, param_index)
+    shown = str(param_index) if name is None else repr(name)
+    return f"group {group_index}, parameter {shown} of shape {tuple(group['params'][param_index].shape)}"
+
+
+def name_of(group: dict[str, Any], param_index: int) -> str | None:
+    """What the group calls the parameter, or `param_groups` of this package did, if any of them knows it."""
+    if names := group.get("param_names"):
+        return names[param_index]
+    return getattr(group["params"][param_index], NAME, None)
 
 
 def is_low_rank(group: dict[str, Any]) -> bool:
@@ -212,27 +221,12 @@ def check_arguments(name: str, options: dict[str, Any], example: str, group_keys
             raise TypeError(f"{name}() got an unexpected keyword argument {key!r}{hint}")
 
 
-def even_out_names(groups: list[dict[str, Any]], added: dict[str, Any]) -> None:
-    """Gives names to a group without, where others have some: torch wants all or none to have them."""
-    if not groups or not isinstance(added, dict) or "params" not in added:
-        return
-    if isinstance(added["params"], set):
-        return  # which torch refuses
-    added["params"] = params = [added["params"]] if isinstance(added["params"], Tensor) else list(added["params"])
-    named = "param_names" in added or any(isinstance(param, tuple) for param in params)
-    if named:
-        for index, group in enumerate(groups):
-            group.setdefault("param_names", [f"group {index}, parameter {number}" for number in range(len(group["params"]))])
-    elif "param_names" in groups[0]:
-        added["param_names"] = [f"group {len(groups)}, parameter {number}" for number in range(len(params))]
-
-
 def draw_key(group: dict[str, Any], param_index: int) -> int | None:
     """A number for the parameter's name, by which its random draws are keyed, or None where it has none."""
-    names = group.get("param_names")
-    if not names:
+    name = name_of(group, param_index)
+    if name is None:
         return None
-    return int.from_bytes(hashlib.blake2b(names[param_index].encode(), digest_size=8).digest(), "little") >> 1
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def warn_of_changes(changes: list[str]) -> None:

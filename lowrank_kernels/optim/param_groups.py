@@ -11,7 +11,7 @@ from torch import nn
 
 from ..nn import SubspaceLayer
 from ..targets import ALL_LINEAR, experts_of, is_head_or_embedding, is_linear, matching_modules, without_wrappers
-from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS
+from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, NAME
 
 
 def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str] = "all-linear", **options: Any) -> list[dict[str, Any]]:
@@ -30,8 +30,8 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             group only. `capturable` is the optimizer's own argument, for both groups.
 
     Returns:
-        [{"params": everything else}, {"params": projected weights, "rank": rank, **options}], both with the names of their
-        parameters (`param_names`), by which random draws are keyed. Warns where less than half of the elements of trainable matrices
+        [{"params": everything else}, {"params": projected weights, "rank": rank, **options}]. The parameters remember their names, by
+        which random draws are keyed in whatever optimizer they come into. Warns where less than half of the elements of trainable matrices
         (embeddings and head left out) are projected.
 
     Raises:
@@ -73,8 +73,9 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
         )
     dense = [parameter for parameter in trainable if id(parameter) not in projected]
     _warn_if_little(model, dense, low_rank, names)
-    parts = ((dense, {}), (low_rank, {"rank": rank, **options}))
-    return [{"params": params, "param_names": [names[id(parameter)] for parameter in params], **keys} for params, keys in parts]
+    for parameter in trainable:
+        setattr(parameter, NAME, names[id(parameter)])
+    return [{"params": dense}, {"params": low_rank, "rank": rank, **options}]
 
 
 def _warn_if_little(model: nn.Module, dense: list[nn.Parameter], low_rank: list[nn.Parameter], names: dict[int, str]) -> None:

@@ -119,8 +119,8 @@ class RSOAdamW(Optimizer):
         if any(layer_of(param) is not None for group in self.param_groups for param in group["params"]):
             return (
                 "params hold no coordinates of a SubspaceLinear but weights of such layers, which do not train by themselves: take all of "
-                "model.parameters(), and where names sort them into groups, put `coordinates` with the weights. "
-                "ZeroRedundancyOptimizer, which gives each process some of the parameters, cannot work with RSOAdamW, which moves weights by coordinates"
+                "model.parameters(), and where names sort them into groups, put `coordinates` with the weights. ZeroRedundancyOptimizer, "
+                "which gives each process some of the parameters, cannot work with RSOAdamW, which moves weights by coordinates"
             )
         return (
             "params hold no coordinates of a SubspaceLinear; convert the model with to_subspace before the optimizer is built, or use "
@@ -133,7 +133,6 @@ class RSOAdamW(Optimizer):
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, then every check that can be made now. A refused group leaves the optimizer as it was."""
-        groups.even_out_names(self.param_groups, param_group)
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -385,7 +384,7 @@ def _parts(layers: Layers) -> Iterator[Layers]:
     buckets: dict[Any, list[tuple[Tensor, SubspaceLayer]]] = defaultdict(list)
     for param, layer in layers.items():
         weight = layer.weight
-        key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device, param.grad.dtype
+        key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device
         buckets[key].append((param, layer))
     for members in buckets.values():
         at_once = max(1, PART_ELEMENTS // members[0][0].numel())

@@ -129,17 +129,6 @@ def test_param_groups_takes_the_model():
         lrk.to_subspace(list(Net().parameters()), rank=4)
 
 
-def test_a_group_without_names_beside_named_ones():
-    """torch wants names for all or none; who adds a group by hand to those of param_groups need not know."""
-    extra, late = nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(4, 4))
-    optimizer = lrk.LowRankAdamW([*lrk.param_groups(Net(), rank=2), {"params": (p for p in [extra])}])
-    optimizer.add_param_group({"params": late, "rank": 1})
-    assert [len(group["params"]) for group in optimizer.param_groups[2:]] == [1, 1]
-    other = lrk.LowRankAdamW([extra])
-    other.add_param_group({"params": [("late", late)], "rank": 1})
-    assert other.param_groups[1]["param_names"] == ["late"]
-
-
 @pytest.mark.parametrize("change", [dict(rank=3), dict(update_proj_gap=9), dict(scale=0.5), dict(seed=4)])
 def test_a_checkpoint_of_other_settings_says_so(change):
     model, optimizer = build()

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import build, same_bits, train
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_kernels as lrk
 from lowrank_kernels.subspaces import SELECTIONS
@@ -230,3 +231,38 @@ def test_moments_of_any_strides_go_on():
     other.load_state_dict(saved)
     assert train(model, optimizer, 3, start=3) == train(twin, other, 3, start=3)
     assert same_bits(dict(model.state_dict()), dict(twin.state_dict()))
+
+
+@pytest.mark.parametrize("stepped", [1, 3])
+def test_a_state_that_was_put_in_the_place_of_another_is_used(stepped):
+    """Of the same shapes, dtypes and count, as a user's own way of loading leaves it."""
+    model, optimizer = build(update_proj_gap=100)
+    train(model, optimizer, stepped)
+    twin, other = copy.deepcopy((model, optimizer))
+    for each in (optimizer, other):
+        parameter = each.param_groups[1]["params"][1]
+        doubled = {key: value * 2 if key == "exp_avg" else value for key, value in each.state[parameter].items()}
+        if each is optimizer:
+            each.state[parameter] = doubled
+        else:
+            each.state[parameter]["exp_avg"].mul_(2)
+    train(model, optimizer, 2, start=stepped)
+    train(twin, other, 2, start=stepped)
+    assert same_bits(model.state_dict(), twin.state_dict()) and same_bits(optimizer.state_dict(), other.state_dict())
+
+
+def test_a_dispatch_mode_sees_the_step():
+    class Seen(TorchDispatchMode):
+        names: set[str] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(func.name())
+            return func(*args, **(kwargs or {}))
+
+    model, optimizer = build()
+    train(model, optimizer, 1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    with Seen():
+        optimizer.step()
+    assert "lowrank_kernels::adamw_step_" in Seen.names

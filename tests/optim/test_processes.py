@@ -1,0 +1,175 @@
+"""Two processes over gloo: draws that differ are refused, ZeroRedundancyOptimizer gives what one process does, FSDP1 is refused by name."""
+
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import Net, batch
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+import lowrank_kernels as lrk
+
+RANKS = 2
+OPTIONS = dict(rank=4, update_proj_gap=2)
+
+
+def low_rank(seed=0, **options):
+    torch.manual_seed(0)
+    model = Net()
+    return model, lrk.LowRankAdamW(lrk.param_groups(model, seed=seed, **(OPTIONS | options)), lr=1e-2)
+
+
+def rso(seed=0, inner_steps=3, **options):
+    torch.manual_seed(0)
+    model = lrk.to_subspace(Net(), rank=3, seed=seed)
+    return model, lrk.RSOAdamW(model.parameters(), lr=1e-2, inner_steps=inner_steps)
+
+
+def train(parallel, optimizer, steps=5):
+    for step in range(steps):
+        x, y = batch(step)
+        (parallel(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def outcome(build, **options):
+    """Of a few steps under DistributedDataParallel: the weights, or what was raised and whether any weight had moved by then."""
+    model, optimizer = build(**options)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    try:
+        train(DistributedDataParallel(model), optimizer)
+    except RuntimeError as error:
+        return str(error), all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    return model.state_dict(), None
+
+
+def under_zero():
+    torch.manual_seed(0)
+    model = Net()
+    groups = lrk.param_groups(model, selection="importance", **OPTIONS)
+    parallel = DistributedDataParallel(model)
+    train(parallel, ZeroRedundancyOptimizer(groups, optimizer_class=lrk.LowRankAdamW, lr=1e-2))
+    return model.state_dict()
+
+
+def raised(function):
+    try:
+        function()
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None, "nothing"
+
+
+def rso_under_zero():
+    model = lrk.to_subspace(nn.Sequential(nn.Linear(6, 5, bias=False)), rank=2)
+    ZeroRedundancyOptimizer(list(model.parameters()), optimizer_class=lrk.RSOAdamW)
+
+
+def under_fsdp(method):
+    """Wrapped before the optimizer is built, and after it."""
+    found = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        model = Net()
+        if method == "rso":
+            lrk.to_subspace(model, rank=3)
+        groups = lrk.param_groups(model, **OPTIONS) if method == "low-rank" else model.parameters()
+        optimizer = lrk.LowRankAdamW if method == "low-rank" else lrk.RSOAdamW
+        built = optimizer(groups) if late else None
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        before = [p.detach().clone() for p in wrapped.parameters()]
+        if not late:
+            groups = [{"params": list(wrapped.parameters()), "rank": 2}] if method == "low-rank" else wrapped.parameters()
+            found.append((*raised(lambda: optimizer(groups)), True))  # noqa: B023
+            continue
+
+        def step():
+            for param in wrapped.parameters():  # noqa: B023
+                param.grad = torch.ones_like(param)
+            built.step()  # noqa: B023
+
+        found.append((*raised(step), all(torch.equal(a, b) for a, b in zip(before, wrapped.parameters(), strict=True))))
+    return found
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    torch.save(
+        {
+            "same": outcome(low_rank),
+            "other seeds": outcome(low_rank, seed=rank),
+            "other gaps": outcome(low_rank, update_proj_gap=2 + rank),
+            "rso": outcome(rso),
+            "rso, other seeds": outcome(rso, seed=rank),
+            "rso, other inner steps": outcome(rso, inner_steps=3 + rank),
+            "zero": under_zero(),
+            "rso under zero": raised(rso_under_zero),
+            "low-rank under FSDP": under_fsdp("low-rank"),
+            "rso under FSDP": under_fsdp("rso"),
+        },
+        f"{folder}/{rank}.pt",
+    )
+    while not all(os.path.exists(f"{folder}/{other}.pt") for other in range(RANKS)):
+        time.sleep(0.05)
+    os._exit(0)  # destroying the group may deadlock: gloo's thread waits for the GIL, and the GIL's owner to join it
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each process saw."""
+    folder = tmp_path_factory.mktemp("processes")
+    processes = torch.multiprocessing.start_processes(process, (str(folder),), nprocs=RANKS, join=False, start_method="spawn")
+    try:
+        deadline = time.monotonic() + 150
+        while not processes.join(timeout=10):  # true once all have ended
+            assert time.monotonic() < deadline
+    finally:
+        for each in processes.processes:
+            each.kill()
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("case", ["same", "rso"])
+def test_equal_settings_train_as_one_process(found, case):
+    model, optimizer = (low_rank if case == "same" else rso)()
+    train(model, optimizer)
+    for rank in range(RANKS):
+        assert all(torch.allclose(found[rank][case][0][name], value, atol=1e-5) for name, value in model.state_dict().items())
+    assert all(torch.equal(found[0][case][0][name], found[1][case][0][name]) for name in model.state_dict())
+
+
+@pytest.mark.parametrize("case", ["other seeds", "other gaps", "rso, other seeds", "rso, other inner steps"])
+def test_settings_that_differ_between_processes_are_refused(found, case):
+    for rank in range(RANKS):
+        message, untouched = found[rank][case]
+        assert "processes 0 and 1 have the same parameters, but their seeds or other settings of subspaces differ" in message
+        assert untouched
+
+
+def test_zero_redundancy_gives_what_one_process_gives(found):
+    torch.manual_seed(0)
+    model = Net()
+    train(model, lrk.LowRankAdamW(lrk.param_groups(model, selection="importance", **OPTIONS), lr=1e-2))
+    for rank in range(RANKS):
+        for name, value in model.state_dict().items():
+            assert torch.allclose(found[rank]["zero"][name], value, atol=1e-5), name
+
+
+def test_rso_under_zero_redundancy_is_told_that_it_cannot_work(found):
+    assert any("ZeroRedundancyOptimizer" in found[rank]["rso under zero"][1] for rank in range(RANKS))
+
+
+@pytest.mark.parametrize("method", ["low-rank", "rso"])
+def test_fsdp_is_refused_by_its_name_before_anything_moves(found, method):
+    for rank in range(RANKS):
+        for kind, message, untouched in found[rank][f"{method} under FSDP"]:
+            assert kind in ("TypeError", "RuntimeError", "ValueError") and "FullyShardedDataParallel (FSDP1)" in message, message
+            assert untouched
