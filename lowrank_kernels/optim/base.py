@@ -23,11 +23,11 @@ class LowRankOptimizer(Optimizer):
     """Groups with `rank` are projected and updated by the subclass, bucket by bucket; the others are ordinary AdamW.
 
     A projected parameter's state is {"step": number, "basis": (m, r) in its dtype, …the subclass's tensors}, a dense one's is
-    torch.optim.AdamW's. A parameter with a name has `draw_key` besides, a number for that name, by which its draws go on being keyed; one
-    whose gradients have been all zero so far has `waiting`, and a basis of zeros in the place of its first one. `step` counts the updates
-    that were made: an int, or with capturable=True, and after a GradScaler's step on a GPU, one fp32 on the parameter's device. A basis is
-    chosen before the first update and wherever step % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share
-    of the period. A step that raises leaves the bucket in which it happened, and those after it, as they were.
+    torch.optim.AdamW's. A parameter with a name has `draw_key` besides, a number for that name, by which its draws go on being keyed. The
+    basis is zero as long as no gradient was other than that. `step` counts the updates that were made: an int, or with capturable=True,
+    and after a GradScaler's step on a GPU, one fp32 on the parameter's device. A basis is chosen before the first update and wherever
+    step % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share of the period. A step that raises leaves the
+    bucket in which it happened, and those after it, as they were.
 
     With a GradScaler the step is skipped on the device. On a GPU the host learns of it later, and waits for it only where a basis may be
     due. Gradients that the scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32 copies, a bucket at a time.
@@ -128,7 +128,7 @@ class LowRankOptimizer(Optimizer):
         without capturable=True, before the first step, and where no parameter has a gradient.
         """
         low_rank = [entry for entry in self._indexed_groups() if groups.is_low_rank(entry[1])]
-        self._waiting.settle(wait=False)
+        self._waiting.settle()
         for index, group, _ in low_rank:
             if not group["capturable"]:
                 raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
@@ -167,7 +167,7 @@ class LowRankOptimizer(Optimizer):
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if not capturing:
             self._take_back(self._skipped.known(wait=False))
-            self._waiting.settle(wait=False)
+            self._waiting.settle()
         plan = self._plan_of(low_rank)
         if not (capturing or self._compared):
             self._compare_ranks(low_rank)
@@ -193,7 +193,8 @@ class LowRankOptimizer(Optimizer):
     def _plan_of(self, low_rank: buckets.Groups) -> buckets.Plan:
         if self._plan is None or not self._plan.follow(low_rank, self.state):
             self._drop_plan()
-            self._plan = buckets.Plan(low_rank, self.state, self._counts)
+            self._waiting.examine(self.state)
+            self._plan = buckets.Plan(low_rank, self.state, self._counts, self._waiting.params)
         return self._plan
 
     def _drop_plan(self) -> None:
@@ -273,14 +274,14 @@ class LowRankOptimizer(Optimizer):
         for member in bucket.members:
             if member.index not in fresh:
                 continue
-            if "basis" not in member.state or "waiting" in member.state:
-                first.append(member.state)
+            if "basis" not in member.state or member.param in self._waiting.params:
+                first.append(member)
             if bucket.hyper["capturable"] and "basis" in member.state:
                 member.state["basis"].copy_(fresh[member.index])
             else:
                 member.state["basis"] = fresh[member.index]
         if bucket.hyper["selection"] != "random":  # which needs no gradient
-            self._waiting.note(first)
+            self._waiting.note([member.param for member in first], [member.state["basis"] for member in first])
 
     def _compare_ranks(self, low_rank: buckets.Groups) -> None:
         """Once, where torch.distributed is initialised: the draws of all processes have to agree."""
@@ -310,13 +311,8 @@ class LowRankOptimizer(Optimizer):
 
     # State.
 
-    def _settle(self) -> None:
-        """Waits for what the host does not know yet of the states."""
-        self._take_back(self._skipped.known(wait=True))
-        self._waiting.settle(wait=True)
-
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._take_back(self._skipped.known(wait=True))
         return super().__getstate__()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -332,7 +328,7 @@ class LowRankOptimizer(Optimizer):
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """Tensors and numbers only, so that torch.load(..., weights_only=True) takes it."""
-        self._settle()
+        self._take_back(self._skipped.known(wait=True))
         return super().state_dict()
 
     @torch._disable_dynamo
@@ -341,7 +337,7 @@ class LowRankOptimizer(Optimizer):
 
         Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
         """
-        self._settle()
+        self._take_back(self._skipped.known(wait=True))
         try:
             load_uncast(self, super().load_state_dict, state_dict, check=self._completed, restore=self._restore_states)
         finally:

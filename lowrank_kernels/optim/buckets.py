@@ -45,16 +45,17 @@ class Member:
 class Bucket:
     """Members that share everything a launch needs. `hyper` holds their group's values; rank is already clamped.
 
-    step: the updates that its members have had, as far as the host knows. waits: all of them wait for a gradient that is not zero, with
-    which their first basis is to be chosen. counted_on_device: state["step"] is a tensor there, `counts`.
-    weights, grads: this step's, one for each matrix. copied: those of the weights that are copies, of parameters whose strides give no
-    view of a matrix.
+    step: the updates that its members have had, as far as the host knows. counted_on_device: state["step"] is a tensor there, `counts`.
+    waiting: the optimizer's parameters that may wait for a gradient that is not zero, with which their first basis is to be chosen.
+    waits: all members do. weights, grads: this step's, one for each matrix. copied: those of the weights that are copies, of parameters
+    whose strides give no view of a matrix.
     """
 
     hyper: dict[str, Any]
     right: bool
     rank: int
     step: int
+    waiting: set[Tensor] = field(default_factory=set)
     waits: bool = False
     members: list[Member] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
@@ -112,7 +113,7 @@ class Bucket:
     def may_be_due(self, skipped: int) -> bool:
         """Whether a member needs a new basis before this update, if up to `skipped` of those counted were none."""
         gap = self.hyper["update_proj_gap"]
-        if any("waiting" in member.state for member in self.members):
+        if self.waiting and any(member.param in self.waiting for member in self.members):
             return True
         return any(step <= 0 or step % gap in self._offsets for step in range(self.step - skipped, self.step + 1))
 
@@ -126,11 +127,11 @@ class Bucket:
         if not self.may_be_due(0):
             return []
         turn = self.step % self.hyper["update_proj_gap"]
-        regular, waiting = (Bucket(self.hyper, self.right, self.rank, self.step, waits) for waits in (False, True))
+        regular, waiting = (Bucket(self.hyper, self.right, self.rank, self.step, waits=waits) for waits in (False, True))
         first = 0
         for member in self.members:
             is_turn = self.step == 0 or member.refresh_offset == turn
-            if is_turn or "waiting" in member.state:
+            if is_turn or member.param in self.waiting:
                 part = regular if is_turn else waiting
                 part.members.append(member)
                 part.grads += self.grads[first : first + member.matrices]
@@ -208,7 +209,9 @@ def check_grad(group: dict[str, Any], group_index: int, param_index: int) -> Non
 class Plan:
     """The buckets of the low-rank groups, in order of first appearance, and what they were found from."""
 
-    def __init__(self, groups: Groups, states: dict[Tensor, dict[str, Any]], counts: dict[Tensor, tuple[Tensor, int]]) -> None:
+    def __init__(
+        self, groups: Groups, states: dict[Tensor, dict[str, Any]], counts: dict[Tensor, tuple[Tensor, int]], waiting: set[Tensor]
+    ) -> None:
         """counts: for a state["step"] on the device what the host counted; where that is missing it is read, which waits."""
         hypers, self._numbers = _hyperparameters(groups)
         self._fixed = _fixed(groups)
@@ -244,7 +247,7 @@ class Plan:
                 layout = (weights[0].stride(), grads[0].stride(), param.dtype, grad.dtype, param.device)
                 alike = (number, weights[0].shape, layout, count, bool(state), on_device)
                 if (bucket := buckets.get(alike)) is None:
-                    bucket = buckets[alike] = Bucket(hypers[number], right, rank, count)
+                    bucket = buckets[alike] = Bucket(hypers[number], right, rank, count, waiting)
                 name = draw_key(group, param_index)
                 index = first + param_index
                 key = state.get("draw_key", index) if state else index if name is None else name

@@ -1,7 +1,7 @@
 """Parameters whose gradients have been all zero so far. They wait with their first basis: an arbitrary one would last a whole period.
 
-The basis of such a matrix is zero, and so is its update. state["waiting"] is there as long as a matrix of the parameter may be waiting. On
-a GPU the host learns later that none does; until then it lets bases be chosen that the device then does not take.
+The basis of such a matrix is zero, and so is its update: this is all that a checkpoint has to hold. On a GPU the host learns later that a
+parameter has its basis; until then it lets bases be chosen that the device then does not take.
 """
 
 from __future__ import annotations
@@ -15,42 +15,45 @@ from .buckets import split
 
 
 class Waiting:
-    """What the host does not know yet of bases on a GPU."""
+    """What the host knows of it."""
 
     def __init__(self) -> None:
-        self._unknown: list[tuple[torch.cuda.Event, Tensor, list[dict[str, Any]]]] = []
+        self.params: set[Tensor] = set()
+        """All that may be waiting."""
+        self._examined = False
+        self._unknown: list[tuple[torch.cuda.Event, Tensor, list[Tensor]]] = []
 
-    def note(self, states: list[dict[str, Any]]) -> None:
-        """These states have got a basis, or a part of it, or zeros because there was no gradient to choose it from."""
-        if not states:
+    def examine(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Once, as states may come from elsewhere: a GPU is waited for."""
+        if not self._examined:
+            self._examined = True
+            for param, state in states.items():
+                if "basis" in state and not _is_chosen(state["basis"]):
+                    self.params.add(param)
+
+    def note(self, params: list[Tensor], bases: list[Tensor]) -> None:
+        """These have got a basis, or a part of it, or zeros because there was no gradient to choose it from."""
+        if not params:
             return
-        chosen = torch.stack([torch.stack([matrix.any() for matrix in split(state["basis"])]).all() for state in states])
+        chosen = torch.stack([_is_chosen(basis) for basis in bases])
+        self.params.update(params)
         if not chosen.is_cuda:
-            _settle(chosen, states)
+            self._settle(chosen, params)
             return
-        for state in states:
-            state["waiting"] = 1
         on_host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
         on_host.copy_(chosen, non_blocking=True)
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(chosen.device))
-        self._unknown.append((event, on_host, states))
+        self._unknown.append((event, on_host, params))
 
-    def settle(self, wait: bool) -> None:
-        """Takes the mark off states that turned out to have their basis: of all, or of those known by now."""
-        while self._unknown:
-            event, chosen, states = self._unknown[0]
-            if wait:
-                event.synchronize()
-            elif not event.query():
-                return
-            del self._unknown[0]
-            _settle(chosen, states)
+    def settle(self) -> None:
+        """Takes in what is known by now."""
+        while self._unknown and self._unknown[0][0].query():
+            self._settle(*self._unknown.pop(0)[1:])
+
+    def _settle(self, chosen: Tensor, params: list[Tensor]) -> None:
+        self.params.difference_update(param for param, is_chosen in zip(params, chosen.tolist(), strict=True) if is_chosen)
 
 
-def _settle(chosen: Tensor, states: list[dict[str, Any]]) -> None:
-    for state, has_basis in zip(states, chosen.tolist(), strict=True):
-        if has_basis:
-            state.pop("waiting", None)
-        else:
-            state["waiting"] = 1
+def _is_chosen(basis: Tensor) -> Tensor:
+    return torch.stack([matrix.any() for matrix in split(basis)]).all()
