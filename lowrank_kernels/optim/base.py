@@ -18,6 +18,9 @@ from .dense import dense_adamw_step_
 from .loading import check_dense, check_step, check_tensors, load_uncast, restore_dense
 from .waiting import Waiting
 
+HOST = ("cpu",)
+"""Devices whose tensors can be read without waiting."""
+
 
 class LowRankOptimizer(Optimizer):
     """Groups with `rank` are projected and updated by the subclass, bucket by bucket; the others are ordinary AdamW.
@@ -244,8 +247,10 @@ class LowRankOptimizer(Optimizer):
         hyper = bucket.hyper
         previous = bucket.states("basis") if "basis" in bucket.members[0].state else None
         wanted = range(len(bucket.grads))
-        if bucket.waits and bucket.device.type == "cpu":
+        if bucket.waits and bucket.device.type in HOST:
             wanted = [number for number in wanted if not previous[number].any()]
+            if not wanted:
+                return previous
         chosen = ops.choose_bases(
             [bucket.grads[number] for number in wanted],
             None if previous is None else [previous[number] for number in wanted],

@@ -6,6 +6,7 @@ parameter has its basis; until then it lets bases be chosen that the device then
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class Waiting:
         self.params: set[Tensor] = set()
         """All that may be waiting."""
         self._examined = False
-        self._unknown: list[tuple[torch.cuda.Event, Tensor, list[Tensor]]] = []
+        self._unknown: list[tuple[Callable[[], bool], Tensor, list[Tensor]]] = []
 
     def examine(self, states: dict[Tensor, dict[str, Any]]) -> None:
         """Once, as states may come from elsewhere: a GPU is waited for."""
@@ -37,22 +38,25 @@ class Waiting:
             return
         chosen = torch.stack([_is_chosen(basis) for basis in bases])
         self.params.update(params)
-        if not chosen.is_cuda:
-            self._settle(chosen, params)
-            return
-        on_host = torch.empty(chosen.shape, dtype=chosen.dtype, device="cpu", pin_memory=True)
-        on_host.copy_(chosen, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(chosen.device))
-        self._unknown.append((event, on_host, params))
+        self._unknown.append((*_on_its_way(chosen), params))
+        self.settle()
 
     def settle(self) -> None:
         """Takes in what is known by now."""
-        while self._unknown and self._unknown[0][0].query():
-            self._settle(*self._unknown.pop(0)[1:])
+        while self._unknown and self._unknown[0][0]():
+            _, chosen, params = self._unknown.pop(0)
+            self.params.difference_update(param for param, is_chosen in zip(params, chosen.tolist(), strict=True) if is_chosen)
 
-    def _settle(self, chosen: Tensor, params: list[Tensor]) -> None:
-        self.params.difference_update(param for param, is_chosen in zip(params, chosen.tolist(), strict=True) if is_chosen)
+
+def _on_its_way(flags: Tensor) -> tuple[Callable[[], bool], Tensor]:
+    """Whether the flags have arrived on the host, and where they arrive."""
+    if not flags.is_cuda:
+        return lambda: True, flags
+    on_host = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
+    on_host.copy_(flags, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(flags.device))
+    return event.query, on_host
 
 
 def _is_chosen(basis: Tensor) -> Tensor:

@@ -113,3 +113,36 @@ def test_resume_while_waiting():
     resumed.load_state_dict(copy.deepcopy(part.state_dict()))
     run(resumed, grads(param)[2:])
     assert same_bits(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("delay", [1, 3, 100])
+def test_how_late_the_host_learns_of_it_changes_nothing(monkeypatch, kind, delay):
+    """As on a GPU, where flags arrive later, and the device alone decides which bases are taken."""
+
+    def outcome():
+        optimizer, param, _ = setup(SHAPES[kind])
+        generator = torch.Generator().manual_seed(1)
+        grads = [[torch.randn(SHAPES[kind], generator=generator) for _ in range(2)] for _ in range(9)]
+        grads[0][0].zero_(), grads[1][0].zero_()
+        if kind == "experts":
+            grads[2][0][1] = 0
+        run(optimizer, grads)
+        return optimizer.state_dict(), param.detach().clone()
+
+    at_once = outcome()
+    asked = []
+
+    def late(flags):
+        questions = []
+        asked.append(questions)
+
+        def arrived():
+            questions.append(None)
+            return len(questions) > delay
+
+        return arrived, flags
+
+    monkeypatch.setattr(lrk.optim.waiting, "_on_its_way", late)
+    monkeypatch.setattr(lrk.optim.base, "HOST", ())
+    assert same_bits(outcome(), at_once) and len(asked[0]) > 1
