@@ -131,7 +131,7 @@ class LowRankOptimizer(Optimizer):
         without capturable=True, before the first step, and where no parameter has a gradient.
         """
         low_rank = [entry for entry in self._indexed_groups() if groups.is_low_rank(entry[1])]
-        self._waiting.settle()
+        self._waiting.settle(self.state)
         for index, group, _ in low_rank:
             if not group["capturable"]:
                 raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
@@ -170,7 +170,7 @@ class LowRankOptimizer(Optimizer):
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         if not capturing:
             self._take_back(self._skipped.known(wait=False))
-            self._waiting.settle()
+            self._waiting.settle(self.state)
         plan = self._plan_of(low_rank)
         if not (capturing or self._compared):
             self._compare_ranks(low_rank)
@@ -196,7 +196,6 @@ class LowRankOptimizer(Optimizer):
     def _plan_of(self, low_rank: buckets.Groups) -> buckets.Plan:
         if self._plan is None or not self._plan.follow(low_rank, self.state):
             self._drop_plan()
-            self._waiting.examine(self.state)
             self._plan = buckets.Plan(low_rank, self.state, self._counts, self._waiting.params)
         return self._plan
 

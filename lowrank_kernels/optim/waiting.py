@@ -24,14 +24,6 @@ class Waiting:
         self._examined = False
         self._unknown: list[tuple[Callable[[], bool], Tensor, list[Tensor]]] = []
 
-    def examine(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """Once, as states may come from elsewhere: a GPU is waited for."""
-        if not self._examined:
-            self._examined = True
-            for param, state in states.items():
-                if "basis" in state and not _is_chosen(state["basis"]):
-                    self.params.add(param)
-
     def note(self, params: list[Tensor], bases: list[Tensor]) -> None:
         """These have got a basis, or a part of it, or zeros because there was no gradient to choose it from."""
         if not params:
@@ -39,10 +31,17 @@ class Waiting:
         chosen = torch.stack([_is_chosen(basis) for basis in bases])
         self.params.update(params)
         self._unknown.append((*_on_its_way(chosen), params))
-        self.settle()
+        self._take_in()
 
-    def settle(self) -> None:
-        """Takes in what is known by now."""
+    def settle(self, states: dict[Tensor, dict[str, Any]]) -> None:
+        """Takes in what is known by now; the first time looks at all bases, which may come from a checkpoint, and waits for a GPU."""
+        if not self._examined:
+            self._examined = True
+            bases = {param: state["basis"] for param, state in states.items() if "basis" in state}
+            self.params.update(param for param, basis in bases.items() if not _is_chosen(basis))
+        self._take_in()
+
+    def _take_in(self) -> None:
         while self._unknown and self._unknown[0][0]():
             _, chosen, params = self._unknown.pop(0)
             self.params.difference_update(param for param, is_chosen in zip(params, chosen.tolist(), strict=True) if is_chosen)
