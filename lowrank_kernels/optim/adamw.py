@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import eight_bit, ops
-from . import groups
+from . import keys
 from .base import LowRankOptimizer
 from .buckets import Bucket, Member
 from .groups import matrix_shape
@@ -84,12 +84,12 @@ class LowRankAdamW(LowRankOptimizer):
         capturable: bool = False,
         **unsupported: Any,
     ) -> None:
-        groups.check_arguments(
+        keys.check_arguments(
             type(self).__name__,
             unsupported,
-            f"a group: {type(self).__name__}(lowrank_kernels.param_groups(model, rank=…, …))",
-            ("rank", *groups.LOW_RANK_DEFAULTS),
-            groups.ADAMW_KEYS,
+            own=keys.names((*keys.ADAMW, keys.CAPTURABLE)),
+            of_groups=keys.names(keys.LOW_RANK),
+            remedy=f"a group: {type(self).__name__}(lowrank_kernels.param_groups(model, rank=…, …))",
         )
         super().__init__(params, lr, betas, eps, weight_decay, capturable)
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from .. import ops, subspaces
 from ..ops.dispatch import outside_training
-from . import buckets, groups, ranks, scaler
+from . import buckets, groups, keys, ranks, scaler
 from .buckets import Bucket
 from .dense import dense_adamw_step_
 from .loading import check_dense, check_step, check_tensors, load_uncast, restore_dense
@@ -294,7 +294,7 @@ class LowRankOptimizer(Optimizer):
             return
         held, chosen = [], []
         for _, group, first in low_rank:
-            chosen.append(tuple(group[key] for key in ("rank", *groups.LOW_RANK_DEFAULTS)))
+            chosen.append(tuple(group[key] for key in keys.names(keys.LOW_RANK)))
             for number, param in enumerate(group["params"]):
                 name = groups.draw_key(group, number)
                 held.append((tuple(param.shape), first + number if name is None else name))
@@ -326,7 +326,7 @@ class LowRankOptimizer(Optimizer):
         self._compared = False
         self.defaults.setdefault("capturable", False)
         for group in self.param_groups:  # of an older version
-            for key, value in ({"capturable": False} | (groups.LOW_RANK_DEFAULTS if groups.is_low_rank(group) else {})).items():
+            for key, value in groups.missing_in_older(group).items():
                 group.setdefault(key, value)
 
     @torch._disable_dynamo
@@ -354,8 +354,7 @@ class LowRankOptimizer(Optimizer):
                 "the checkpoint is one of galore-torch or its kin, whose states hold a projector; the model's weights can be loaded, its "
                 "optimizer starts anew"
             )
-        defaults = {"capturable": False}, {"capturable": False} | groups.LOW_RANK_DEFAULTS
-        completed = [defaults[groups.is_low_rank(group)] | group for group in incoming["param_groups"]]
+        completed = [groups.missing_in_older(group) | group for group in incoming["param_groups"]]
         final = {**incoming, "param_groups": completed}
         self._check_loaded(final)
         return final
@@ -369,11 +368,11 @@ class LowRankOptimizer(Optimizer):
                     f"group {index} is {kinds[groups.is_low_rank(group)]} here but {kinds[groups.is_low_rank(saved)]} in the checkpoint; "
                     "build the groups as they were when it was saved (a checkpoint of another optimizer does not fit)"
                 )
-            groups.check_keys({**saved, "param_names": None}, index, ("rank", *groups.LOW_RANK_DEFAULTS, *groups.ADAMW_KEYS))
+            groups.check_names({**saved, "param_names": None}, index)
             groups.check_values(dict(saved), index, self.selection)
             if len(group["params"]) != len(saved["params"]):
                 continue  # torch says so
-            for key in ("rank", *groups.LOW_RANK_DEFAULTS) if groups.is_low_rank(group) else ():
+            for key in keys.names(keys.LOW_RANK) if groups.is_low_rank(group) else ():
                 if group[key] != saved[key]:
                     changes.append(f"{key} {group[key]!r} becomes {saved[key]!r} (group {index})")
             final = {**group, **saved, "params": group["params"]}

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from .. import philox
 from ..subspaces import own_memory
-from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, check_param, describe, draw_key, is_right, matrix_shape, refresh_offset
+from . import keys
+from .groups import ALL_KEYS, check_param, describe, draw_key, is_right, matrix_shape, refresh_offset
 
 Groups = Sequence[tuple[int, dict[str, Any], int]]
 """(group index, group, index of its first parameter in the optimizer)."""
 
 SCALARS = ("lr", "betas", "eps", "weight_decay", "scale")
 """Hyperparameters that may change from step to step without any other bucket coming of it."""
-FIXED = tuple(key for key in (*ADAMW_KEYS, "rank", *LOW_RANK_DEFAULTS) if key not in SCALARS)
+FIXED = tuple(name for name in keys.names(ALL_KEYS) if name not in SCALARS)
 
 
 @dataclass

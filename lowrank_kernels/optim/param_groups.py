@@ -11,7 +11,8 @@ from torch import nn
 
 from ..nn import SubspaceLayer
 from ..targets import ALL_LINEAR, experts_of, is_head_or_embedding, is_linear, matching_modules, without_wrappers
-from .groups import ADAMW_KEYS, LOW_RANK_DEFAULTS, NAME
+from . import keys
+from .groups import ALL_KEYS, NAME
 
 
 def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str] = "all-linear", **options: Any) -> list[dict[str, Any]]:
@@ -38,7 +39,7 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
         ValueError: an unknown option; target_modules that match nothing, nothing that can be projected, or a converted layer.
         TypeError: a model that is none.
     """
-    allowed = (*LOW_RANK_DEFAULTS, *ADAMW_KEYS)
+    allowed = [name for name in keys.names(ALL_KEYS) if name != "rank"]
     for key in options:
         if key not in allowed:
             nearest = difflib.get_close_matches(key, allowed, n=1)

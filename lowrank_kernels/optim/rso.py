@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from .. import ops, philox, reference
 from ..nn import SubspaceLayer, changes, layer_of
 from ..ops.dispatch import outside_training
-from . import groups, ranks, rso_groups
+from . import groups, keys, ranks, rso_groups
 from .buckets import check_grad
 from .dense import dense_adamw_step_
 from .loading import check_dense, load_uncast, restore_dense
@@ -90,12 +90,12 @@ class RSOAdamW(Optimizer):
         rounding: str = "nearest",
         **unsupported: Any,
     ) -> None:
-        groups.check_arguments(
+        keys.check_arguments(
             "RSOAdamW",
             unsupported,
-            "lowrank_kernels.to_subspace(model, rank=…, …)",
-            ("rank", "distribution", "seed", "share"),
-            rso_groups.KEYS,
+            own=keys.names(rso_groups.ALL_KEYS),
+            of_groups=("rank", "distribution", "seed", "share"),
+            remedy="lowrank_kernels.to_subspace(model, rank=…, …)",
         )
         self._compared = False
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
@@ -103,7 +103,7 @@ class RSOAdamW(Optimizer):
         self._known: tuple[Any, list[Layers]] | None = None
         self._met: set[Tensor] = set()
         """Coordinates that had a gradient in the first outer step, also where a GradScaler skipped all of it."""
-        super().__init__(params, adamw | own | dict.fromkeys(rso_groups.POSITION, 0))
+        super().__init__(params, adamw | own | keys.defaults(keys.POSITION))
         if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
             raise TypeError("params are sharded (DTensor), which RSOAdamW does not support yet; replicate the model, as with DDP")
         for index, group in enumerate(self.param_groups):
@@ -139,7 +139,7 @@ class RSOAdamW(Optimizer):
             group = self.param_groups[index]
             if "rank" in group:
                 raise ValueError(f"unknown key 'rank' in a group ({groups.describe(group, index)}); to_subspace(model, rank=…) takes it")
-            groups.check_keys(group, index, rso_groups.KEYS)
+            groups.check_names(group, index, keys.names(rso_groups.ALL_KEYS))
             rso_groups.check_values(group, index)
             rso_groups.check_rounding(group, index, layers_of(group))
             self._check_shared(index)
@@ -269,7 +269,7 @@ class RSOAdamW(Optimizer):
         state = self.state[param]
         wide = torch.promote_types(param.dtype, torch.float32)
         if any(key not in state for key in rso_groups.INNER[group["inner"]]):
-            for key in (key for keys in rso_groups.INNER.values() for key in keys):
+            for key in (key for moments in rso_groups.INNER.values() for key in moments):
                 state.pop(key, None)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer.subspace.fingerprint
@@ -297,7 +297,7 @@ class RSOAdamW(Optimizer):
         """Once, where torch.distributed is initialised: all processes have to draw the same subspaces."""
         self._compared = True
         layers = [(param, layer) for _, found, _ in work for param, layer in found.items()]
-        settings = [tuple(group[key] for key in ("inner_steps", "rounding", *rso_groups.POSITION)) for group, _, _ in work]
+        settings = [tuple(group[key] for key in ("inner_steps", "rounding", *keys.names(keys.POSITION))) for group, _, _ in work]
         if layers:
             ranks.check_equal(
                 [tuple(param.shape) for param, _ in layers],
@@ -332,14 +332,14 @@ class RSOAdamW(Optimizer):
     def _check_loaded(self, incoming: dict[str, Any]) -> dict[str, Any]:
         changes: list[str] = []
         for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):
-            if missing := [key for key in (*rso_groups.OWN_KEYS, *rso_groups.POSITION) if key not in saved]:
+            if missing := [key for key in keys.names((*keys.RSO, *keys.POSITION)) if key not in saved]:
                 raise ValueError(f"the checkpoint's group {index} has no {missing[0]!r}; it was saved for another optimizer")
             if len(group["params"]) != len(saved["params"]):
                 continue  # torch says so
-            groups.check_keys({**saved, "param_names": None}, index, rso_groups.KEYS)
+            groups.check_names({**saved, "param_names": None}, index, keys.names(rso_groups.ALL_KEYS))
             rso_groups.check_values(dict(saved), index)
             changes += [
-                f"{key} {group[key]!r} becomes {saved[key]!r} (group {index})" for key in rso_groups.OWN_KEYS if group[key] != saved[key]
+                f"{key} {group[key]!r} becomes {saved[key]!r} (group {index})" for key in keys.names(keys.RSO) if group[key] != saved[key]
             ]
             layers = layers_of(group)
             for param, saved_id in zip(group["params"], saved["params"], strict=True):

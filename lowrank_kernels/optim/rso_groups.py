@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..nn import SubspaceLayer, layer_of
-from . import groups
+from . import groups, keys
 from .loading import check_step, check_tensors
 
 INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 """Inner optimizers, and the tensors (r, out) of their state."""
-OWN_KEYS = ("inner_steps", "proximal", "inner", "momentum", "rounding")
-POSITION = ("outer_step", "inner_step")
-"""Where a group stands, in the group itself: how many outer steps are behind it, and how many inner steps of the one under way."""
-KEYS = ("lr", "betas", "eps", "weight_decay", *OWN_KEYS, *POSITION)
+ALL_KEYS = (*keys.ADAMW, *keys.RSO, *keys.POSITION)
 Layers = dict[Tensor, SubspaceLayer]
 """Coordinates → their layer."""
 
@@ -34,24 +29,7 @@ def describe(group: dict[str, Any], index: int, param: Tensor) -> str:
 
 def check_values(group: dict[str, Any], index: int) -> None:
     """Every value of a group, also of one that was loaded or changed since."""
-    groups.check_adamw(group, index)
-    where = groups.describe(group, index)
-    for key in ("inner_steps", *POSITION):
-        least = 1 if key == "inner_steps" else 0
-        if not groups.is_number(group[key], Integral):
-            raise TypeError(f"{key} must be an int, got {group[key]!r} ({where})")
-        group[key] = int(group[key])
-        if group[key] < least:
-            raise ValueError(f"{key} must be an int ≥ {least}, got {group[key]} ({where})")
-    for key, below in (("proximal", math.inf), ("momentum", 1.0)):
-        if not groups.is_number(group[key]):
-            raise TypeError(f"{key} must be a float, got {group[key]!r} ({where})")
-        group[key] = float(group[key])
-        if not 0 <= group[key] < below:
-            raise ValueError(f"{key} must lie in [0, {below:g}), got {group[key]} ({where})")
-    for key, choices in (("inner", tuple(INNER)), ("rounding", groups.ROUNDINGS)):
-        if group[key] not in choices:
-            raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))}, got {group[key]!r} ({where})")
+    keys.check_values(group, ALL_KEYS, groups.describe(group, index))
 
 
 def check_rounding(group: dict[str, Any], index: int, layers: Layers) -> None:
@@ -90,10 +68,10 @@ def check_layer(layer: SubspaceLayer, group: dict[str, Any], index: int, param: 
 
 def check_loaded_state(state: dict[str, Any], layer: SubspaceLayer, where: str) -> None:
     rank, out = wanted = tuple(layer.coordinates.shape)
-    if "step" not in state or not any(all(key in state for key in keys) for keys in INNER.values()):
+    if "step" not in state or not any(all(key in state for key in needed) for needed in INNER.values()):
         raise ValueError(f"the checkpoint's state of {where} lacks {', '.join(INNER['adamw'])} or step; it is of another optimizer")
     check_step(state["step"], where)
-    check_tensors(state, next(keys for keys in INNER.values() if all(key in state for key in keys)), where)
+    check_tensors(state, next(needed for needed in INNER.values() if all(key in state for key in needed)), where)
     for key, value in state.items():
         if key == "step" or not isinstance(value, Tensor) or value.shape == wanted:
             continue

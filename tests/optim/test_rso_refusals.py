@@ -25,7 +25,7 @@ def test_construction_errors():
     with pytest.raises(TypeError, match="sharded .* does not support yet"):
         lrk.RSOAdamW([*model.parameters(), sharded])
     for options, error, message in [
-        (dict(inner_steps=0), ValueError, "inner_steps must be an int ≥ 1, got 0"),
+        (dict(inner_steps=0), ValueError, "inner_steps must be a positive int, got 0"),
         (dict(inner_steps=2.0), TypeError, "inner_steps must be an int, got 2.0"),
         (dict(inner_steps=True), TypeError, "inner_steps must be an int, got True"),
         (dict(proximal=-0.1), ValueError, r"proximal must lie in \[0, inf\), got -0.1"),
@@ -60,7 +60,7 @@ def test_values_changed_to_wrong_ones_are_refused_before_anything_moves(key, val
     [
         ({"proximl": 0.1}, "unknown key 'proximl' in a group .*; did you mean 'proximal'?"),
         ({"rank": 4}, "unknown key 'rank' in a group .*to_subspace"),
-        ({"inner_steps": 0}, r"inner_steps must be an int ≥ 1, got 0 \(group 1\)"),
+        ({"inner_steps": 0}, r"inner_steps must be a positive int, got 0 \(group 1\)"),
         (
             {"layer": "k_proj"},
             r"parameter 'blocks.0.k_proj.coordinates' of shape \(6, 24\) belongs to a layer that shares P with one in group 0",

@@ -1,0 +1,269 @@
+"""Every key of a parameter group, once: its default, what it may be, and what it means.
+
+Checks, error messages, and the tables of the docstrings and the README come from these declarations.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspaces import SELECTIONS, SVDS
+
+REQUIRED = object()
+"""The default of a key that has none."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """`checked` returns the value as Python's own type, so that a checkpoint holds nothing else, or raises.
+
+    TypeError for another type, ValueError for a value out of range; both name the key, the value and where it was found.
+    """
+
+    name: str
+    default: Any
+    meaning: str
+
+    def checked(self, value: Any, where: str) -> Any:
+        raise NotImplementedError
+
+    def fail(self, error: type[Exception], wanted: str, value: Any, where: str) -> None:
+        raise error(f"{self.name} must {wanted}, got {value!r} ({where})")
+
+
+@dataclass(frozen=True)
+class Whole(Key):
+    """An int ≥ `least`; any int where that is None."""
+
+    least: int | None = None
+
+    def checked(self, value: Any, where: str) -> int:
+        wanted = {None: "be an int", 1: "be a positive int"}.get(self.least, f"be an int ≥ {self.least}")
+        if not _is_number(value, Integral):
+            self.fail(TypeError, wanted, value, where)
+        if self.least is not None and value < self.least:
+            self.fail(ValueError, wanted, value, where)
+        return int(value)
+
+
+@dataclass(frozen=True)
+class Number(Key):
+    """A finite float, least ≤ value < below."""
+
+    least: float = -math.inf
+    below: float = math.inf
+
+    def checked(self, value: Any, where: str) -> float:
+        if not _is_number(value):
+            self.fail(TypeError, "be a float", value, where)
+        value = float(value)
+        if not (self.least <= value < self.below and math.isfinite(value)):
+            bound = {-math.inf: "be finite", 0.0: "be finite and ≥ 0"}[self.least]
+            self.fail(ValueError, bound if math.isinf(self.below) else f"lie in [{self.least:g}, {self.below:g})", value, where)
+        return value
+
+
+@dataclass(frozen=True)
+class Rate(Key):
+    """A finite float ≥ 0, or a one-element tensor of it: on the CPU, and with `capturable` on a GPU too."""
+
+    def checked(self, value: Any, where: str, capturable: bool | None = None) -> float | Tensor:
+        """capturable: the group's, or None where the optimizer has no such thing."""
+        if not isinstance(value, Tensor):
+            return Number(self.name, self.default, self.meaning, least=0.0).checked(value, where)
+        on_gpu = value.device.type != "cpu"
+        if value.numel() != 1 or not value.is_floating_point() or (on_gpu and not capturable):
+            elsewhere = "" if capturable is None else "; with capturable=True it may be on the GPU, where kernels read it"
+            raise ValueError(
+                f"{self.name} must be a float or a one-element tensor on the CPU, got {tuple(value.shape)}, {value.dtype} on "
+                f"{value.device} ({where}), since reading it here would stall every step{elsewhere}"
+            )
+        if not on_gpu:
+            Number(self.name, self.default, self.meaning, least=0.0).checked(value.item(), where)
+        return value
+
+
+@dataclass(frozen=True)
+class Betas(Key):
+    """Two floats in [0, 1)."""
+
+    def checked(self, value: Any, where: str) -> tuple[float, float]:
+        if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(_is_number, value)):
+            self.fail(TypeError, "be two floats", value, where)
+        if not all(0 <= beta < 1 for beta in value):
+            self.fail(ValueError, "lie in [0, 1)", tuple(value), where)
+        return float(value[0]), float(value[1])
+
+
+@dataclass(frozen=True)
+class Flag(Key):
+    def checked(self, value: Any, where: str) -> bool:
+        if not isinstance(value, bool):
+            self.fail(TypeError, "be True or False", value, where)
+        return value
+
+
+@dataclass(frozen=True)
+class Choice(Key):
+    choices: tuple[Any, ...] = ()
+
+    def checked(self, value: Any, where: str) -> Any:
+        if value in self.choices and not isinstance(value, bool):
+            return self.choices[self.choices.index(value)]
+        nearest = difflib.get_close_matches(str(value), [choice for choice in self.choices if isinstance(choice, str)], n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{self.name} must be one of {', '.join(map(repr, self.choices))}, got {value!r} ({where}){hint}")
+
+
+ROUNDING = Choice(
+    "rounding",
+    "nearest",
+    '`"stochastic"`: bf16 weights go up or down at random so that the mean stays, and small updates are not lost',
+    choices=("nearest", "stochastic"),
+)
+LOW_RANK = (
+    Whole("rank", REQUIRED, "r; clamped to the shorter side, with a warning", least=1),
+    Whole("update_proj_gap", 200, "steps between refreshes of P", least=1),
+    Flag(
+        "stagger",
+        False,
+        "`True`: the k matrices of the group take turns, at most ⌈k / gap⌉ refresh at a step after the first, instead of all at once",
+    ),
+    Number("scale", 0.25, "factor on the update"),
+    Choice(
+        "state_bits",
+        32,
+        "`8`: moments as 8-bit codes, in blocks of 64 with an fp32 scale each ([format](lowrank_kernels/eight_bit.py))",
+        choices=(32, 8),
+    ),
+    ROUNDING,
+    Choice(
+        "proj_type",
+        "std",
+        "side: `std` projects the shorter one; `reverse_std`, `left`, `right`",
+        choices=("std", "reverse_std", "left", "right"),
+    ),
+    Choice("selection", "importance", "see above", choices=tuple(SELECTIONS)),
+    Choice(
+        "svd",
+        "randomized",
+        'range finder ([how it works](csrc/NOTES.md)); `"exact"` for a full SVD, slow, for checking',
+        choices=SVDS,
+    ),
+    Whole("oversample", 8, "columns that the range finder sketches beyond r: its accuracy", least=0),
+    Whole("power_iters", 1, "power iterations of the range finder; 2 where r is small and spectra are flat", least=0),
+    Whole(
+        "seed",
+        0,
+        "all randomness is a function of (seed, the parameter's name, or its index where no name is known, number of the refresh, or of "
+        "the update for rounding)",
+    ),
+)
+"""Keys of a low-rank group, beside AdamW's."""
+RATE = Rate("lr", 1e-3, "step size")
+ADAMW = (
+    RATE,
+    Betas("betas", (0.9, 0.999), "β1, β2"),
+    Number("eps", 1e-8, "ε, added to the root of the bias-corrected second moment", least=0.0),
+    Number("weight_decay", 0.0, "decoupled, applied before the update", least=0.0),
+)
+CAPTURABLE = Flag("capturable", False, "whether step() may be a part of a CUDA graph")
+RSO = (
+    Whole("inner_steps", 200, "steps in one subspace", least=1),
+    Number("proximal", 0.0, "adds proximal·B to dB", least=0.0),
+    Choice("inner", "adamw", 'the inner optimizer; or `"sgd"`', choices=("adamw", "sgd")),
+    Number("momentum", 0.9, 'of `"sgd"`', least=0.0, below=1.0),
+    ROUNDING,
+)
+"""Keys of RSOAdamW's groups, beside AdamW's."""
+POSITION = (
+    Whole("outer_step", 0, "how many outer steps a group has behind it", least=0),
+    Whole("inner_step", 0, "how many inner steps it has of the one under way", least=0),
+)
+"""Where a group of RSOAdamW stands, in the group itself."""
+
+UNSUPPORTED: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "differentiable": False,
+    "foreach": None,
+    "fused": None,
+    "decoupled_weight_decay": True,
+}
+"""What torch.optim.AdamW knows besides, and the only value that means nothing here."""
+FOREIGN = ("params", "param_names", "initial_lr", "lr_scale", "base_momentum", "max_momentum")
+"""Of torch, its schedulers and of training scripts, where they resemble keys of ours."""
+NEAR_MISS = 0.8
+"""Of difflib's ratio: `update_gap` for update_proj_gap has 0.80, `maximise` for maximize 0.88, `keeps` for eps 0.75."""
+
+
+def names(keys: Iterable[Key]) -> tuple[str, ...]:
+    return tuple(key.name for key in keys)
+
+
+def defaults(keys: Iterable[Key]) -> dict[str, Any]:
+    return {key.name: key.default for key in keys if key.default is not REQUIRED}
+
+
+def check_values(group: dict[str, Any], keys: Iterable[Key], where: str) -> None:
+    """Puts the checked value of every key into the group."""
+    for key in keys:
+        if isinstance(key, Rate):
+            group[key.name] = key.checked(group[key.name], where, group.get("capturable"))
+        else:
+            group[key.name] = key.checked(group[key.name], where)
+
+
+def check_names(group: dict[str, Any], own: Iterable[str], where: str) -> None:
+    """Raises ValueError for a key of torch's AdamW that is not supported, unless it is off, and for one that nearly is one of ours.
+
+    Other keys pass, as torch's optimizers let them: frameworks tag groups with them.
+    """
+    for name, value in group.items():
+        if name in own or name in FOREIGN:
+            continue
+        if name in UNSUPPORTED:
+            if value is not UNSUPPORTED[name]:
+                raise ValueError(f"{name}={value!r} is not supported ({where}); leave it out")
+        elif nearest := nearest_name(name, (*own, *UNSUPPORTED)):
+            raise ValueError(f"unknown key {name!r} in a group ({where}); did you mean {nearest!r}?")
+
+
+def check_arguments(optimizer: str, options: dict[str, Any], own: Iterable[str], of_groups: Iterable[str], remedy: str) -> None:
+    """Raises TypeError for keyword arguments that an optimizer does not have; the unsupported ones of torch's AdamW may be off."""
+    for name, value in options.items():
+        if name in of_groups:
+            raise TypeError(f"{optimizer}() takes no {name!r}, which belongs to {remedy}")
+        if name in UNSUPPORTED:
+            if value is not UNSUPPORTED[name]:
+                raise TypeError(f"{optimizer}() does not support {name}={value!r}; leave it out")
+        else:
+            nearest = nearest_name(name, (*own, *of_groups))
+            hint = f"; did you mean {nearest!r}?" if nearest else ""
+            raise TypeError(f"{optimizer}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def nearest_name(name: Any, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=NEAR_MISS)), None)
+
+
+def table(keys: Iterable[Key]) -> str:
+    """In Markdown: key, default, meaning."""
+    rows = [f"| `{key.name}` | {'required' if key.default is REQUIRED else f'`{_shown(key.default)}`'} | {key.meaning} |" for key in keys]
+    return "\n".join(("| key | default | meaning |", "|---|---|---|", *rows))
+
+
+def _shown(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, (bool, torch.Tensor))
