@@ -26,10 +26,10 @@ def test_construction_errors():
         lrk.RSOAdamW([*model.parameters(), sharded])
     for options, error, message in [
         (dict(inner_steps=0), ValueError, "inner_steps must be a positive int, got 0"),
-        (dict(inner_steps=2.0), TypeError, "inner_steps must be an int, got 2.0"),
-        (dict(inner_steps=True), TypeError, "inner_steps must be an int, got True"),
-        (dict(proximal=-0.1), ValueError, r"proximal must lie in \[0, inf\), got -0.1"),
-        (dict(proximal=float("nan")), ValueError, "proximal must lie in"),
+        (dict(inner_steps=2.0), TypeError, "inner_steps must be a positive int, got 2.0"),
+        (dict(inner_steps=True), TypeError, "inner_steps must be a positive int, got True"),
+        (dict(proximal=-0.1), ValueError, r"proximal must be finite and ≥ 0, got -0.1"),
+        (dict(proximal=float("nan")), ValueError, "proximal must be finite"),
         (dict(momentum=1.0), ValueError, r"momentum must lie in \[0, 1\), got 1.0"),
         (dict(rounding="up"), ValueError, "rounding must be one of 'nearest', 'stochastic', got 'up'"),
         (dict(rounding="stochastic"), ValueError, r"for bfloat16 layers, got torch.float32 \(group 0, parameter \d+ of shape"),
