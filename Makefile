@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | aot | fuzz: make .venv if it is missing, install what they need, build the extension, and run.
+# make demo | test | lint | docs | bench | aot | fuzz: make .venv if it is missing, install what they need, build the extension, and run.
 # make sanitize: the extension's tests under AddressSanitizer and UBSan.
 # make gpu-dry: the tests marked gpu up to the launch of each kernel, which is compiled for GPUs that need not be here and not run.
 # make cuda-build: the CUDA part against a CUDA build of torch, in a virtual environment of its own that takes 6 GB; needs nvcc, no GPU.
@@ -35,7 +35,7 @@ SEED ?=
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 
-.PHONY: demo test test-all lint bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
+.PHONY: demo test test-all lint docs bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
@@ -49,6 +49,10 @@ test-all: test $(IR_FOLDER)/.installed
 lint: $(VENV)/.lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The pages of docs/ as a site in build/site; a broken link or name is an error.
+docs: $(VENV)/.extra-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs --quiet build --strict --site-dir build/site $(ARGS)
 
 bench: $(VENV)/.extra-bench
 	$(RUN) -m benchmarks $(ARGS)

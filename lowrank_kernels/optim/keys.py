@@ -141,7 +141,7 @@ LOW_RANK = (
     Choice(
         "state_bits",
         32,
-        "`8`: moments as 8-bit codes, in blocks of 64 with an fp32 scale each ([format](lowrank_kernels/eight_bit.py))",
+        "`8`: moments as 8-bit codes, in blocks of 64 with an fp32 scale each",
         choices=(32, 8),
     ),
     ROUNDING,
@@ -151,11 +151,11 @@ LOW_RANK = (
         "side: `std` projects the shorter one; `reverse_std`, `left`, `right`",
         choices=("std", "reverse_std", "left", "right"),
     ),
-    Choice("selection", "importance", "see above", choices=tuple(SELECTIONS)),
+    Choice("selection", "importance", 'how the basis is chosen: I3S, GaLore (`"dominant"`), or `"random"`', choices=tuple(SELECTIONS)),
     Choice(
         "svd",
         "randomized",
-        'range finder ([how it works](csrc/NOTES.md)); `"exact"` for a full SVD, slow, for checking',
+        'the range finder; `"exact"` for a full SVD, slow, for checking',
         choices=SVDS,
     ),
     Whole("oversample", 8, "columns that the range finder sketches beyond r: its accuracy", least=0),
