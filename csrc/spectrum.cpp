@@ -12,8 +12,6 @@
 namespace lowrank_kernels {
 namespace {
 
-// Forming G·Gᵀ costs less than four products with G where 5·l reaches the short side.
-constexpr int64_t SQUARE_FROM = 5;
 // Products with the Gram matrix: this many for each power iteration, beside the first.
 constexpr int64_t GRAM_STEPS = 3;
 // … and this many at most once the spectrum turns out to be steep, which makes every one of them worth more.
@@ -185,13 +183,33 @@ Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, co
 
 }  // namespace
 
-bool works_on_gram(int64_t m, int64_t n, int64_t l) { return SQUARE_FROM * l >= std::min(m, n); }
+bool works_on_gram(int64_t m, int64_t n, int64_t l, int64_t square_from) { return square_from * l >= std::min(m, n); }
+
+Spectrum short_side_spectrum(const Gradients& grad) {
+    const ShortSide side(grad);
+    const at::Tensor matrix = side.matrix();
+    if (!one_on_cpu(matrix)) return left_singular(matrix);
+    const auto [values, vectors] = eigh(large_gram(matrix), matrix.size(-1));
+    const at::Tensor sigma = values.clamp_min(0).sqrt_();
+    const int64_t good = values.gt(STEEP * values[0]).sum().item<int64_t>(), rest = side.size() - good;
+    if (matrix.scalar_type() == at::kFloat && rest > 0) {
+        const at::Tensor images = side.to_long(vectors.narrow(0, good, rest));
+        sigma.narrow(0, good, rest).copy_(at::linalg_vector_norm(images, 2, at::IntArrayRef{-1}));
+    }
+    return {vectors, sigma};
+}
+
+at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_t seed) {
+    const ShortSide side(grad);
+    if (side.tall) return orthonormalise(grad.image(vectors), seed);
+    return one_on_cpu(vectors) ? polish(vectors.to(at::kDouble)).to(vectors.scalar_type()) : vectors;
+}
 
 Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
                  const at::Tensor& peak) {
     const int64_t l = count + accuracy.oversample;
     if (l >= std::min(grad.rows(), grad.columns())) return whole_spectrum(grad, count, accuracy);
-    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, start, peak);
+    if (works_on_gram(grad.rows(), grad.columns(), l, accuracy.square_from)) return iterate_on_gram(grad, count, l, accuracy, start, peak);
     return iterate_on_products(grad, count, l, accuracy, start);
 }
 

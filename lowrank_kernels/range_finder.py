@@ -83,11 +83,6 @@ def _cholesky_pass(matrix: Tensor, shifted: bool = True) -> Tensor:
         return torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
 
 
-def frobenius_norm(grad: Tensor) -> Tensor:
-    """(…, m, n) → (…) fp64: ‖G‖_F, for anything that is not fp64 without overflow or underflow."""
-    return torch.linalg.vector_norm(grad, dim=(-2, -1), dtype=torch.float64)
-
-
 def multipliable(grad: Tensor) -> Tensor:
     """G in the dtype its products run in: bf16 as it is on a GPU; other half precision in fp32 (fp16 overflows, CPUs are slow)."""
     native = grad.dtype == torch.bfloat16 and grad.is_cuda
@@ -101,19 +96,25 @@ def multiply(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def range_finder(
-    grad: Tensor, rank: int, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
+    grad: Tensor,
+    rank: int,
+    oversample: int = 8,
+    power_iters: int = 1,
+    seed: int = 0,
+    start: Tensor | None = None,
+    square_from: int = SQUARE_FROM,
 ) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors and values of G, approximately: (…, m, n) → basis (…, m, r), sigma (…, r) descending.
 
     With l = r + oversample, by shape alone: l ≥ min(m, n), the whole spectrum from the Gram matrix of the short side;
-    5·l ≥ min(m, n), subspace iteration on that matrix; else the products above. One Ω, a function of `seed` alone, serves the whole
+    square_from·l ≥ min(m, n), subspace iteration on that matrix; else the products above. One Ω, a function of `seed` alone, serves the whole
     batch; `start`, (…, m, s) with s ≤ l, takes the place of as many of its columns. Output is fp32 (fp64 for fp64 input). The basis
     is orthonormal to 1e-5 for every input; sigma is NaN for a matrix that is not finite, whose basis is then random.
     """
     if grad.device.type == "cpu" and grad.dim() > 2:  # one by one: each takes what its own spectrum needs
         batch = grad.shape[:-2]
         starts = [None] * batch.numel() if start is None else start.flatten(0, -3)
-        found = [range_finder(g, rank, oversample, power_iters, seed, s) for g, s in zip(grad.flatten(0, -3), starts, strict=True)]
+        found = [range_finder(g, rank, oversample, power_iters, seed, s, square_from) for g, s in zip(grad.flatten(0, -3), starts, strict=True)]
         basis, sigma = (torch.stack(parts).unflatten(0, batch) for parts in zip(*found, strict=True))
         return basis, sigma
     m, n = grad.shape[-2:]
@@ -124,7 +125,7 @@ def range_finder(
     columns = rank + oversample
     if columns >= min(m, n):
         basis, sigma = _whole_spectrum(grad.to(dtype), seed)
-    elif SQUARE_FROM * columns >= min(m, n):
+    elif square_from * columns >= min(m, n):
         basis, sigma = _iterate_on_gram(grad, peak, rank, columns, power_iters, seed, dtype, start)
     else:
         basis, sigma = _iterate_on_products(grad, columns, power_iters, seed, dtype, start)
@@ -284,12 +285,14 @@ def complement(directions: Tensor, candidates: Tensor, seed: int) -> Tensor:
     and the same draws again would lie in it.
     """
 
-    def clear(matrix: Tensor) -> Tensor:
-        return matrix - full_precision_product(directions, full_precision_product(directions.mT, matrix))
-
     for again in range(2):
-        candidates = orthonormalise(clear(candidates), philox.derive_seed(seed, again))
-    return clear(candidates)
+        candidates = orthonormalise(clear(directions, candidates), philox.derive_seed(seed, again))
+    return clear(directions, candidates)
+
+
+def clear(directions: Tensor, matrix: Tensor) -> Tensor:
+    """(I − UUᵀ)·Y for orthonormal U (…, m, h)."""
+    return matrix - full_precision_product(directions, full_precision_product(directions.mT, matrix))
 
 
 def _whole_spectrum(grad: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -312,6 +315,24 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT))
     sigma = values.flip(-1).clamp_min(0).sqrt() * peak[..., 0]
     return vectors.flip(-1).to(matrix.dtype), sigma.to(matrix.dtype)
+
+
+def short_side_spectrum(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """All k = min(m, n) singular vectors (…, k, k) on the short side, nearly orthonormal, and values (…, k), in no order.
+
+    From a Gram matrix in the gradient's dtype. In fp32 it knows no σ under 3e-4·σ₁, but its vectors are good to a rounding error of σ₁,
+    so that σ = ‖Gᵀu‖ is: of values that the Gram matrix cannot tell apart those are averages, of their squares. G must be in range.
+    """
+    grad = grad.mT if grad.shape[-2] > grad.shape[-1] else grad
+    vectors = torch.linalg.eigh(full_precision_product(grad, grad.mT)).eigenvectors
+    return vectors, torch.linalg.vector_norm(full_precision_product(grad.mT, vectors), dim=-2)
+
+
+def left_vectors(grad: Tensor, vectors: Tensor, seed: int) -> Tensor:
+    """Left singular vectors (…, m, r) of G, orthonormal to 1e-5, from nearly orthonormal vectors (…, min(m, n), r) on its short side."""
+    if grad.shape[-2] > grad.shape[-1]:
+        return orthonormalise(full_precision_product(grad, vectors), seed)
+    return polish(vectors.double()).to(vectors.dtype)
 
 
 def sample_importance(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:
