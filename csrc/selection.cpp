@@ -63,7 +63,7 @@ at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method,
     }
     const bool may_look = peak.dim() == 0 && peak.is_cpu();
     if (whole_is_cheaper(short_side, rank, method, may_look)) {
-        const auto [vectors, sigma] = short_side_spectrum(grad);
+        const auto [vectors, sigma] = short_side_spectrum(grad, rank);
         return left_vectors(grad, pick(vectors, sample(sigma, rank, seeds)), method.accuracy.seed);
     }
     Method on_gram = method;

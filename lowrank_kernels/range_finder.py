@@ -296,11 +296,8 @@ def clear(directions: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _whole_spectrum(grad: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    m, n = grad.shape[-2:]
-    if m <= n:
-        return _left_singular(grad)
-    rotation, sigma = _left_singular(grad.mT)
-    return orthonormalise(grad @ rotation, seed), sigma
+    vectors, sigma = short_side_spectrum(grad)
+    return left_vectors(grad, vectors, seed), sigma
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,21 +315,13 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def short_side_spectrum(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """All k = min(m, n) singular vectors (…, k, k) on the short side, nearly orthonormal, and values (…, k), in no order.
-
-    From a Gram matrix in the gradient's dtype. In fp32 it knows no σ under 3e-4·σ₁, but its vectors are good to a rounding error of σ₁,
-    so that σ = ‖Gᵀu‖ is: of values that the Gram matrix cannot tell apart those are averages, of their squares. G must be in range.
-    """
-    grad = grad.mT if grad.shape[-2] > grad.shape[-1] else grad
-    vectors = torch.linalg.eigh(full_precision_product(grad, grad.mT)).eigenvectors
-    return vectors, torch.linalg.vector_norm(full_precision_product(grad.mT, vectors), dim=-2)
+    """All k = min(m, n) singular vectors (…, k, k) on the short side of G and values (…, k), descending."""
+    return _left_singular(grad.mT if grad.shape[-2] > grad.shape[-1] else grad)
 
 
 def left_vectors(grad: Tensor, vectors: Tensor, seed: int) -> Tensor:
-    """Left singular vectors (…, m, r) of G, orthonormal to 1e-5, from nearly orthonormal vectors (…, min(m, n), r) on its short side."""
-    if grad.shape[-2] > grad.shape[-1]:
-        return orthonormalise(full_precision_product(grad, vectors), seed)
-    return polish(vectors.double()).to(vectors.dtype)
+    """Left singular vectors (…, m, r) of G, orthonormal to 1e-5, from r of the vectors (…, k, r) on its short side."""
+    return orthonormalise(full_precision_product(grad, vectors), seed) if grad.shape[-2] > grad.shape[-1] else vectors
 
 
 def sample_importance(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:
