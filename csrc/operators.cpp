@@ -144,7 +144,7 @@ std::vector<at::Tensor> choose_of_batch(at::TensorList grads, at::TensorList pre
     const int64_t count = static_cast<int64_t>(grads.size());
     const int64_t m = oriented(grads[0], right).size(0), n = oriented(grads[0], right).size(1);
     const int64_t l = 2 * rank + method.accuracy.oversample, thin = (m + n) * std::min(l, std::min(m, n));
-    const bool copies = method.svd == "exact" || works_on_gram(m, n, l, SQUARE_FROM);
+    const bool copies = method.svd == "exact" || works_on_gram(m, n, l);
     const int64_t chunk = std::max<int64_t>(1, CHUNK_ELEMENTS / std::max(thin, copies ? m * n : 0));
     std::vector<at::Tensor> bases;
     bases.reserve(count);

@@ -23,7 +23,6 @@ Spectrum exact(const Gradients& grad, const at::Tensor& peak) {
 }
 
 Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const at::Tensor& peak) {
-    TORCH_CHECK_VALUE(method.svd == "exact" || method.svd == "randomized", "unknown svd ", method.svd);
     if (method.svd != "exact") return leading(grad, count, method.accuracy, std::nullopt, peak);
     const Spectrum all = exact(grad, peak);
     return {all.vectors.narrow(-2, 0, count), all.sigma.narrow(-1, 0, count)};
@@ -41,9 +40,9 @@ at::Tensor sample(const at::Tensor& sigma, int64_t rank, at::IntArrayRef seeds) 
     return sample_importance(sigma.unsqueeze(0), rank, seeds).squeeze(0);
 }
 
-// On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it where 8·r ≥ min(m, n), or
-// where the short side is no longer than 64.
-constexpr int64_t WHOLE_FROM = 8, WHOLE_TO = 64;
+// On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it where 5·r ≥ min(m, n), or
+// where the short side is no longer than 128.
+constexpr int64_t WHOLE_FROM = 5, WHOLE_TO = 128;
 // Columns of the block that the tail is measured by, where fewer than that may be drawn from it.
 constexpr int64_t LEAST_BLOCK = 8;
 
@@ -53,10 +52,10 @@ bool whole_is_cheaper(int64_t short_side, int64_t rank, const Method& method, bo
 }
 
 // I3S (arXiv 2502.05790): r directions drawn from the singular vectors with probability ∝ σ. Where not all are known but the leading
-// h = 2r, the others get weights that have their sum and energy, see tail.h, and one that is drawn becomes a random direction of
+// l = 2r + oversample, the others get weights that have their sum and energy, see tail.h, and one that is drawn becomes a random direction of
 // (I − U·Uᵀ)·G·ω, orthonormalised: among themselves those come ∝ σ². On a GPU nothing hangs on how many are drawn, so nothing waits.
 at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const at::Tensor& peak) {
-    const int64_t short_side = std::min(grad.rows(), grad.columns()), known = 2 * rank, unknown = short_side - known;
+    const int64_t short_side = std::min(grad.rows(), grad.columns()), known = 2 * rank + method.accuracy.oversample;
     if (method.svd == "exact") {
         const auto [directions, sigma] = exact(grad, peak);
         return pick(directions, sample(sigma, rank, seeds));
@@ -66,13 +65,12 @@ at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method,
         const auto [vectors, sigma] = short_side_spectrum(grad, rank);
         return left_vectors(grad, pick(vectors, sample(sigma, rank, seeds)), method.accuracy.seed);
     }
-    Method on_gram = method;
-    on_gram.accuracy.square_from = SQUARE_FROM;
-    const auto [directions, sigma] = known_directions(grad, known, on_gram, peak);
-    const int64_t columns = std::min(std::max(rank, LEAST_BLOCK), unknown);
+    const Accuracy accuracy{0, method.accuracy.power_iters, method.accuracy.seed};
+    const auto [directions, sigma] = leading(grad, known, accuracy, std::nullopt, peak);
+    const int64_t unknown = short_side - known, columns = std::min(std::max(rank, LEAST_BLOCK), unknown);
     const at::Tensor omega = normal(method.accuracy.seed, {columns, grad.columns()}, philox::TAIL, grad.options());
     const at::Tensor block = clear(directions, grad.image(omega));
-    const at::Tensor chosen = sample(at::cat({sigma, tail_weights(block, sigma, unknown)}, -1), rank, seeds);
+    const at::Tensor chosen = sample(at::cat({sigma, tail_weights(block, sigma, unknown, rank + rank / 2)}, -1), rank, seeds);
     // Tail directions are interchangeable: the first one drawn takes the first of them.
     const at::Tensor tail = chosen >= known;
     const int64_t most = may_look ? tail.sum().item<int64_t>() : std::min(rank, unknown);
@@ -94,6 +92,7 @@ at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArray
 }
 
 at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const at::Tensor& peak) {
+    TORCH_CHECK_VALUE(method.svd == "exact" || method.svd == "randomized", "unknown svd ", method.svd);
     if (method.selection == "importance") return importance(grad, rank, method, seeds, peak);
     if (method.selection == "dominant") return known_directions(grad, rank, method, peak).vectors;  // GaLore (arXiv 2403.03507)
     TORCH_CHECK_VALUE(method.selection == "random", "unknown selection ", method.selection);

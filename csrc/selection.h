@@ -8,9 +8,6 @@
 
 namespace lowrank_kernels {
 
-// The law of importance hangs on the last of 2r directions, too, so that they come from the Gram matrix already where 8·l reaches the short side.
-constexpr int64_t SQUARE_FROM = 8;
-
 // svd = "randomized" (range finder) or "exact" (full SVD; on a GPU it waits for the host).
 struct Method {
     std::string_view selection, svd;

@@ -12,6 +12,8 @@
 namespace lowrank_kernels {
 namespace {
 
+// Forming G·Gᵀ costs less than four products with G where 5·l reaches the short side.
+constexpr int64_t SQUARE_FROM = 5;
 // Products with the Gram matrix: this many for each power iteration, beside the first.
 constexpr int64_t GRAM_STEPS = 3;
 // … and this many at most once the spectrum turns out to be steep, which makes every one of them worth more.
@@ -185,7 +187,7 @@ Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, co
 
 }  // namespace
 
-bool works_on_gram(int64_t m, int64_t n, int64_t l, int64_t square_from) { return square_from * l >= std::min(m, n); }
+bool works_on_gram(int64_t m, int64_t n, int64_t l) { return SQUARE_FROM * l >= std::min(m, n); }
 
 Spectrum short_side_spectrum(const Gradients& grad, int64_t count) {
     const ShortSide side(grad);
@@ -211,7 +213,7 @@ Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy,
                  const at::Tensor& peak) {
     const int64_t l = count + accuracy.oversample;
     if (l >= std::min(grad.rows(), grad.columns())) return whole_spectrum(grad, count, accuracy);
-    if (works_on_gram(grad.rows(), grad.columns(), l, accuracy.square_from)) return iterate_on_gram(grad, count, l, accuracy, start, peak);
+    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, start, peak);
     return iterate_on_products(grad, count, l, accuracy, start);
 }
 

@@ -14,8 +14,6 @@ struct Spectrum {
 
 struct Accuracy {
     int64_t oversample, power_iters, seed;
-    // The Gram matrix is worked on where this times l reaches the short side: at 5 forming it costs less than four products with G.
-    int64_t square_from = 5;
 };
 
 // The leading `count` left ones: count ≤ min(m, n). `start`, if given, holds rows (…, s, m) near the wanted ones, such as the basis
@@ -23,13 +21,13 @@ struct Accuracy {
 //
 // With l = count + oversample, one of three ways, by shape alone:
 //   l ≥ min(m, n):      the whole spectrum, from the Gram matrix of the short side;
-//   square_from·l ≥ min(m, n):  subspace iteration on that Gram matrix, which costs less than four products with G, and more of it is nearly free;
+//   5·l ≥ min(m, n):    subspace iteration on that Gram matrix, which costs less than four products with G, and more of it is nearly free;
 //   else:               Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W.
 Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
                  const at::Tensor& peak);
 
 // Whether the first or second way is taken, which form the Gram matrix and may copy G.
-bool works_on_gram(int64_t m, int64_t n, int64_t l, int64_t square_from);
+bool works_on_gram(int64_t m, int64_t n, int64_t l);
 
 // All k = min(m, n) values and singular vectors (…, k, k) on the short side, those nearly orthonormal, of which `count` are wanted.
 //

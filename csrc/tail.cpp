@@ -6,27 +6,39 @@
 #include <utility>
 
 #include "products.h"
+#include "small.h"
 
 namespace lowrank_kernels {
 namespace {
 
 constexpr double TINY = std::numeric_limits<double>::min();
 // Members of a family that are tabulated, of which the one with the energy E is interpolated.
-constexpr int64_t RATES = 64;
+constexpr int64_t RATES = 32;
+// Pivot of the unit rows of a block under which a row adds nothing but rounding to those before it.
+constexpr double DEPENDENT = 0x1p-24;
 
 struct Moments {
     at::Tensor energy, fourth;  // E = Σσ² and F = Σσ⁴
 };
 
+// How many values there are at most: the rank of B·Bᵀ where that is not full, else `count`.
+at::Tensor count_of(const at::Tensor& gram, int64_t count) {
+    const at::Tensor lengths = gram.diagonal(0, -2, -1).sqrt().clamp_min_(TINY);
+    const at::Tensor unit = gram / lengths.unsqueeze(-1) / lengths.unsqueeze(-2);
+    const at::Tensor pivots = inverse_factor(unit, DEPENDENT / 16, at::kDouble).diagonal(0, -2, -1).square().reciprocal_();
+    const at::Tensor rank = pivots.gt(DEPENDENT).sum(-1).to(at::kDouble);
+    return at::where(rank < gram.size(-1), rank.clamp_min(1), static_cast<double>(count));
+}
+
 // Estimates of both, no further apart than `count` values allow.
-Moments moments(const at::Tensor& block, int64_t count) {
-    const at::Tensor gram = at::matmul(block, block.mT()), diagonal = gram.diagonal(0, -2, -1);
-    const int64_t s = block.size(-2);
+Moments moments(const at::Tensor& gram, const at::Tensor& count) {
+    const at::Tensor diagonal = gram.diagonal(0, -2, -1);
+    const int64_t s = gram.size(-1);
     const at::Tensor energy = diagonal.mean(-1), square = energy.square();
     if (s == 1) return {energy, square};
     const at::Tensor off_diagonal = gram.square().sum({-2, -1}) - diagonal.square().sum(-1);
     const at::Tensor beside = off_diagonal / static_cast<double>(s * (s - 1));
-    return {energy, at::minimum(at::maximum(beside, square / static_cast<double>(count)), square)};
+    return {energy, at::minimum(at::maximum(beside, square / count), square)};
 }
 
 struct Member {
@@ -66,17 +78,18 @@ at::Tensor sum_after(const Moments& tail, const at::Tensor& least, int64_t count
 
 }  // namespace
 
-at::Tensor tail_weights(const at::Tensor& block, const at::Tensor& sigma, int64_t count) {
-    const int64_t h = sigma.size(-1), anchor = h - h / 4;
+at::Tensor tail_weights(const at::Tensor& block, const at::Tensor& sigma, int64_t count, int64_t anchor) {
+    const int64_t h = sigma.size(-1);
     const at::Tensor unit = peak_of(block).clamp_min(TINY);
-    const at::Tensor relative = block.to(at::kDouble) / unit.unsqueeze(-1).unsqueeze(-1);
-    const Moments tail = moments(relative, count);
+    const at::Tensor scaled = block.to(at::kDouble) / unit.unsqueeze(-1).unsqueeze(-1);
+    const at::Tensor gram = at::matmul(scaled, scaled.mT()), at_most = count_of(gram, count);
+    const Moments tail = moments(gram, at_most);
     const at::Tensor known = sigma.to(at::kDouble).div(unit.unsqueeze(-1)), after = known.narrow(-1, anchor, h - anchor);
     const at::Tensor squares = after.square();
     const Moments from_anchor{tail.energy + squares.sum(-1), tail.fourth + squares.square().sum(-1)};
     const at::Tensor sum = sum_after(from_anchor, known.select(-1, anchor - 1), count + h - anchor, anchor) - after.sum(-1);
     const at::Tensor least = tail.energy * tail.energy.div(tail.fourth.clamp_min(TINY)).sqrt_();
-    const at::Tensor total = at::minimum(at::maximum(sum, least), tail.energy.mul(static_cast<double>(count)).sqrt_());
+    const at::Tensor total = at::minimum(at::maximum(sum, least), tail.energy.mul(at_most).sqrt_());
     const at::Tensor real = tail.energy > 0;  // not where G is zero, or not finite
     const at::Tensor effective = at::where(real, total.square().div_(tail.energy), 0.0);
     const at::Tensor weight = at::where(real, tail.energy.div(total).mul_(unit), 0.0);

@@ -96,25 +96,19 @@ def multiply(grad: Tensor, factor: Tensor) -> Tensor:
 
 
 def range_finder(
-    grad: Tensor,
-    rank: int,
-    oversample: int = 8,
-    power_iters: int = 1,
-    seed: int = 0,
-    start: Tensor | None = None,
-    square_from: int = SQUARE_FROM,
+    grad: Tensor, rank: int, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors and values of G, approximately: (…, m, n) → basis (…, m, r), sigma (…, r) descending.
 
     With l = r + oversample, by shape alone: l ≥ min(m, n), the whole spectrum from the Gram matrix of the short side;
-    square_from·l ≥ min(m, n), subspace iteration on that matrix; else the products above. One Ω, a function of `seed` alone, serves the whole
+    5·l ≥ min(m, n), subspace iteration on that matrix; else the products above. One Ω, a function of `seed` alone, serves the whole
     batch; `start`, (…, m, s) with s ≤ l, takes the place of as many of its columns. Output is fp32 (fp64 for fp64 input). The basis
     is orthonormal to 1e-5 for every input; sigma is NaN for a matrix that is not finite, whose basis is then random.
     """
     if grad.device.type == "cpu" and grad.dim() > 2:  # one by one: each takes what its own spectrum needs
         batch = grad.shape[:-2]
         starts = [None] * batch.numel() if start is None else start.flatten(0, -3)
-        found = [range_finder(g, rank, oversample, power_iters, seed, s, square_from) for g, s in zip(grad.flatten(0, -3), starts, strict=True)]
+        found = [range_finder(g, rank, oversample, power_iters, seed, s) for g, s in zip(grad.flatten(0, -3), starts, strict=True)]
         basis, sigma = (torch.stack(parts).unflatten(0, batch) for parts in zip(*found, strict=True))
         return basis, sigma
     m, n = grad.shape[-2:]
@@ -125,7 +119,7 @@ def range_finder(
     columns = rank + oversample
     if columns >= min(m, n):
         basis, sigma = _whole_spectrum(grad.to(dtype), seed)
-    elif square_from * columns >= min(m, n):
+    elif SQUARE_FROM * columns >= min(m, n):
         basis, sigma = _iterate_on_gram(grad, peak, rank, columns, power_iters, seed, dtype, start)
     else:
         basis, sigma = _iterate_on_products(grad, columns, power_iters, seed, dtype, start)

@@ -12,8 +12,6 @@ from ..range_finder import clear, complement, multiply, sample_importance
 from .spectrum import Spectrum
 from .tail import tail_weights
 
-SQUARE_FROM = 8
-"""The law hangs on the last of 2r directions, too, so that they come from the Gram matrix already where 8·l reaches min(m, n)."""
 LEAST_BLOCK = 8
 """Columns of the block that the tail is measured by, where fewer than that may be drawn from it."""
 
@@ -21,8 +19,8 @@ LEAST_BLOCK = 8
 def importance(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]) -> Tensor:
     """(batch, m, n) → (batch, m, r), columns sorted by σ.
 
-    Where all k = min(m, n) values are affordable, exactly the paper's law. Else the leading h = 2r are known, and the k − h others get
-    weights that have their sum and their energy in expectation, see tail.py. One that is drawn becomes a random direction of
+    Where all k = min(m, n) values are known, exactly the paper's law. Else the leading l = 2r + oversample are, and the k − l others get
+    weights of their sum and their energy, as far as those can be told: tail.py. One that is drawn becomes a random direction of
     (I − UUᵀ)·G·ω, orthonormalised: among themselves those come ∝ σ², not σ. Nothing depends on how many are drawn, so there is no
     host sync.
     """
@@ -30,11 +28,11 @@ def importance(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]
         vectors, sigma = spectrum.whole(grad)
         chosen = sample_importance(sigma, rank, seeds)
         return spectrum.left(grad, vectors.gather(-1, chosen[..., None, :].expand(-1, vectors.shape[-2], -1)))
-    known = 2 * rank
-    directions, sigma = spectrum.leading(grad, known, SQUARE_FROM)
+    known = 2 * rank + spectrum.oversample
+    directions, sigma = spectrum.leading(grad, known, oversample=0)
     unknown = min(grad.shape[-2:]) - known
     block = _outside(grad, directions, min(max(rank, LEAST_BLOCK), unknown), spectrum.seed)
-    chosen = sample_importance(torch.cat([sigma, tail_weights(block, sigma, unknown)], dim=-1), rank, seeds)
+    chosen = sample_importance(torch.cat([sigma, tail_weights(block, sigma, unknown, rank + rank // 2)], dim=-1), rank, seeds)
     directions = torch.cat([directions, complement(directions, block[..., :rank], spectrum.seed)], dim=-1)
     # Tail directions are interchangeable: the first one drawn takes the first of them.
     tail = chosen >= known

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..range_finder import SQUARE_FROM, left_vectors, peak_of, polish, range_finder, short_side_spectrum
+from ..range_finder import left_vectors, peak_of, polish, range_finder, short_side_spectrum
 
-WHOLE_FROM = 8
-"""On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it where 8·r ≥ min(m, n)."""
-WHOLE_TO = 64
+WHOLE_FROM = 5
+"""On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it where 5·r ≥ min(m, n)."""
+WHOLE_TO = 128
 """… or where the short side is no longer than this."""
 
 
@@ -24,12 +24,13 @@ class Spectrum:
     power_iters: int
     seed: int
 
-    def leading(self, grad: Tensor, count: int, square_from: int = SQUARE_FROM) -> tuple[Tensor, Tensor]:
+    def leading(self, grad: Tensor, count: int, oversample: int | None = None) -> tuple[Tensor, Tensor]:
         """(batch, m, n) → the leading `count` left singular vectors (batch, m, count) and values (batch, count), descending."""
         if self.svd == "exact":
             vectors, sigma = _exact(grad)
             return vectors[..., :count], sigma[..., :count]
-        return range_finder(grad, count, self.oversample, self.power_iters, self.seed, square_from=square_from)
+        oversample = self.oversample if oversample is None else oversample
+        return range_finder(grad, count, oversample, self.power_iters, self.seed)
 
     def whole_is_cheaper(self, grad: Tensor, rank: int) -> bool:
         """Whether to know the whole spectrum, of which r directions are sampled, rather than 2r directions and a block beside them."""

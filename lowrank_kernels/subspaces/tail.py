@@ -1,15 +1,16 @@
 """The singular values that a sketch leaves out: their sum, from two moments of theirs and the values that are known.
 
-E = Σσ² and F = Σσ⁴ over the k − h values under σ_h are read off a block of them, B = (I − UUᵀ)·G·Ω: BᵀB has E on average on its
-diagonal, and squares that are F on average beside it. S = Σσ lies between E·sqrt(E / F) and sqrt(E·(k − h)), which are far apart. Three
-families that start at σ_a narrow it down, each made to have the energy after it:
+E = Σσ² and F = Σσ⁴ over the k − l values that are not known are read off a block of them, B = (I − UUᵀ)·G·Ω: BᵀB has E on average on its
+diagonal, and squares that are F on average beside it. S = Σσ lies between E·sqrt(E / F) and sqrt(E·(k − l)), which are far apart. Three
+families that start at a known σ_a narrow it down, each made to have the energy after it:
 
     t values σ_a, then nothing            S = E / σ_a
     σ_a·exp(−c·j),   j = 1 … k − a
     σ_a·(1 + j/a)^−p
 
-S is interpolated between their logarithms, where log(E·σ_a² / F) lies between theirs. So it is right for a cliff, an exponential, a
-power law and a flat tail. The anchor a is three quarters of h: the last quarter of a sketch's values comes out too low.
+The logarithm of S is interpolated between theirs, to where log(E·σ_a² / F) lies between theirs. So it is right for a cliff, an exponential,
+a power law and a flat tail. Where the block's rank is not full, it is the rank of all that is left out, and S at most sqrt(E·rank). The
+anchor is a = 3/2·r: the last values of a sketch come out too low.
 """
 
 from __future__ import annotations
@@ -21,26 +22,30 @@ from torch import Tensor
 
 from ..range_finder import peak_of
 
-RATES = 64
+RATES = 32
 """Members of a family that are tabulated, of which the one with the energy E is interpolated."""
+DEPENDENT = 2.0**-24
+"""Pivot of the unit columns of a block under which a column adds nothing but rounding to those before it."""
 TINY = torch.finfo(torch.float64).tiny
 
 
-def tail_weights(block: Tensor, sigma: Tensor, count: int) -> Tensor:
-    """Weights (batch, count) of the values left out, from B (batch, m, s) and the σ (batch, h) that are known, descending.
+def tail_weights(block: Tensor, sigma: Tensor, count: int, anchor: int) -> Tensor:
+    """Weights (batch, count) of the values left out, from B (batch, m, s) and the σ (batch, l) that are known, descending.
 
     All E / S, t = S² / E times, the last in part, and zero after that: their sum is S and that of their squares E. What is left of a
     cliff then has as many weights as directions, so that none are drawn that do not exist.
     """
     known = sigma.shape[-1]
-    anchor = known - known // 4
     unit = peak_of(block).clamp_min(TINY)
-    energy, fourth = _moments(block.double() / unit[..., None, None], count)
+    scaled = block.double() / unit[..., None, None]
+    gram = scaled.mT @ scaled
+    at_most = _count(gram, count)
+    energy, fourth = _moments(gram, at_most)
     relative = sigma.double() / unit[..., None]
     after = relative[..., anchor:]
     moments = energy + after.square().sum(-1), fourth + after.square().square().sum(-1)
     total = _sum_after(*moments, relative[..., anchor - 1], count + known - anchor, anchor) - after.sum(-1)
-    least, most = energy * (energy / fourth.clamp_min(TINY)).sqrt(), (energy * count).sqrt()
+    least, most = energy * (energy / fourth.clamp_min(TINY)).sqrt(), (energy * at_most).sqrt()
     total = torch.minimum(torch.maximum(total, least), most)
     real = energy > 0  # not where G is zero, or not finite
     effective, weight = (torch.where(real, value, 0) for value in (total.square() / energy, energy / total * unit))
@@ -48,11 +53,20 @@ def tail_weights(block: Tensor, sigma: Tensor, count: int) -> Tensor:
     return (share * weight[..., None]).to(sigma.dtype)
 
 
-def _moments(block: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _count(gram: Tensor, count: int) -> Tensor:
+    """How many values there are at most (batch,): the rank of BᵀB where that is not full, else `count`."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(TINY)
+    columns = gram.shape[-1]
+    unit = gram / lengths[..., None] / lengths[..., None, :] + DEPENDENT / 16 * torch.eye(columns, dtype=gram.dtype, device=gram.device)
+    pivots = torch.linalg.cholesky_ex(unit).L.diagonal(dim1=-2, dim2=-1).square()
+    rank = (pivots > DEPENDENT).sum(dim=-1)
+    return torch.where(rank < columns, rank.clamp_min(1), count).double()
+
+
+def _moments(gram: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Estimates of E and F (batch,), no further apart than `count` values allow."""
-    gram = block.mT @ block
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    columns = block.shape[-1]
+    columns = gram.shape[-1]
     energy = diagonal.mean(-1)
     square = energy.square()
     if columns == 1:

@@ -14,7 +14,7 @@ from lowrank_kernels.subspaces.tail import tail_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5
-NAMES = [case.spectrum.partition(" of")[0] for case in sampling.cases(64, 160)]
+NAMES = [case.spectrum.partition(" 10 of")[0] for case in sampling.cases(64, 160)]
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def test_inclusion_over_a_sketch_is_that_of_exact_sampling(refresh_implementatio
     assert sampling.holds(found), found
 
 
-@pytest.mark.parametrize("name", ["1/i", "exp(-i/6)", "Gaussian noise", "rank 80"])
+@pytest.mark.parametrize("name", ["1/i", "exp(-i/6)", "Gaussian noise", "rank"])
 def test_inclusion_in_a_wide_matrix_is_that_of_exact_sampling(name):
     found = found_by(512, 1280, name, 16, 40)
     assert sampling.holds(found), found
@@ -106,7 +106,7 @@ def test_the_tail_has_the_sum_and_the_energy_of_what_was_left_out(name, scale):
     sigma = values(name, known + count) * scale
     tail = sigma[known:]
     block = (torch.diag(tail) @ torch.randn(count, 4000, dtype=torch.float64))[None]
-    weights = tail_weights(block, sigma[None, :known], count)[0]
+    weights = tail_weights(block, sigma[None, :known], count, 12)[0]
     assert weights.sum() == pytest.approx(tail.sum().item(), rel=0.06)
     assert (weights / scale).square().sum() == pytest.approx((tail / scale).square().sum().item(), rel=0.06)
     if name == "cliff":
@@ -115,8 +115,8 @@ def test_the_tail_has_the_sum_and_the_energy_of_what_was_left_out(name, scale):
 
 def test_no_tail_where_nothing_is_left_out():
     for block in (torch.zeros(1, 50, 8), torch.full((1, 50, 8), torch.nan)):
-        assert torch.equal(tail_weights(block, torch.ones(1, 16), 34), torch.zeros(1, 34))
-    one = tail_weights(torch.ones(1, 50, 1), torch.ones(1, 49), 1)
+        assert torch.equal(tail_weights(block, torch.ones(1, 16), 34, 12), torch.zeros(1, 34))
+    one = tail_weights(torch.ones(1, 50, 1), torch.ones(1, 49), 1, 12)
     assert one.shape == (1, 1) and one > 0
 
 
