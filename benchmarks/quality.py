@@ -6,8 +6,9 @@
     … under the floor max |σ̂ᵢ − σᵢ| / σ₁ over the rest of that half, which the rounding of G to fp32 has changed anyway
     overlap           ‖PᵀU‖²_F / k with the leading k left singular vectors, k ≤ r of them above the floor
 
-Synthetic matrices have random singular vectors; gradients are captured from the training of the example's tiny model. Appends a row
-a case to results/quality/<date>-<commit>.jsonl and exits with 1 where a bar is missed.
+Synthetic matrices have random singular vectors; gradients are captured from the training of the example's tiny model. Then what
+importance sampling draws, beside exact sampling's inclusion probabilities: sampling.py. Appends a row a case to
+results/quality/<date>-<commit>.jsonl and exits with 1 where a bar is missed.
 """
 
 # ruff: noqa: E402
@@ -34,7 +35,7 @@ from torch import Tensor
 
 import lowrank_kernels as lrk
 
-from . import provenance
+from . import provenance, sampling
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FLOOR = 1e-6
@@ -369,10 +370,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(json.dumps(origin, indent=1), flush=True)
     begun = time.perf_counter()
     rows = list(all_rows(options.quick))
-    print(f"{sum(row['judged'] for row in rows)} matrices, {len(rows)} cases, {time.perf_counter() - begun:.0f} s")
+    drawn = list(sampling.rows(options.quick))
+    print(
+        f"{sum(row['judged'] for row in rows)} matrices, {len(rows)} cases, {len(drawn)} of draws, {time.perf_counter() - begun:.0f} s"
+    )
     if str(options.out) != "-":
-        provenance.append(path := provenance.results_file(options.out, origin), [origin | row for row in rows])
-        print(f"appended {len(rows)} rows to {path}")
+        provenance.append(path := provenance.results_file(options.out, origin), [origin | row for row in (*rows, *drawn)])
+        print(f"appended {len(rows) + len(drawn)} rows to {path}")
     print_rows(rows, "by family", lambda row: (row["family"], label(row)), ("family", "setting"))
     judged = [row for row in rows if row["judged"]]
     print_rows(
@@ -381,7 +385,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         lambda row: (row["family"], row["spectrum"].partition(":")[0]),
         ("family", "spectrum, or step of training"),
     )
-    return 0 if judge(rows) else 1
+    sampling.print_rows(drawn)
+    verdicts = judge(rows), sampling.judge(drawn)
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 #include "orthonormalise.h"
 #include "philox.h"
 #include "small.h"
+#include "tail.h"
 
 namespace lowrank_kernels {
 namespace {
@@ -22,47 +23,60 @@ Spectrum exact(const Gradients& grad, const at::Tensor& peak) {
 }
 
 Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const at::Tensor& peak) {
-    TORCH_CHECK_VALUE(method.svd == "exact" || method.svd == "randomized", "unknown svd ", method.svd);
     if (method.svd != "exact") return leading(grad, count, method.accuracy, std::nullopt, peak);
     const Spectrum all = exact(grad, peak);
     return {all.vectors.narrow(-2, 0, count), all.sigma.narrow(-1, 0, count)};
 }
 
-// The weight of each of `count` unknown directions, sqrt(E / count) with E = ‖G‖²_F − Σσ²; zero where E is within the rounding error
-// of the sums it is the difference of, or ‖G‖²_F is out of range.
-at::Tensor tail_weight(const at::Tensor& squares, const at::Tensor& sigma, int64_t count) {
-    const double roundoff = sigma.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                                : std::numeric_limits<float>::epsilon();
-    const at::Tensor left_over = squares - sigma.to(at::kDouble).square().sum(-1);
-    const at::Tensor real = at::where(at::isfinite(squares).logical_and_(left_over > 16 * roundoff * squares), left_over, 0.0);
-    return real.div(static_cast<double>(count)).sqrt_().to(sigma.scalar_type());
+// Rows `index` (…, r) of vectors (…, k, m).
+at::Tensor pick(const at::Tensor& vectors, const at::Tensor& index) {
+    std::vector<int64_t> shape = vectors.sizes().vec();
+    shape[shape.size() - 2] = index.size(-1);
+    return vectors.gather(-2, index.unsqueeze(-1).expand(shape));
 }
 
-// I3S (arXiv 2502.05790): r directions drawn from the singular vectors with probability ∝ σ. Where only the leading h < min(m, n) are
-// known, the others share the left-over energy, and one that is drawn becomes a random direction of (I − U·Uᵀ)·G·ω, orthonormalised.
-// Nothing hangs on how many are drawn, so nothing waits for a GPU.
+at::Tensor sample(const at::Tensor& sigma, int64_t rank, at::IntArrayRef seeds) {
+    if (sigma.dim() > 1) return sample_importance(sigma, rank, seeds);
+    return sample_importance(sigma.unsqueeze(0), rank, seeds).squeeze(0);
+}
+
+// On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it where 5·r ≥ min(m, n), or
+// where the short side is no longer than 128.
+constexpr int64_t WHOLE_FROM = 5, WHOLE_TO = 128;
+// Columns of the block that the tail is measured by, where fewer than that may be drawn from it.
+constexpr int64_t LEAST_BLOCK = 8;
+
+bool whole_is_cheaper(int64_t short_side, int64_t rank, const Method& method, bool one_on_cpu) {
+    if (2 * rank + method.accuracy.oversample >= short_side) return true;
+    return one_on_cpu && (WHOLE_FROM * rank >= short_side || short_side <= WHOLE_TO);
+}
+
+// I3S (arXiv 2502.05790): r directions drawn from the singular vectors with probability ∝ σ. Where not all are known but the leading
+// l = 2r + oversample, the others get weights that have their sum and energy, see tail.h, and one that is drawn becomes a random direction of
+// (I − U·Uᵀ)·G·ω, orthonormalised: among themselves those come ∝ σ². On a GPU nothing hangs on how many are drawn, so nothing waits.
 at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const at::Tensor& peak) {
-    const int64_t short_side = std::min(grad.rows(), grad.columns());
-    const bool all = method.svd == "exact" || 2 * rank + method.accuracy.oversample >= short_side;
-    const int64_t known = all ? short_side : 2 * rank, unknown = short_side - known;
-    auto [directions, sigma] = known_directions(grad, known, method, peak);
-    if (unknown > 0) {
-        std::vector<int64_t> shape = sigma.sizes().vec();
-        shape.back() = unknown;
-        sigma = at::cat({sigma, tail_weight(grad.squares(peak), sigma, unknown).unsqueeze(-1).expand(shape)}, -1);
-        const int64_t count = std::min(rank, unknown);
-        const at::Tensor omega = normal(method.accuracy.seed, {count, grad.columns()}, philox::TAIL, grad.options());
-        directions = at::cat({directions, complement(directions, grad.image(omega), method.accuracy.seed)}, -2);
+    const int64_t short_side = std::min(grad.rows(), grad.columns()), known = 2 * rank + method.accuracy.oversample;
+    if (method.svd == "exact") {
+        const auto [directions, sigma] = exact(grad, peak);
+        return pick(directions, sample(sigma, rank, seeds));
     }
-    const bool one = sigma.dim() == 1;
-    at::Tensor chosen = sample_importance(one ? sigma.unsqueeze(0) : sigma, rank, seeds);
-    if (one) chosen = chosen.squeeze(0);
+    const bool may_look = peak.dim() == 0 && peak.is_cpu();
+    if (whole_is_cheaper(short_side, rank, method, may_look)) {
+        const auto [vectors, sigma] = short_side_spectrum(grad, rank);
+        return left_vectors(grad, pick(vectors, sample(sigma, rank, seeds)), method.accuracy.seed);
+    }
+    const Accuracy accuracy{0, method.accuracy.power_iters, method.accuracy.seed};
+    const auto [directions, sigma] = leading(grad, known, accuracy, std::nullopt, peak);
+    const int64_t unknown = short_side - known, columns = std::min(std::max(rank, LEAST_BLOCK), unknown);
+    const at::Tensor omega = normal(method.accuracy.seed, {columns, grad.columns()}, philox::TAIL, grad.options());
+    const at::Tensor block = clear(directions, grad.image(omega));
+    const at::Tensor chosen = sample(at::cat({sigma, tail_weights(block, sigma, unknown, rank + rank / 2)}, -1), rank, seeds);
     // Tail directions are interchangeable: the first one drawn takes the first of them.
     const at::Tensor tail = chosen >= known;
-    const at::Tensor row = at::where(tail, tail.cumsum(-1) + (known - 1), chosen);
-    std::vector<int64_t> shape = directions.sizes().vec();
-    shape[shape.size() - 2] = rank;
-    return directions.gather(-2, row.unsqueeze(-1).expand(shape));
+    const int64_t most = may_look ? tail.sum().item<int64_t>() : std::min(rank, unknown);
+    if (most == 0) return pick(directions, chosen);
+    const at::Tensor outside = complement(directions, block.narrow(-2, 0, most), method.accuracy.seed);
+    return pick(at::cat({directions, outside}, -2), at::where(tail, tail.cumsum(-1) + (known - 1), chosen));
 }
 
 }  // namespace
@@ -78,6 +92,7 @@ at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArray
 }
 
 at::Tensor choose(const Gradients& grad, int64_t rank, const Method& method, at::IntArrayRef seeds, const at::Tensor& peak) {
+    TORCH_CHECK_VALUE(method.svd == "exact" || method.svd == "randomized", "unknown svd ", method.svd);
     if (method.selection == "importance") return importance(grad, rank, method, seeds, peak);
     if (method.selection == "dominant") return known_directions(grad, rank, method, peak).vectors;  // GaLore (arXiv 2403.03507)
     TORCH_CHECK_VALUE(method.selection == "random", "unknown selection ", method.selection);

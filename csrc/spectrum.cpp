@@ -20,6 +20,8 @@ constexpr int64_t GRAM_STEPS = 3;
 constexpr int64_t STEEP_STEPS = 1;
 // λ_r / λ₁ under which eigenvalues of a Gram matrix formed in fp32 no longer give σ to 1 %: a few rounding errors of λ₁ over 2 %.
 constexpr double STEEP = 0x1p-13;
+// σ / σ₁ over which ‖Gᵀu‖ is more than the rounding errors of an fp32 u.
+constexpr double FLOOR = 0x1p-17;
 
 // All k left singular vectors, as rows, and values of B (…, k, n), k ≤ n. The Gram matrix and its eigenproblem are fp64: in fp32 all
 // σ under 3e-4·σ₁ would be noise, and vectors orthonormal to 1e-5 only.
@@ -186,6 +188,26 @@ Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, co
 }  // namespace
 
 bool works_on_gram(int64_t m, int64_t n, int64_t l) { return SQUARE_FROM * l >= std::min(m, n); }
+
+Spectrum short_side_spectrum(const Gradients& grad, int64_t count) {
+    const ShortSide side(grad);
+    const at::Tensor matrix = side.matrix();
+    if (!one_on_cpu(matrix) || matrix.scalar_type() != at::kFloat) return left_singular(matrix);
+    const auto [values, vectors] = eigh(large_gram(matrix), matrix.size(-1));
+    const at::Tensor sigma = values.clamp_min(0).sqrt_();
+    const int64_t good = values.gt(STEEP * values[0]).sum().item<int64_t>(), rest = side.size() - good;
+    if (rest == 0) return {vectors, sigma};
+    at::Tensor small = sigma.narrow(0, good, rest);
+    small.copy_(at::linalg_vector_norm(side.to_long(vectors.narrow(0, good, rest)), 2, at::IntArrayRef{-1}));
+    const int64_t real = good + small.gt(FLOOR * sigma[0]).sum().item<int64_t>();
+    return real < std::min(2 * count, side.size()) ? left_singular(matrix) : Spectrum{vectors, sigma};
+}
+
+at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_t seed) {
+    const ShortSide side(grad);
+    if (side.tall) return orthonormalise(grad.image(vectors), seed);
+    return one_on_cpu(vectors) ? polish(vectors.to(at::kDouble)).to(vectors.scalar_type()) : vectors;
+}
 
 Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
                  const at::Tensor& peak) {

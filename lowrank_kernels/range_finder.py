@@ -83,11 +83,6 @@ def _cholesky_pass(matrix: Tensor, shifted: bool = True) -> Tensor:
         return torch.linalg.solve_triangular(factor.mT, matrix, upper=True, left=False)
 
 
-def frobenius_norm(grad: Tensor) -> Tensor:
-    """(…, m, n) → (…) fp64: ‖G‖_F, for anything that is not fp64 without overflow or underflow."""
-    return torch.linalg.vector_norm(grad, dim=(-2, -1), dtype=torch.float64)
-
-
 def multipliable(grad: Tensor) -> Tensor:
     """G in the dtype its products run in: bf16 as it is on a GPU; other half precision in fp32 (fp16 overflows, CPUs are slow)."""
     native = grad.dtype == torch.bfloat16 and grad.is_cuda
@@ -284,20 +279,19 @@ def complement(directions: Tensor, candidates: Tensor, seed: int) -> Tensor:
     and the same draws again would lie in it.
     """
 
-    def clear(matrix: Tensor) -> Tensor:
-        return matrix - full_precision_product(directions, full_precision_product(directions.mT, matrix))
-
     for again in range(2):
-        candidates = orthonormalise(clear(candidates), philox.derive_seed(seed, again))
-    return clear(candidates)
+        candidates = orthonormalise(clear(directions, candidates), philox.derive_seed(seed, again))
+    return clear(directions, candidates)
+
+
+def clear(directions: Tensor, matrix: Tensor) -> Tensor:
+    """(I − UUᵀ)·Y for orthonormal U (…, m, h)."""
+    return matrix - full_precision_product(directions, full_precision_product(directions.mT, matrix))
 
 
 def _whole_spectrum(grad: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    m, n = grad.shape[-2:]
-    if m <= n:
-        return _left_singular(grad)
-    rotation, sigma = _left_singular(grad.mT)
-    return orthonormalise(grad @ rotation, seed), sigma
+    vectors, sigma = short_side_spectrum(grad)
+    return left_vectors(grad, vectors, seed), sigma
 
 
 def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -312,6 +306,16 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT))
     sigma = values.flip(-1).clamp_min(0).sqrt() * peak[..., 0]
     return vectors.flip(-1).to(matrix.dtype), sigma.to(matrix.dtype)
+
+
+def short_side_spectrum(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """All k = min(m, n) singular vectors (…, k, k) on the short side of G and values (…, k), descending."""
+    return _left_singular(grad.mT if grad.shape[-2] > grad.shape[-1] else grad)
+
+
+def left_vectors(grad: Tensor, vectors: Tensor, seed: int) -> Tensor:
+    """Left singular vectors (…, m, r) of G, orthonormal to 1e-5, from r of the vectors (…, k, r) on its short side."""
+    return orthonormalise(full_precision_product(grad, vectors), seed) if grad.shape[-2] > grad.shape[-1] else vectors
 
 
 def sample_importance(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:

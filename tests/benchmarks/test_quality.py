@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import lowrank_kernels as lrk
-from benchmarks import quality
+from benchmarks import quality, sampling
 
 
 @pytest.fixture
@@ -106,6 +106,7 @@ def few_rows(quick):
 
 def test_a_study_ends_with_its_verdict_and_keeps_a_row_a_case(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(quality, "all_rows", few_rows)
+    monkeypatch.setattr(sampling, "rows", lambda quick: [])
     assert quality.main(["--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "FAIL" not in printed and printed.count("PASS") == len(quality.BARS)
@@ -135,6 +136,7 @@ def test_a_bad_basis_fails_the_study(monkeypatch, capsys, spoil, failures):
     sound = lrk.ops.range_finder
     monkeypatch.setattr(lrk.ops, "range_finder", lambda *arguments, **options: spoil(*sound(*arguments, **options)))
     monkeypatch.setattr(quality, "all_rows", few_rows)
+    monkeypatch.setattr(sampling, "rows", lambda quick: [])
     assert quality.main(["--out", "-"]) == 1
     assert capsys.readouterr().out.count("FAIL") == failures
 
@@ -174,3 +176,40 @@ def test_warm_starts_pass_the_previous_basis_on(monkeypatch, gradients):
     assert len(rows) == 2 * len(gradients)  # the first gradient of each weight starts cold and is not counted
     assert [start is None for start in starts] == [True, False] * (2 * len(gradients))
     assert {row["family"] for row in rows} == {"gradients, warm start"}
+
+
+def small_case(rank=None):
+    sigma = 1 / torch.arange(1.0, 25)
+    return sampling.Case("1/i", quality.with_spectrum(24, 40, sigma[:rank], torch.Generator().manual_seed(0)), rank)
+
+
+def row_of(law, bases):
+    return {"spectrum": "1/i", "rows": 24, "columns": 40, "rank_share": "m/4", "way": "operator"} | sampling.measure(law, bases)
+
+
+def test_exact_draws_hold_and_the_leading_directions_do_not(monkeypatch, capsys):
+    law = sampling.Law(small_case(), 6)
+    drawn = [(seed, law.vectors[:, law.with_noise(seed) > 0]) for seed in range(200)]
+    leading = [(seed, law.vectors[:, :6]) for seed in range(200)]
+    good, bad = row_of(law, drawn), row_of(law, leading)
+    assert good["top"] == pytest.approx(good["top_exact"]) and good["mass"] == pytest.approx(good["mass_exact"])
+    assert sampling.holds(good) and not sampling.holds(bad)
+    assert not sampling.holds(good | {"top": math.nan})
+    monkeypatch.setattr(quality, "all_rows", few_rows)
+    for row, verdict in ((good, 0), (bad, 1)):
+        monkeypatch.setattr(sampling, "rows", lambda quick, row=row: [row])
+        assert quality.main(["--out", "-"]) == verdict
+        printed = capsys.readouterr().out
+        assert f"{row['top_exact']:.3f}" in printed and ("FAIL" in printed) == bool(verdict)
+
+
+def test_null_space_counts_only_what_could_be_avoided():
+    law = sampling.Law(small_case(rank=4), 6)
+    assert law.null(law.of_basis(law.vectors[:, :6])) == pytest.approx(0, abs=1e-9)
+    assert law.null(law.of_basis(law.vectors[:, 1:7])) == pytest.approx(1 / 6)
+
+
+def test_equal_values_share_what_their_directions_have():
+    law = sampling.Law(sampling.Case("flat", torch.eye(24, 40)), 6)
+    assert law.top(law.of_basis(law.vectors[:, :6])) == pytest.approx(0.25)
+    assert law.mass(law.of_basis(law.vectors[:, :6])) == pytest.approx(0.5)

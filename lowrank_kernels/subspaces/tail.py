@@ -1,0 +1,103 @@
+"""The singular values that a sketch leaves out: their sum, from two moments of theirs and the values that are known.
+
+E = Σσ² and F = Σσ⁴ over the k − l values that are not known are read off a block of them, B = (I − UUᵀ)·G·Ω: BᵀB has E on average on its
+diagonal, and squares that are F on average beside it. S = Σσ lies between E·sqrt(E / F) and sqrt(E·(k − l)), which are far apart. Three
+families that start at a known σ_a narrow it down, each made to have the energy after it:
+
+    t values σ_a, then nothing            S = E / σ_a
+    σ_a·exp(−c·j),   j = 1 … k − a
+    σ_a·(1 + j/a)^−p
+
+The logarithm of S is interpolated between theirs, to where log(E·σ_a² / F) lies between theirs. So it is right for a cliff, an exponential,
+a power law and a flat tail. Where the block's rank is not full, it is the rank of all that is left out, and S at most sqrt(E·rank). The
+anchor is a = 3/2·r: the last values of a sketch come out too low.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..range_finder import peak_of
+
+RATES = 32
+"""Members of a family that are tabulated, of which the one with the energy E is interpolated."""
+DEPENDENT = 2.0**-24
+"""Pivot of the unit columns of a block under which a column adds nothing but rounding to those before it."""
+TINY = torch.finfo(torch.float64).tiny
+
+
+def tail_weights(block: Tensor, sigma: Tensor, count: int, anchor: int) -> Tensor:
+    """Weights (batch, count) of the values left out, from B (batch, m, s) and the σ (batch, l) that are known, descending.
+
+    All E / S, t = S² / E times, the last in part, and zero after that: their sum is S and that of their squares E. What is left of a
+    cliff then has as many weights as directions, so that none are drawn that do not exist.
+    """
+    known = sigma.shape[-1]
+    unit = peak_of(block).clamp_min(TINY)
+    scaled = block.double() / unit[..., None, None]
+    gram = scaled.mT @ scaled
+    at_most = _count(gram, count)
+    energy, fourth = _moments(gram, at_most)
+    relative = sigma.double() / unit[..., None]
+    after = relative[..., anchor:]
+    moments = energy + after.square().sum(-1), fourth + after.square().square().sum(-1)
+    total = _sum_after(*moments, relative[..., anchor - 1], count + known - anchor, anchor) - after.sum(-1)
+    least, most = energy * (energy / fourth.clamp_min(TINY)).sqrt(), (energy * at_most).sqrt()
+    total = torch.minimum(torch.maximum(total, least), most)
+    real = energy > 0  # not where G is zero, or not finite
+    effective, weight = (torch.where(real, value, 0) for value in (total.square() / energy, energy / total * unit))
+    share = (effective[..., None] - torch.arange(count, device=block.device)).clamp(0, 1)
+    return (share * weight[..., None]).to(sigma.dtype)
+
+
+def _count(gram: Tensor, count: int) -> Tensor:
+    """How many values there are at most (batch,): the rank of BᵀB where that is not full, else `count`."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(TINY)
+    columns = gram.shape[-1]
+    unit = gram / lengths[..., None] / lengths[..., None, :] + DEPENDENT / 16 * torch.eye(columns, dtype=gram.dtype, device=gram.device)
+    pivots = torch.linalg.cholesky_ex(unit).L.diagonal(dim1=-2, dim2=-1).square()
+    rank = (pivots > DEPENDENT).sum(dim=-1)
+    return torch.where(rank < columns, rank.clamp_min(1), count).double()
+
+
+def _moments(gram: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """Estimates of E and F (batch,), no further apart than `count` values allow."""
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    columns = gram.shape[-1]
+    energy = diagonal.mean(-1)
+    square = energy.square()
+    if columns == 1:
+        return energy, square
+    beside = (gram.square().sum(dim=(-2, -1)) - diagonal.square().sum(-1)) / (columns * (columns - 1))
+    return energy, torch.minimum(torch.maximum(beside, square / count), square)
+
+
+def _sum_after(energy: Tensor, fourth: Tensor, least: Tensor, count: int, known: int) -> Tensor:
+    """Σσ over the `count` values from number `known` + 1 on, of those moments, `least` being number `known`: (batch,)."""
+    index = torch.arange(1, count + 1, dtype=torch.float64, device=energy.device)
+    relative = (energy / least.square().clamp_min(TINY)).clamp_min(TINY).log()
+    spread = (energy * least.square() / fourth.clamp_min(TINY)).clamp_min(TINY).log()
+    cliff = relative, torch.zeros_like(relative)
+    exponential = _of_energy(relative, index, 1, count)
+    power = _of_energy(relative, known * torch.log1p(index / known), known * math.log1p(1 / known), known * math.log1p(count / known))
+    total = cliff[0]
+    for (sum_from, from_spread), (sum_to, to_spread) in ((cliff, exponential), (exponential, power)):
+        part = ((spread - from_spread) / (to_spread - from_spread).clamp_min(1e-9)).clamp(0, 1)
+        total = total + part * (sum_to - sum_from)
+    return least * total.exp()
+
+
+def _of_energy(relative: Tensor, steps: Tensor, first: float, last: float) -> tuple[Tensor, Tensor]:
+    """log Σx and log(Σx² / Σx⁴) of the x = exp(−c·steps) whose log Σx² is `relative`, from a table over c; steps from first to last."""
+    rates = torch.linspace(math.log(30 / first), math.log(0.01 / last), RATES - 1, dtype=torch.float64, device=steps.device).exp()
+    x = torch.outer(torch.cat([rates, rates.new_zeros(1)]), steps).neg().exp()
+    squares = x.square()
+    energies = squares.sum(-1).log()
+    sums, spreads = x.sum(-1).log(), energies - squares.square().sum(-1).log()
+    above = torch.searchsorted(energies, relative).clamp(1, RATES - 1)
+    low, high = energies[above - 1], energies[above]
+    share = ((relative - low) / (high - low)).clamp(0, 1)
+    return tuple(torch.lerp(values[above - 1], values[above], share) for values in (sums, spreads))
