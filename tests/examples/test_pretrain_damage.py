@@ -77,7 +77,10 @@ def test_the_stopped_run_resumes(copy, whole, pretrain):
 
 
 @pytest.mark.skipif(exclusive.fcntl is None, reason="no fcntl")
-def test_a_second_process_in_a_directory_is_refused(command, pretrain, tmp_path):
+def test_a_second_process_in_a_directory_is_refused(command, pretrain, tmp_path, monkeypatch):
+    import pretrain as script
+
+    monkeypatch.setattr(script, "run", lambda *_, **__: pytest.fail("it trains"))  # for the better part of an hour
     directory = tmp_path / "run"
     long = command("--out", directory, "--optimizer", "adamw", "--steps", 100_000)
     process = subprocess.Popen([sys.executable, SCRIPT, *long], stdout=subprocess.DEVNULL)
@@ -346,10 +349,10 @@ def test_an_out_that_is_read_only_is_refused(copy, pretrain, tmp_path, monkeypat
 
     before = contents(copy)
     monkeypatch.setattr(exclusive, "open", read_only, raising=False)
-    assert os.strerror(code) in refused(pretrain, "--out", copy, "--resume")
+    assert f"--out {copy}: {os.strerror(code)}" in refused(pretrain, "--out", copy, "--resume")
     assert contents(copy) == before
     monkeypatch.setattr(Path, "mkdir", read_only)
-    assert os.strerror(code) in refused(pretrain, "--out", tmp_path / "new")
+    assert f"--out {tmp_path / 'new'}: {os.strerror(code)}" in refused(pretrain, "--out", tmp_path / "new")
     monkeypatch.chdir(tmp_path)
     assert os.strerror(code) in refused(pretrain, "--optimizer", "adamw")
 
