@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints import write_atomically
 from methods import METHODS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]], *, title: str, subti
         _draw_loss(axes[0][0], runs)
         if overlaps:
             _draw_overlap(axes[0][1], overlaps, random_overlap)
-        figure.savefig(path, dpi=160, facecolor="white")
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160, facecolor="white"))
         plt.close(figure)
 
 

@@ -364,7 +364,7 @@ def _require_package(plan: Plan) -> None:
 
 def _run_alone(plan: Plan, corpus: text.Corpus, directory: Path, args: argparse.Namespace, locked: bool) -> int:
     if locked:
-        files = [directory / PLAN, directory / SUMMARY]
+        files = [directory / PLAN, directory / SUMMARY, directory / PICTURE]
         remove_partials(files + [Files.of(directory, method).checkpoint for method in METHODS])
     try:
         return run(plan, corpus, directory, checkpoint_every=args.checkpoint_every, resume=args.resume)

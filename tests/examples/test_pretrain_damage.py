@@ -141,7 +141,7 @@ def test_partial_files_of_two_processes_have_two_names(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(exclusive.fcntl is None, reason="no fcntl")
 def test_partial_files_of_killed_processes_are_removed(copy, pretrain):
-    for name in ("galore.pt.123.partial", "rso.pt.7.partial", "settings.json.9.partial", "mine.partial"):
+    for name in ("galore.pt.123.partial", "rso.pt.7.partial", "settings.json.9.partial", "curves.png.1.partial", "mine.partial"):
         (copy / name).write_bytes(b"left")
     pretrain("--out", copy, "--resume")
     assert [path.name for path in copy.glob("*.partial")] == ["mine.partial"]
