@@ -3,8 +3,10 @@
     python benchmarks/learning.py short-gap --optimizer galore i3s --seeds 0 1 2 --rank 8 32 --update-proj-gap 10 50 --lr 1e-2 2e-2
     python benchmarks/learning.py short-gap --report
 
-Options that take several values span the grid. Runs already in results/learning/NAME.jsonl are skipped and an interrupted one goes on from
-its checkpoint, so the same command may be stopped and repeated. Results are appended, never rewritten.
+Options that take several values span the grid. --lr is the peak rate of the matrices within the decoder, --dense-lr that of embedding, head
+and norms under every optimizer; the first results have no dense_lr in their settings, and there everything trained at lr. Runs already in
+results/learning/NAME.jsonl are skipped and an interrupted one goes on from its checkpoint, so the same command may be stopped and repeated.
+Results are appended, never rewritten.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from stopping import stop_on_signal  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SCRATCH = ROOT / "runs" / "learning"
 METHODS_OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.reads))
-GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", *METHODS_OWN)
+GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", "dense_lr", *METHODS_OWN)
 NEWER = ("state_bits", "rounding")
 """Settings that the first results do not have: a key names them only where they are not the default."""
 
@@ -65,7 +67,7 @@ class Run:
     def __str__(self) -> str:
         s = self.settings
         own = "".join(f" {name} {value}" for name in METHODS[self.method].reads if (value := getattr(s, name)) != getattr(Settings(), name))
-        return f"{self.method} lr {self.lr:g}{own} {s.model} {s.steps} steps seed {s.seed}"
+        return f"{self.method} lr {self.lr:g} dense {s.dense_lr:g}{own} {s.model} {s.steps} steps seed {s.seed}"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -76,7 +78,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--data", type=Path, help="as in examples/pretrain.py")
     result.add_argument("--optimizer", nargs="+", choices=list(METHODS), default=list(METHODS))
     result.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    result.add_argument("--lr", nargs="+", type=float, help="peak learning rates, each for every optimizer (each one's default)")
+    result.add_argument(
+        "--lr", nargs="+", type=float, help="peak learning rates of the matrices, each for every optimizer (each one's default)"
+    )
     for name in GRID:
         kind = type(getattr(Settings(), name))
         result.add_argument(flag(name), dest=name, nargs="+", type=kind, help="one or more values (the model's default)")
@@ -182,7 +186,8 @@ def report(records: list[dict[str, Any]], name: str) -> None:
         reads = METHODS[record["optimizer"]].reads
         shown = {name: getattr(Settings(), name) for name in METHODS_OWN} | shown
         shown |= {name: None for name in METHODS_OWN if name not in reads}
-        return {**shown, "lr": record["lr"], "optimizer": record["optimizer"]}
+        dense_lr = shown.pop("dense_lr", record["lr"])
+        return {**shown, "dense_lr": dense_lr, "lr": record["lr"], "optimizer": record["optimizer"]}
 
     groups = defaultdict(list)
     for record in records:

@@ -161,21 +161,20 @@ def captured_gradients(
     """
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
-    import llama
     import settings as example
     import text
     import training
-    from methods import METHODS, default_lr
+    from methods import METHODS
 
-    settings = dataclasses.replace(example.defaults("tiny"), seed=seed, threads=torch.get_num_threads(), **changes).check()
+    lr = METHODS["adamw"].lr  # for every parameter, as in the runs in results/quality
+    settings = dataclasses.replace(example.defaults("tiny"), seed=seed, dense_lr=lr, threads=torch.get_num_threads(), **changes).check()
     corpus = text.load(data)
     model = training.build_model(settings)
-    lr = default_lr("adamw", llama.SIZES[settings.model].hidden)
-    optimizer = METHODS["adamw"].build(model, lr, settings)
+    optimizer = training.build_optimizer(model, "adamw", lr, settings)
     projected = {id(weight) for weight in lrk.param_groups(model, rank=1)[1]["params"]}
     captured: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for step in range(max(steps) + 1):
-        training.train_step(model, optimizer, step, lr, settings, corpus)
+        training.train_step(model, optimizer, step, settings, corpus)
         if step in steps:
             for name, weight in model.named_parameters():
                 if id(weight) in projected:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,22 +20,34 @@ RSO = ("rso_rank", "inner_steps", "distribution", "rounding")
 @dataclass(frozen=True)
 class Method:
     title: str
-    lr: float  # default peak learning rate for the width of tiny and 9m; see `default_lr`
+    lr: float  # default peak learning rate of the linear layers within the decoder, for the width of tiny and 9m; see `default_lr`
     color: str  # in pictures; Okabe and Ito's palette, told apart by colour-blind readers
     build: Callable[[nn.Module, float, Settings], torch.optim.Optimizer]  # may convert layers of the model, in place
     reads: tuple[str, ...] = ()  # settings that alter its runs, of those that do not alter every method's
 
 
+def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
+    """[embedding, head and norms at their own rate; the linear layers within the decoder at the method's]: the same for every method.
+
+    What trains at which rate decides more than the method does, so methods that are compared must not differ in it.
+    """
+    matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim > 1]
+    chosen = set(map(id, matrices))
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return [{"params": dense, "lr": settings.dense_lr}, {"params": matrices}]
+
+
 def _adamw(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
     fused = torch.device(settings.device).type in ("cpu", "cuda", "mps", "xpu")
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=settings.weight_decay, fused=fused)
+    return torch.optim.AdamW(_groups(model, settings), lr=lr, weight_decay=settings.weight_decay, fused=fused)
 
 
 def _low_rank(class_name: str) -> Callable[[nn.Module, float, Settings], torch.optim.Optimizer]:
     def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
         import lowrank_kernels as lrk  # here, so that adamw alone needs nothing but torch
 
-        groups = lrk.param_groups(model, **{key: getattr(settings, key) for key in (*LOW_RANK, "seed")})
+        dense, projected = lrk.param_groups(model, **{key: getattr(settings, key) for key in (*LOW_RANK, "seed")})
+        groups = [dense | {"lr": settings.dense_lr}, projected]
         return getattr(lrk, class_name)(groups, lr=lr, weight_decay=settings.weight_decay)
 
     return build
@@ -46,7 +58,7 @@ def _rso(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimiz
 
     lrk.to_subspace(model, rank=settings.rso_rank, distribution=settings.distribution, seed=settings.seed)
     options = dict(weight_decay=settings.weight_decay, inner_steps=settings.inner_steps, rounding=settings.rounding)
-    return lrk.RSOAdamW(model.parameters(), lr=lr, **options)
+    return lrk.RSOAdamW(_groups(model, settings), lr=lr, **options)
 
 
 METHODS: dict[str, Method] = {

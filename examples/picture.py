@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints import write_atomically
 from methods import METHODS
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]], *, title: str, subti
         _draw_loss(axes[0][0], runs)
         if overlaps:
             _draw_overlap(axes[0][1], overlaps, random_overlap)
-        figure.savefig(path, dpi=160, facecolor="white")
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160, facecolor="white"))
         plt.close(figure)
 
 
@@ -66,14 +67,15 @@ def _draw_loss(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
         val = [(row["step"], row["val_loss"]) for row in rows if row["event"] == "eval"]
         axes.plot(range(1, len(smooth) + 1), smooth, color=color, linewidth=1, alpha=0.35)
         axes.plot(*zip(*val, strict=True), color=color, **POINTS)
-        ends.append((val[-1][1], f"{label} {val[-1][1]:.3f}", color))
+        state = [f"\n{row['state_bytes'] / 1e6:.2f} MB" for row in rows if row["event"] == "end"]
+        ends.append((val[-1][1], f"{label} {val[-1][1]:.3f}{''.join(state)}", color))
         shown += smooth[len(smooth) // 10 :] + [loss for _, loss in val]  # the plunge of the first steps would flatten all the rest
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xlim(0, steps)
-    _title(axes, "Loss, nats per byte", "Points: held-out text. Thin lines: training batches, running mean.")
+    _title(axes, "Loss, nats per byte", "Points: held-out text, with optimizer state. Thin: training batches.")
     axes.set_xlabel("step")
-    _label_ends(axes, ends)
+    _label_ends(axes, ends, lines=2)
 
 
 def _draw_overlap(axes: Axes, overlaps: dict[str, list[tuple[int, float]]], random_overlap: float) -> None:
@@ -111,10 +113,10 @@ def _running_mean(values: Sequence[float], reach: int) -> list[float]:
     return [(sums[i + side + 1] - sums[i - side]) / (2 * side + 1) for i, side in enumerate(sides)]
 
 
-def _label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
+def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], lines: int = 1) -> None:
     """Name each line at its right end; labels of lines that end together are pushed apart, evenly up and down."""
     low, high = axes.get_ylim()
-    gap = 0.055 * (high - low)
+    gap = 0.055 * lines * (high - low)
     ends = sorted(ends)
     heights = [y for y, _, _ in ends]
     for i in range(1, len(heights)):

@@ -4,7 +4,9 @@
     python examples/pretrain.py --optimizer i3s --rank 16 --lr 2e-2
     python examples/pretrain.py --resume                           # go on after a kill or Ctrl-C
 
-Each optimizer starts from the same weights and sees the same batches. The result is a table, metrics as JSON lines and a picture.
+Each optimizer starts from the same weights and sees the same batches, and embedding, head and norms train at one rate (--dense-lr) under
+all of them. What differs is how the linear layers within the decoder train: in full, or at low rank, which costs some loss and saves
+optimizer state (RSO: activations, too). The result is a table, metrics as JSON lines and a picture.
 """
 
 # ruff: noqa: E402
@@ -28,9 +30,10 @@ import llama
 import text
 import torch
 import training
-from checkpoints import read_metrics, write_atomically
+from checkpoints import Damaged, read_metrics, remove_partials, write_atomically
+from exclusive import exclusive
 from methods import METHODS, default_lr
-from settings import Plan, Settings, SettingsError, defaults, flag
+from settings import CHOICES, Plan, Settings, SettingsError, defaults, flag
 from stopping import stop_on_signal
 from training import Diverged, Files, Stopped
 
@@ -74,25 +77,26 @@ def parser() -> argparse.ArgumentParser:
         "--lr",
         nargs="+",
         metavar="LR",
-        help="peak learning rate: one number for all, or adamw=1e-3 galore=1e-2 "
+        help="peak learning rate of the linear layers within the decoder: one number for all, or adamw=1e-3 galore=1e-2 "
         f"({' '.join(f'{name}={method.lr:g}' for name, method in METHODS.items())}, half of it from 60m on)",
     )
+    option(how, "dense_lr", float, "peak learning rate of embedding, head and norms, the same for all optimizers")
     how.add_argument("--warmup", type=int, help="steps of linear warm-up before the cosine (a tenth of --steps)")
     option(how, "clip", float, "norm to which the gradient is clipped; 0 for never")
     option(how, "weight_decay", float, "decoupled, as in AdamW")
     option(how, "rank", int, "of the subspaces of GaLore and I3S")
     option(how, "update_proj_gap", int, "steps between subspace refreshes")
     option(how, "scale", float, "factor on the low-rank update")
-    option(how, "svd", str, "how a refresh finds its subspace", choices=["randomized", "exact"])
-    option(how, "state_bits", int, "of each of the low-rank optimizers' moments: 32 or 8", choices=[32, 8])
-    option(how, "rounding", str, "of weights in bf16 that a low-rank optimizer moves", choices=["nearest", "stochastic"])
+    option(how, "svd", str, "how a refresh finds its subspace", choices=CHOICES["svd"])
+    option(how, "state_bits", int, "of each of the low-rank optimizers' moments: 32 or 8", choices=CHOICES["state_bits"])
+    option(how, "rounding", str, "of weights in bf16 that a low-rank optimizer moves", choices=CHOICES["rounding"])
 
     option(how, "rso_rank", int, "of RSO's random subspaces")
     option(how, "inner_steps", int, "steps that RSO takes in one of them")
-    option(how, "distribution", str, "that RSO draws them from", choices=["gaussian", "haar", "rademacher"])
+    option(how, "distribution", str, "that RSO draws them from", choices=CHOICES["distribution"])
 
     where = result.add_argument_group("where and how often")
-    where.add_argument("--dtype", choices=["fp32", "bf16"], help="of the weights and their gradients (fp32)")
+    where.add_argument("--dtype", choices=CHOICES["dtype"], help="of the weights and their gradients (fp32)")
     where.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
     where.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     where.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -150,9 +154,10 @@ def new_plan(args: argparse.Namespace) -> tuple[Plan, text.Corpus]:
 
 
 def resumed_plan(args: argparse.Namespace, directory: Path) -> tuple[Plan, text.Corpus]:
-    """The plan of the run in `directory`; a given argument has to agree with it. Optimizers may be added."""
-    if not (directory / PLAN).exists():
-        raise SettingsError(f"--resume: {directory} holds no run")
+    """The plan of the run in `directory`; a given argument has to agree with it. Optimizers may be added.
+
+    Raises SettingsError or checkpoints.Damaged, before anything is written, where the run cannot go on.
+    """
     old = Plan.load(directory / PLAN)
     for field in dataclasses.fields(Settings):
         was = getattr(old.settings, field.name)
@@ -171,6 +176,8 @@ def resumed_plan(args: argparse.Namespace, directory: Path) -> tuple[Plan, text.
     corpus = _load_text(old.settings)
     if corpus.digest != old.settings.data_digest:
         raise SettingsError(f"--data: {corpus.name} has changed since the run in {directory} was started")
+    for method in lr:
+        Files.of(directory, method).check()
     return Plan(old.settings, lr), corpus
 
 
@@ -288,12 +295,13 @@ def _draw(path: Path, plan: Plan, corpus: text.Corpus, runs: dict[str, list[dict
 
     settings = plan.settings
     rates = ", ".join(f"{METHODS[method].title} {plan.lr[method]:g}" for method in runs)
+    rates = f"peak lr {rates}; embedding, head and norms {settings.dense_lr:g} under each"
     length = f"{settings.steps} steps of {settings.batch_size} × {settings.seq_len} bytes, seed {settings.seed}"
     draw(
         path,
         runs,
         title=describe(plan),
-        subtitle=f"{corpus.name}; {length}; peak lr {rates}",
+        subtitle=f"{corpus.name}; {length}\n{rates}",
         random_overlap=min(1.0, settings.rank / llama.SIZES[settings.model].hidden),
     )
     return True
@@ -302,26 +310,67 @@ def _draw(path: Path, plan: Plan, corpus: text.Corpus, runs: dict[str, list[dict
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
-        _require("rich", DEMO_EXTRA)
-        if args.checkpoint_every < 1:
-            raise SettingsError(f"--checkpoint-every must be a positive integer, got {args.checkpoint_every}")
-        if args.resume:
-            directory = getattr(args, "out", None) or latest_directory()
-            plan, corpus = resumed_plan(args, directory)
-        else:
-            directory = getattr(args, "out", None)
-            if directory is not None and (directory / PLAN).exists():
-                raise SettingsError(f"--out {directory} already holds a run: add --resume to go on with it, or choose another directory")
-            plan, corpus = new_plan(args)
-            if directory is None:
-                directory = new_directory(plan.settings.model)
-            directory.mkdir(parents=True, exist_ok=True)
-        if any(METHODS[method].reads for method in plan.lr):
-            _require("lowrank_kernels", "all but adamw need it; in its checkout, pip install -e .")
-    except (SettingsError, text.TextError) as error:
+        return _main(args)
+    except (SettingsError, text.TextError, Damaged, OSError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         return 2
-    return run(plan, corpus, directory, checkpoint_every=args.checkpoint_every, resume=args.resume)
+
+
+def _main(args: argparse.Namespace) -> int:
+    """The lock comes first where there is a run already, and last where there is none: then nothing is written before all is checked."""
+    _require("rich", DEMO_EXTRA)
+    if args.checkpoint_every < 1:
+        raise SettingsError(f"--checkpoint-every must be a positive integer, got {args.checkpoint_every}")
+    directory = getattr(args, "out", None)
+    if directory is not None:
+        _check_directory(directory)
+    if args.resume:
+        directory = directory or latest_directory()
+        if not (directory / PLAN).exists():
+            raise SettingsError(f"--resume: {directory} holds no run")
+        with exclusive(directory) as locked:
+            plan, corpus = resumed_plan(args, directory)
+            _require_package(plan)
+            return _run_alone(plan, corpus, directory, args, locked)
+    if directory is not None and (directory / PLAN).exists():
+        raise _holds_a_run(directory)
+    plan, corpus = new_plan(args)
+    _require_package(plan)
+    if directory is None:
+        directory = new_directory(plan.settings.model)
+    with exclusive(directory) as locked:
+        if (directory / PLAN).exists():  # written since the first look
+            raise _holds_a_run(directory)
+        return _run_alone(plan, corpus, directory, args, locked)
+
+
+def _check_directory(directory: Path) -> None:
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        raise SettingsError(f"--out: the name {os.fsencode(directory)!r} is not UTF-8") from None
+    if directory.exists() and not directory.is_dir():
+        raise SettingsError(f"--out {directory} is a file, not a directory")
+
+
+def _holds_a_run(directory: Path) -> SettingsError:
+    return SettingsError(f"--out {directory} already holds a run: add --resume to go on with it, or choose another directory")
+
+
+def _require_package(plan: Plan) -> None:
+    if any(METHODS[method].reads for method in plan.lr):
+        _require("lowrank_kernels", "all but adamw need it; in its checkout, pip install -e .")
+
+
+def _run_alone(plan: Plan, corpus: text.Corpus, directory: Path, args: argparse.Namespace, locked: bool) -> int:
+    if locked:
+        files = [directory / PLAN, directory / SUMMARY, directory / PICTURE]
+        remove_partials(files + [Files.of(directory, method).checkpoint for method in METHODS])
+    try:
+        return run(plan, corpus, directory, checkpoint_every=args.checkpoint_every, resume=args.resume)
+    except OSError as error:  # a full disk, say
+        print(f"pretrain.py: error: {error}; --resume --out {directory} goes on from what was saved before", file=sys.stderr)
+        return 1
 
 
 def _require(module: str, remedy: str) -> None:

@@ -74,11 +74,23 @@ def table(summaries: dict[str, dict[str, Any]], title: str) -> Table:
 
 def _caption(summaries: dict[str, dict[str, Any]]) -> str:
     lines = []
+    if "adamw" in summaries:
+        lines += [_cost(method, summary, summaries["adamw"]) for method, summary in summaries.items() if method != "adamw"]
     if len(summaries) > 1:
         lines.append("One seed: runs that differ only by --seed scatter too, so a small gap in loss is not a ranking.")
     if any(summary["overlap"] is not None for summary in summaries.values()):
         lines.append("Overlap = ‖PᵀQ‖²/r of a basis P and its successor Q: 1 is the same subspace again.")
     return "\n".join(lines)
+
+
+def _cost(method: str, summary: dict[str, Any], full: dict[str, Any]) -> str:
+    """What low rank costs and what it saves, of one run."""
+    loss = summary["val_loss"] - full["val_loss"]
+    parts = [f"loss {loss:+.3f} nats ({loss / full['val_loss']:+.1%})"]
+    for key, name in (("state_bytes", "optimizer state"), ("activation_bytes", "saved activations")):
+        if summary[key] is not None and full[key]:
+            parts.append(f"{name} × {summary[key] / full[key]:.2f}")
+    return f"{METHODS[method].title} against AdamW, full rank: {', '.join(parts)}."
 
 
 class _Speed(ProgressColumn):

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import llama
 from checkpoints import write_atomically
+from methods import METHODS
 
 
 class SettingsError(ValueError):
     """An argument is wrong; the message names it as the user types it."""
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "model": tuple(llama.SIZES),
+    "svd": ("randomized", "exact"),
+    "state_bits": (32, 8),
+    "rounding": ("nearest", "stochastic"),
+    "distribution": ("gaussian", "haar", "rademacher"),
+    "dtype": ("fp32", "bf16"),
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +46,7 @@ class Settings:
     warmup: int = 60  # steps
     clip: float = 1.0  # norm of the whole gradient; 0: off
     weight_decay: float = 0.0
+    dense_lr: float = 2e-2  # peak learning rate of embedding, head and norms, under every optimizer alike
 
     rank: int = 32
     update_proj_gap: int = 50  # steps
@@ -55,26 +69,25 @@ class Settings:
 
     def check(self) -> Settings:
         """Raise SettingsError for what cannot run."""
-        for name in (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "seq_len",
-            "rank",
-            "update_proj_gap",
-            "rso_rank",
-            "inner_steps",
-            "threads",
-            "eval_every",
-            "eval_sequences",
-        ):
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingsError(f"{flag(name)} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise SettingsError(f"{flag(name)} must be a positive integer, got {getattr(self, name)}")
+            if getattr(self, name) >= 2**31:
+                raise SettingsError(f"{flag(name)} must be less than 2³¹, got {getattr(self, name)}")
+        for name in ("clip", "weight_decay", "dense_lr", "scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise SettingsError(f"{flag(name)} must be finite, got {getattr(self, name)}")
         for name in ("warmup", "clip", "weight_decay", "seed"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
-        if not self.scale > 0:
-            raise SettingsError(f"--scale must be positive, got {self.scale}")
+        for name in ("scale", "dense_lr"):
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"{flag(name)} must be positive, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise SettingsError(f"--seed must be less than 2⁶³, got {self.seed}")
         if self.rso_rank > (hidden := llama.SIZES[self.model].hidden):
             raise SettingsError(f"--rso-rank {self.rso_rank} is more than the width of {self.model}, {hidden}")
         if self.batch_size % self.accumulate:
@@ -82,12 +95,27 @@ class Settings:
         return self
 
 
+_POSITIVE = (
+    "steps",
+    "batch_size",
+    "accumulate",
+    "seq_len",
+    "rank",
+    "update_proj_gap",
+    "rso_rank",
+    "inner_steps",
+    "threads",
+    "eval_every",
+    "eval_sequences",
+)
+
 # Rank is a quarter of the width, as in GaLore's experiments; RSO's, whose directions nobody chooses, is half of it. Beyond "tiny" the
 # schedule is theirs in shape and ours in length: a start for your own runs, not a recipe anyone has tuned.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "9m": {"steps": 1000},
     "60m": {
+        "dense_lr": 1e-2,
         "steps": 10_000,
         "batch_size": 128,
         "seq_len": 256,
@@ -98,6 +126,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_every": 500,
     },
     "130m": {
+        "dense_lr": 1e-2,
         "steps": 20_000,
         "batch_size": 128,
         "seq_len": 256,
@@ -108,6 +137,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_every": 500,
     },
     "350m": {
+        "dense_lr": 1e-2,
         "steps": 60_000,
         "batch_size": 128,
         "seq_len": 256,
@@ -118,6 +148,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
         "eval_every": 1000,
     },
     "1b": {
+        "dense_lr": 1e-2,
         "steps": 100_000,
         "batch_size": 128,
         "seq_len": 256,
@@ -153,5 +184,26 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        record = json.loads(path.read_text())
-        return cls(Settings(**record["settings"]), record["lr"])
+        """Raise SettingsError, in one sentence, where the file is not what `save` writes."""
+        try:
+            record = json.loads(path.read_bytes())
+            given, lr = record["settings"], record["lr"]
+            kinds = typing.get_type_hints(Settings)
+            if kinds.keys() - given.keys() == {"dense_lr"}:
+                raise SettingsError(
+                    f"{path} is of an earlier version, in which embedding, head and norms had no learning rate of their own (--dense-lr); "
+                    "start a new run in another directory"
+                )
+            if kinds.keys() != given.keys():
+                raise ValueError(f"missing or unknown settings: {', '.join(sorted(kinds.keys() ^ given.keys()))}")
+            for name, kind in kinds.items():
+                if not isinstance(given[name], (int, float) if kind is float else kind):
+                    raise ValueError(f"{name} is {given[name]!r}")
+            for method, rate in lr.items():
+                if method not in METHODS or not isinstance(rate, (int, float)) or not 0 < rate < math.inf:
+                    raise ValueError(f"lr {method}={rate!r}")
+            return cls(Settings(**given).check(), lr)
+        except SettingsError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise SettingsError(f"{path} is damaged ({type(error).__name__}: {error}); start a new run in another directory") from None

@@ -6,6 +6,7 @@ Without a path it is the source of the running Python's standard library, about 
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def load(path: Path | None) -> Corpus:
         files = {name: data for name, data in _files(root, "*.py") if not _NOT_STDLIB & set(Path(name).parts)}
         version = sysconfig.get_python_version()
         return _split_by_file(files, name=f"Python {version} standard library")
+    _check_name(path.resolve())
     if not path.exists():
         raise TextError(f"--data {path}: no such file or directory")
     if path.is_file():
@@ -61,7 +63,16 @@ def _files(root: Path, pattern: str) -> Iterable[tuple[str, bytes]]:
     for path in sorted(root.rglob(pattern)):
         name = path.relative_to(root)
         if path.is_file() and not any(part.startswith(".") for part in name.parts) and (data := path.read_bytes()):
+            _check_name(path)
             yield name.as_posix(), data
+
+
+def _check_name(path: Path) -> None:
+    """A name decides which side of the split a file is on, and it is printed."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise TextError(f"--data: the file name {os.fsencode(path)!r} is not UTF-8; rename it") from None
 
 
 def is_held_out(name: str) -> bool:

@@ -47,8 +47,14 @@ class Files:
         return cls(directory / f"{method}.jsonl", directory / f"{method}.pt")
 
     def finished(self) -> bool:
-        rows = checkpoints.read_metrics(self.metrics)
-        return bool(rows) and rows[-1]["event"] == "end"
+        return checkpoints.finished(self.metrics)
+
+    def check(self) -> None:
+        """Raise checkpoints.Damaged if the run cannot go on, or be reported on, with these files."""
+        if self.finished():
+            checkpoints.read_metrics(self.metrics)
+        elif saved := checkpoints.load(self.checkpoint):
+            checkpoints.read_metrics(self.metrics, saved["metrics_position"])
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
@@ -65,6 +71,14 @@ def build_model(settings: Settings) -> nn.Module:
     if settings.compile:
         model.compile()
     return model
+
+
+def build_optimizer(model: nn.Module, method: str, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    """Two groups, [embedding, head and norms, the matrices within the decoder]; each has its peak rate in "initial_lr", torch's name."""
+    optimizer = METHODS[method].build(model, lr, settings)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
 
 
 def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int) -> float:
@@ -120,11 +134,11 @@ def train(
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Train to the end and return the rows of the metrics file.
+    """Train to the end and return the rows of the metrics file. `lr` is the peak rate of the matrices, settings.dense_lr that of the rest.
 
-    Rows: "step" (loss in nats a byte, lr, grad_norm, optimizer_ms; at a refresh of bases the overlap with the previous ones), "eval"
-    (val_loss) and a last "end" (state_bytes, activation_bytes, peak_bytes, wall_s). `step` counts finished steps; a row's loss is that of
-    the weights before its step.
+    Rows: "step" (loss in nats a byte, lr and dense_lr of that step, grad_norm, optimizer_ms; at a refresh of bases the overlap with the
+    previous ones), "eval" (val_loss) and a last "end" (state_bytes, activation_bytes, peak_bytes, wall_s). `step` counts finished steps; a
+    row's loss is that of the weights before its step.
     Raises Stopped once `should_stop()` holds and the step under way is saved, Diverged on a loss that is not finite.
     """
     torch.set_num_threads(settings.threads)
@@ -132,7 +146,7 @@ def train(
     _warm_up(settings)
     peak = PeakMemory(device)
     model = build_model(settings)
-    optimizer = METHODS[method].build(model, lr, settings)
+    optimizer = build_optimizer(model, method, lr, settings)
     windows = text.windows(corpus.val, count=settings.eval_sequences, seq_len=settings.seq_len).to(device)
 
     activation_bytes = saved_activation_bytes(model, first_tokens(settings, corpus).to(device))
@@ -158,7 +172,7 @@ def train(
 
     try:
         for step in range(done, settings.steps):
-            log(train_step(model, optimizer, step, lr, settings, corpus))
+            log(train_step(model, optimizer, step, settings, corpus))
             last = step + 1 == settings.steps
             if last or (step + 1) % settings.eval_every == 0:
                 log({"event": "eval", "step": step + 1, "val_loss": evaluate(model, windows, settings.batch_size)})
@@ -202,20 +216,18 @@ def _warm_up(settings: Settings) -> None:
     METHODS["adamw"].build(model, 1e-3, small).step()
 
 
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, lr: float, settings: Settings, corpus: text.Corpus
-) -> dict[str, Any]:
-    """Step number `step` (from 0) and its metrics row."""
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: Settings, corpus: text.Corpus) -> dict[str, Any]:
+    """Step number `step` (from 0) of an optimizer of `build_optimizer`, and its metrics row."""
     tokens = text.batch(corpus.train, seed=settings.seed, step=step, batch_size=settings.batch_size, seq_len=settings.seq_len)
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradients(model, tokens.to(settings.device), settings.accumulate)
     grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf).item()
-    lr_now = learning_rate(step, lr, settings.warmup, settings.steps)
     for group in optimizer.param_groups:
-        group["lr"] = lr_now
+        group["lr"] = learning_rate(step, group["initial_lr"], settings.warmup, settings.steps)
+    dense, matrices = optimizer.param_groups
 
     before = bases(optimizer) if step % settings.update_proj_gap == 0 else {}
-    outer_step = optimizer.param_groups[0].get("outer_step")
+    outer_step = matrices.get("outer_step")
     _synchronize(settings.device)
     start_s = time.perf_counter()
     optimizer.step()
@@ -224,7 +236,8 @@ def train_step(
         "event": "step",
         "step": step + 1,
         "loss": loss,
-        "lr": lr_now,
+        "lr": matrices["lr"],
+        "dense_lr": dense["lr"],
         "grad_norm": grad_norm,
         "optimizer_ms": (time.perf_counter() - start_s) * 1e3,
     }
@@ -232,7 +245,7 @@ def train_step(
         after = bases(optimizer)
         if after:
             row |= {"refresh": True, "overlap": mean_overlap(before, after)}
-    if optimizer.param_groups[0].get("outer_step") != outer_step:
+    if matrices.get("outer_step") != outer_step:
         row["refresh"] = True
     return row
 

@@ -69,6 +69,24 @@ def test_a_grid_is_run_once(study, capsys):
     assert printed.count("galore") == 2 and printed.count("adamw") == 1 and printed.count("±") > 3
 
 
+def test_dense_rates_span_the_grid_and_older_results_are_told_apart(study, capsys):
+    grid = (*study.arguments, "--optimizer", "adamw", "galore", "--rank", 4, "--seeds", 0)
+    assert study(*grid, "--dense-lr", 1e-3, 1e-2) == 0
+    assert sorted((r["optimizer"], r["settings"]["dense_lr"]) for r in records(study)) == [
+        (method, rate) for method in ("adamw", "galore") for rate in (1e-3, 1e-2)
+    ]
+    assert len({r["val_loss"] for r in records(study)}) == 4
+    older = records(study)[0]  # of before the setting: everything trained at lr
+    older["lr"], older["key"] = 0.0625, "older"
+    del older["settings"]["dense_lr"]
+    with open(study.results, "a") as file:
+        file.write(json.dumps(older) + "\n")
+    capsys.readouterr()
+    assert study("--report") == 0
+    printed = capsys.readouterr().out
+    assert "dense_lr" in printed and printed.count("0.0625") == 2
+
+
 def test_an_interrupted_study_goes_on_from_its_checkpoint(study, monkeypatch):
     grid = (*study.arguments, "--optimizer", "galore", "--seeds", 0)
     assert study(*grid) == 0

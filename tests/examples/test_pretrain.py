@@ -68,6 +68,17 @@ def test_table_and_summary_agree_with_the_metrics(finished):
     assert lines["activations saved for backward, MB"] == [f"{size / 1e6:.2f}" for size in saved]
 
 
+def test_the_table_says_what_low_rank_costs_and_what_it_saves(finished):
+    directory, printed = finished
+    results = json.loads((directory / "summary.json").read_text())["results"]
+    assert "AdamW against AdamW" not in printed
+    for method, title in (("galore", "GaLore"), ("i3s", "I3S"), ("rso", "RSO")):
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"{title} against AdamW, full rank: "))
+        assert f"loss {results[method]['val_loss'] - results['adamw']['val_loss']:+.3f} nats" in line
+        assert f"optimizer state × {results[method]['state_bytes'] / results['adamw']['state_bytes']:.2f}" in line
+        assert f"saved activations × {results[method]['activation_bytes'] / results['adamw']['activation_bytes']:.2f}" in line
+
+
 def test_the_picture_is_a_picture(finished):
     directory, _ = finished
     from matplotlib.image import imread
@@ -184,6 +195,7 @@ def test_an_optimizer_can_be_added_to_a_finished_run(finished, pretrain, tmp_pat
         ("--scale", "0.5"),
         ("--dtype", "bf16"),
         ("--lr", "galore=0.5"),
+        ("--dense-lr", "0.5"),
         ("--seq-len", "16"),
         ("--weight-decay", "0.1"),
         ("--accumulate", "2"),

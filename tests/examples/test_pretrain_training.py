@@ -8,7 +8,7 @@ import pytest
 import text
 import torch
 import training
-from checkpoints import Metrics, read_metrics, write_atomically
+from checkpoints import Damaged, Metrics, read_metrics, write_atomically
 from pretrain_runs import arithmetic
 from settings import Settings
 
@@ -73,10 +73,62 @@ def test_rso_is_built_as_the_settings_say():
         MICRO, dtype="bf16", rso_rank=5, inner_steps=7, distribution="haar", rounding="stochastic", weight_decay=0.1
     )
     model = training.build_model(settings)
-    (group,) = METHODS["rso"].build(model, 1e-3, settings).param_groups
+    dense, group = METHODS["rso"].build(model, 1e-3, settings).param_groups
     assert [group[key] for key in ("inner_steps", "rounding", "weight_decay", "lr")] == [7, "stochastic", 0.1, 1e-3]
+    assert [dense[key] for key in ("weight_decay", "lr")] == [0.1, settings.dense_lr]
     subspace = model.layers[0].mlp.gate_proj.subspace
     assert (subspace.rank, subspace.distribution, subspace.seed) == (5, "haar", settings.seed)
+
+
+@pytest.mark.parametrize("method", ["adamw", "galore", "i3s", "rso"])
+@pytest.mark.parametrize("tie_head", [False, True])
+def test_dense_parameters_have_one_rate_under_every_method(method, tie_head):
+    """Embedding, head and norms at settings.dense_lr, what the method is about at its own: in groups of the same parameters."""
+    settings = dataclasses.replace(MICRO, tie_head=tie_head, dense_lr=3e-3, rso_rank=8, rank=8)
+    model = training.build_model(settings)
+    optimizer = training.build_optimizer(model, method, 7e-4, settings)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    dense, matrices = ({names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups)
+    norms = {f"layers.{layer}.{kind}_layernorm.weight" for layer in (0, 1) for kind in ("input", "post_attention")}
+    assert dense == {"embed_tokens.weight", "norm.weight", *norms, *([] if tie_head else ["lm_head.weight"])}
+    layers = {name.rpartition(".")[0] for name in matrices}  # RSO has a layer's weight and its coordinates
+    assert len(layers) == 14 and all(".self_attn." in name or ".mlp." in name for name in matrices)
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-3, 7e-4]
+
+
+def test_no_method_has_a_dense_rate_of_its_own():
+    from settings import MODEL_DEFAULTS, defaults
+
+    assert defaults("tiny").dense_lr == Settings().dense_lr
+    assert all(defaults(model).dense_lr in (Settings().dense_lr, Settings().dense_lr / 2) for model in MODEL_DEFAULTS)
+
+
+@pytest.mark.parametrize("method", ["adamw", "galore", "i3s", "rso"])
+def test_the_schedule_scales_both_rates(tmp_path, method):
+    corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
+    settings = dataclasses.replace(
+        MICRO, steps=6, warmup=2, rank=4, rso_rank=8, inner_steps=2, update_proj_gap=2, dense_lr=1e-2, eval_sequences=4
+    )
+    rows = training.train(settings, method, 1e-3, corpus, training.Files.of(tmp_path, method), checkpoint_every=100)
+    steps = [row for row in rows if row["event"] == "step"]
+    for step, row in enumerate(steps):
+        assert row["lr"] == training.learning_rate(step, 1e-3, 2, 6) and row["dense_lr"] == training.learning_rate(step, 1e-2, 2, 6)
+    saved = torch.load(tmp_path / f"{method}.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] for group in saved] == [steps[-1]["dense_lr"], steps[-1]["lr"]]
+
+
+def test_the_dense_rate_moves_the_head_and_not_the_layers(tmp_path):
+    """One step of AdamW: each group by its own rate, ±lr in every element whose gradient is not tiny."""
+    corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
+    before = dict(training.build_model(MICRO).named_parameters())
+    settings = dataclasses.replace(MICRO, steps=1, warmup=0, dense_lr=1e-2, eval_sequences=4)
+    training.train(settings, "adamw", 1e-3, corpus, training.Files.of(tmp_path, "adamw"), checkpoint_every=100)
+    after = torch.load(tmp_path / "adamw.pt", weights_only=True)["model"]
+    moved = {name: (after[name] - parameter.detach()).abs().max().item() for name, parameter in before.items()}
+    rate = training.learning_rate(0, 1.0, 0, 1)
+    for name, distance in moved.items():
+        matrix = ".self_attn." in name or ".mlp." in name
+        assert distance == pytest.approx(rate * (1e-3 if matrix else 1e-2), rel=0.01), name
 
 
 def test_saved_activations_are_counted_once_and_without_parameters():
@@ -151,19 +203,20 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
 def test_metrics_forget_what_came_after_a_position(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path)
-    metrics.append({"step": 1})
+    first, second, other = ({"event": "eval", "step": step, "val_loss": 1.0} for step in (1, 2, 20))
+    metrics.append(first)
     position = metrics.position()
-    metrics.append({"step": 2})
+    metrics.append(second)
     metrics.close()
     with open(path, "ab") as file:
         file.write(b'{"step": 3')
-    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    assert read_metrics(path) == [first, second]
 
     metrics = Metrics(path, position)
-    metrics.append({"step": 20})
+    metrics.append(other)
     metrics.close()
-    assert read_metrics(path) == [{"step": 1}, {"step": 20}]
-    with pytest.raises(RuntimeError, match="was changed since"):
+    assert read_metrics(path) == [first, other]
+    with pytest.raises(Damaged, match="was changed since"):
         Metrics(path, position=10_000)
 
 
