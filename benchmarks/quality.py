@@ -370,9 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begun = time.perf_counter()
     rows = list(all_rows(options.quick))
     drawn = list(sampling.rows(options.quick))
-    print(
-        f"{sum(row['judged'] for row in rows)} matrices, {len(rows)} cases, {len(drawn)} of draws, {time.perf_counter() - begun:.0f} s"
-    )
+    print(f"{sum(row['judged'] for row in rows)} matrices, {len(rows)} cases, {len(drawn)} of draws, {time.perf_counter() - begun:.0f} s")
     if str(options.out) != "-":
         provenance.append(path := provenance.results_file(options.out, origin), [origin | row for row in (*rows, *drawn)])
         print(f"appended {len(rows) + len(drawn)} rows to {path}")

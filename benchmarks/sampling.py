@@ -6,7 +6,8 @@
 
 Each beside the same of exact sampling: successive draws without replacement with probability ∝ σ, the law of torch.multinomial. Both
 are also drawn with equal Gumbel noise, and the difference of those means is what is judged: most of chance falls out of it. Directions of
-equal σ are nobody's own, so that top and mass are means over all that could be called first.
+equal σ are nobody's own, nor are those whose σ is less than rounding G to fp32 may change, so that top and mass are means over all that
+could be called first.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ LIMIT, NULL_LIMIT = 0.03, 0.01
 OVERSAMPLE, POWER_ITERS = 8, 1
 TIED = 1e-5
 """Relative difference under which neighbours are of equal σ."""
+ROUNDING = 2.0**-24
+"""Of ‖G‖_F: what rounding to fp32 may do to σ. Which directions have those under it is chance, and they count as tied."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,10 @@ class Law:
 
     def _among_first(self, inclusions: Tensor, count: int) -> float:
         """Σ over the first `count` directions, of those tied with the last of them the mean."""
-        edge = self.sigma[count - 1]
+        edge, rounding = self.sigma[count - 1], ROUNDING * self.sigma.norm()
         tied = (self.sigma - edge).abs() <= TIED * edge
+        if edge <= rounding:
+            tied = self.sigma <= rounding
         before = int(tied.double().argmax())
         return (inclusions[:before].sum() + inclusions[tied].mean() * (count - before)).item()
 

@@ -200,7 +200,11 @@ Spectrum short_side_spectrum(const Gradients& grad, int64_t count) {
     at::Tensor small = sigma.narrow(0, good, rest);
     small.copy_(at::linalg_vector_norm(side.to_long(vectors.narrow(0, good, rest)), 2, at::IntArrayRef{-1}));
     const int64_t real = good + small.gt(FLOOR * sigma[0]).sum().item<int64_t>();
-    return real < std::min(2 * count, side.size()) ? left_singular(matrix) : Spectrum{vectors, sigma};
+    if (real >= std::min(2 * count, side.size())) return {vectors, sigma};
+    // Eigenvalues in fp64 know no σ under 1e-8·σ₁, lengths of fp64 vectors' images do.
+    const at::Tensor wide = matrix.to(at::kDouble), exact = eigh(large_gram(wide), matrix.size(-1)).vectors;
+    const at::Tensor lengths = at::linalg_vector_norm(full_times_transposed(exact, wide.mT()), 2, at::IntArrayRef{-1});
+    return {exact.to(matrix.scalar_type()), lengths.to(matrix.scalar_type())};
 }
 
 at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_t seed) {

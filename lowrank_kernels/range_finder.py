@@ -299,18 +299,27 @@ def _left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
     In fp64: formed in fp32 the Gram matrix would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal to 1e-5 only.
     """
+    values, vectors, _, peak = _eigen(matrix)
+    return vectors.to(matrix.dtype), (values.clamp_min(0).sqrt() * peak).to(matrix.dtype)
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eigenvalues of A·Aᵀ, descending, and vectors, with A the matrix over its peak; A; the peak (…, 1). All fp64."""
     peak = peak_of(matrix)[..., None, None]
     usable = torch.isfinite(peak) & (peak > 0)
     peak = torch.where(usable, peak, 1)
     scaled = torch.where(usable, matrix.double() / peak, 0)
     values, vectors = torch.linalg.eigh(full_precision_product(scaled, scaled.mT))
-    sigma = values.flip(-1).clamp_min(0).sqrt() * peak[..., 0]
-    return vectors.flip(-1).to(matrix.dtype), sigma.to(matrix.dtype)
+    return values.flip(-1), vectors.flip(-1), scaled, peak[..., 0]
 
 
 def short_side_spectrum(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """All k = min(m, n) singular vectors (…, k, k) on the short side of G and values (…, k), descending."""
-    return _left_singular(grad.mT if grad.shape[-2] > grad.shape[-1] else grad)
+    """All k = min(m, n) singular vectors u (…, k, k) on the short side of G and values ‖Gᵀu‖ (…, k), which are accurate far below the root of
+    rounding that eigenvalues are known to."""
+    matrix = grad.mT if grad.shape[-2] > grad.shape[-1] else grad
+    _, vectors, scaled, peak = _eigen(matrix)
+    sigma = torch.linalg.vector_norm(full_precision_product(vectors.mT, scaled), dim=-1) * peak
+    return vectors.to(grad.dtype), sigma.to(grad.dtype)
 
 
 def left_vectors(grad: Tensor, vectors: Tensor, seed: int) -> Tensor:
