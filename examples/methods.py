@@ -70,5 +70,6 @@ METHODS: dict[str, Method] = {
 
 
 def default_lr(method: str, hidden: int) -> float:
-    """The best of a short search at width 128; half of it, which is about what GaLore's experiments use, for wider models."""
+    """The best of a short search at width 128, in which the dense parameters had the same rate; half of it, which is about what GaLore's
+    experiments use, for wider models."""
     return METHODS[method].lr / (1 if hidden <= 128 else 2)
