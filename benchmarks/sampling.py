@@ -33,8 +33,8 @@ LIMIT, NULL_LIMIT = 0.03, 0.01
 OVERSAMPLE, POWER_ITERS = 8, 1
 TIED = 1e-5
 """Relative difference under which neighbours are of equal σ."""
-ROUNDING = 2.0**-24
-"""Of ‖G‖_F: what rounding to fp32 may do to σ. Which directions have those under it is chance, and they count as tied."""
+ROUNDING = 1e-6
+"""Of σ₁: what rounding to fp32 may do to σ, as in quality.py. Which directions have values under it is chance, and they count as tied."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Law:
 
     def _among_first(self, inclusions: Tensor, count: int) -> float:
         """Σ over the first `count` directions, of those tied with the last of them the mean."""
-        edge, rounding = self.sigma[count - 1], ROUNDING * self.sigma.norm()
+        edge, rounding = self.sigma[count - 1], ROUNDING * self.sigma.max()
         tied = (self.sigma - edge).abs() <= TIED * edge
         if edge <= rounding:
             tied = self.sigma <= rounding

@@ -314,8 +314,10 @@ def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def short_side_spectrum(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """All k = min(m, n) singular vectors u (…, k, k) on the short side of G and values ‖Gᵀu‖ (…, k), which are accurate far below the root of
-    rounding that eigenvalues are known to."""
+    """All k = min(m, n) singular vectors u (…, k, k) on the short side of G, and values ‖Gᵀu‖ (…, k).
+
+    Eigenvalues know them to the root of fp64's rounding only.
+    """
     matrix = grad.mT if grad.shape[-2] > grad.shape[-1] else grad
     _, vectors, scaled, peak = _eigen(matrix)
     sigma = torch.linalg.vector_norm(full_precision_product(vectors.mT, scaled), dim=-1) * peak
