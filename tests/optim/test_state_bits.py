@@ -161,7 +161,7 @@ def test_errors_help():
     with pytest.raises(ValueError, match="rounding must be one of 'nearest', 'stochastic', got 'stochastik'.*did you mean 'stochastic'"):
         lrk.LowRankAdamW([{"params": [single], "rank": 2, "rounding": "stochastik"}])
     for bits in (16, True, "8", None):
-        with pytest.raises(ValueError, match="state_bits must be 32 or 8, got"):
+        with pytest.raises(ValueError, match="state_bits must be one of 32, 8, got"):
             lrk.LowRankAdamW([{"params": [single], "rank": 2, "state_bits": bits}])
     with pytest.raises(ValueError, match="state_bits is set but rank is not"):
         lrk.LowRankAdamW([{"params": [single], "state_bits": 8}])
