@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <utility>
+#include <vector>
 
 #include "products.h"
 #include "small.h"
@@ -59,8 +60,62 @@ Member of_energy(const at::Tensor& relative, const at::Tensor& steps, double fir
     return {between(sums), between(spreads)};
 }
 
+// The same for one matrix on a CPU, of whose table only the rows that a search comes by are made.
+struct One {
+    double sum, spread;
+};
+
+One of_energy(double relative, const std::vector<double>& steps) {
+    const double slow = std::log(0.01 / steps.back()), fast = std::log(30 / steps.front());
+    struct Row {
+        double energy, sum, spread;
+    };
+    const auto row = [&](int64_t number) {
+        const double rate = number == RATES - 1 ? 0.0 : std::exp(fast + (slow - fast) * static_cast<double>(number) / (RATES - 2));
+        double sum = 0, squares = 0, fourth = 0;
+        for (const double step : steps) {
+            const double x = std::exp(-rate * step), square = x * x;
+            sum += x;
+            squares += square;
+            fourth += square * square;
+        }
+        return Row{std::log(squares), std::log(sum), std::log(squares) - std::log(fourth)};
+    };
+    int64_t below = 0, above = RATES - 1;  // energies grow with the number
+    Row low = row(below), high = row(above);
+    while (above - below > 1) {
+        const int64_t middle = (below + above) / 2;
+        const Row found = row(middle);
+        (found.energy < relative ? low : high) = found;
+        (found.energy < relative ? below : above) = middle;
+    }
+    const double share = std::clamp((relative - low.energy) / (high.energy - low.energy), 0.0, 1.0);
+    return {low.sum + share * (high.sum - low.sum), low.spread + share * (high.spread - low.spread)};
+}
+
+double sum_after(double energy, double fourth, double least, int64_t count, int64_t known) {
+    const auto h = static_cast<double>(known);
+    const double square = least * least, relative = std::log(std::max(energy / std::max(square, TINY), TINY));
+    const double spread = std::log(std::max(energy * square / std::max(fourth, TINY), TINY));
+    std::vector<double> index(count), logarithms(count);
+    for (int64_t i = 0; i < count; ++i) {
+        index[i] = static_cast<double>(i + 1);
+        logarithms[i] = h * std::log1p(index[i] / h);
+    }
+    const One cliff{relative, 0}, exponential = of_energy(relative, index), power = of_energy(relative, logarithms);
+    double total = cliff.sum;
+    for (const auto& [from, to] : {std::pair(cliff, exponential), std::pair(exponential, power)}) {
+        total += std::clamp((spread - from.spread) / std::max(to.spread - from.spread, 1e-9), 0.0, 1.0) * (to.sum - from.sum);
+    }
+    return least * std::exp(total);
+}
+
 // Σσ over the `count` values from number `known` + 1 on, of those moments, `least` being number `known`.
 at::Tensor sum_after(const Moments& tail, const at::Tensor& least, int64_t count, int64_t known) {
+    if (least.dim() == 0 && least.is_cpu()) {
+        const auto number = [](const at::Tensor& t) { return t.item<double>(); };
+        return at::scalar_tensor(sum_after(number(tail.energy), number(tail.fourth), number(least), count, known), least.options());
+    }
     const auto h = static_cast<double>(known), last = static_cast<double>(count);
     const at::Tensor square = least.square();
     const at::Tensor relative = tail.energy.div(square.clamp_min(TINY)).clamp_min_(TINY).log_();
