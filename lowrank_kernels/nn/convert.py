@@ -134,8 +134,7 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
         kinds = sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in matched.values()})
         raise ValueError(
             f"target_modules={target_modules!r} matches no nn.Linear or Conv1D with a real weight of its own, only "
-            f"{', '.join(kinds)}, "
-            "which cannot be converted"
+            f"{', '.join(kinds)}, which cannot be converted"
         )
     found = {name: layer for name, layer in linear.items() if layer.weight.requires_grad}
     if not found:

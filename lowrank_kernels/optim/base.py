@@ -288,17 +288,16 @@ class LowRankOptimizer(Optimizer):
             self._waiting.note([member.param for member in first], [member.state["basis"] for member in first])
 
     def _compare_ranks(self, low_rank: buckets.Groups) -> None:
-        """Once, where torch.distributed is initialised: the draws of all processes have to agree."""
+        """Once, where torch.distributed is initialised: the draws of all processes have to agree. One that has none takes part as well."""
         self._compared = True
-        if not low_rank:
-            return
         held, chosen = [], []
         for _, group, first in low_rank:
             chosen.append(tuple(group[key] for key in keys.names(keys.LOW_RANK)))
             for number, param in enumerate(group["params"]):
                 name = groups.draw_key(group, number)
                 held.append((tuple(param.shape), first + number if name is None else name))
-        ranks.check_equal(held, chosen, low_rank[0][1]["params"][0].device)
+        params = (param for group in self.param_groups for param in group["params"])
+        ranks.check_equal(held, chosen, next((param.device for param in params), torch.device("cpu")))
 
     def _take_back(self, params: list[Tensor]) -> None:
         """One update less for each: it turned out to be skipped. A count on the device knows that by itself."""

@@ -229,8 +229,8 @@ class Plan:
                     continue
                 seen.add(param)
                 check_grad(group, group_index, param_index)
+                check_param(group, group_index, param_index)  # what the parameter has become since
                 if (side := sides.get(param.shape)) is None:
-                    check_param(group, group_index, param_index)  # what the parameter has become since
                     shape = matrix_shape(param)
                     side = sides[param.shape] = is_right(shape, group["proj_type"]), min(group["rank"], *shape)
                 right, rank = side
