@@ -81,5 +81,5 @@ def check_step(step: Any, where: str) -> None:
         number = step.item() if single and step.device.type != "meta" else step
     else:
         number = step
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not number >= 0 or number != int(number):
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not (number >= 0 and float(number).is_integer()):
         raise ValueError(f"the checkpoint's step must be a whole number ≥ 0, got {step!r} ({where}); the checkpoint is damaged")

@@ -165,6 +165,8 @@ def test_a_checkpoint_whose_settings_the_parameters_cannot_follow():
         ("dense step", 3, "checkpoint's step must be a tensor, got 3"),
         ("dense step", torch.tensor(-1.0), "checkpoint's step must be a whole number ≥ 0"),
         ("dense step", torch.tensor(2.5), "whole number ≥ 0"),
+        ("dense step", torch.tensor(float("inf")), "whole number ≥ 0"),
+        ("low-rank step", float("inf"), "whole number ≥ 0, got inf"),
         ("dense exp_avg", "zeros", "checkpoint's exp_avg must be a tensor, got 'zeros'"),
         ("dense exp_avg_sq", torch.zeros(3), r"checkpoint's exp_avg_sq is \(3,\), expected \(40,\)"),
         ("low-rank step", -1, "checkpoint's step must be a whole number ≥ 0, got -1"),
