@@ -13,7 +13,7 @@ import sys
 import torch
 
 from . import extension
-from .kernels import cpu
+from .backends import cpu, cuda
 from .ops import dispatch
 from .precision import tf32_allowed
 from .version import __version__
@@ -76,7 +76,7 @@ def _gpus() -> str:
 def _step() -> str:
     if dispatch.REFERENCE_FORCED:
         return "the reference in plain PyTorch everywhere (LOWRANK_KERNELS_REFERENCE is set)"
-    cuda = "the reference in plain PyTorch on a GPU (Triton is missing)" if dispatch.triton_missing() else "Triton kernels on a CUDA GPU"
+    cuda = "the reference in plain PyTorch on a GPU (Triton is missing)" if cuda.triton_missing() else "Triton kernels on a CUDA GPU"
     return f"{cuda}, batched PyTorch on a CPU, the reference elsewhere"
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -53,24 +51,3 @@ def outside_training(function: Callable) -> Callable:
             return function(*args, **keywords)
 
     return run
-
-
-@functools.cache
-def triton_missing() -> str | None:
-    """Why the Triton kernels cannot run here, or None if they can. Warns the first time where a GPU would have used them."""
-    if importlib.util.find_spec("triton") is not None:
-        return None
-    reason = "Triton is not installed"
-    if torch.cuda.is_available():
-        warnings.warn(
-            f"lowrank_kernels: {reason}; low-rank steps on the GPU run in plain PyTorch, which takes several launches a matrix. "
-            "Install triton to use the kernels.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-    return reason
-
-
-def triton_covers(*tensors: torch.Tensor) -> bool:
-    """The kernels take fp32, bf16 and fp16; anything else (fp64) runs the default."""
-    return triton_missing() is None and all(t.dtype in (torch.float32, torch.bfloat16, torch.float16) for t in tensors)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from ..reference import kept_where
+from ..backends.reference import kept_where
 
 FUSED_DEVICES = ("cpu", "cuda")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -23,7 +23,7 @@ def dense_adamw_step_(
     where there is no such kernel (complex parameters, other devices), torch picks its default.
     """
     params = [param for param in dict.fromkeys(group["params"]) if param.grad is not None]
-    current = {param: states.get(param) or _new_state(param, group["capturable"]) for param in params}
+    current = {param: states.get(param) or _new_state(param, group.get("capturable", False)) for param in params}
     fused, plain, counted_on_host = [], [], []
     for param, state in current.items():
         if (state["exp_avg"].dtype, state["exp_avg"].device) != (param.dtype, param.device):  # the model was cast or moved

@@ -15,7 +15,7 @@ from . import keys
 
 NAME = "_lowrank_kernels_name"
 """Attribute of a parameter by which it is known in whatever groups and optimizers a user or a framework puts it into."""
-ALL_KEYS = (*keys.LOW_RANK, *keys.ADAMW, keys.CAPTURABLE)
+ALL_KEYS = (*keys.LOW_RANK, keys.CALLS, *keys.ADAMW, keys.CAPTURABLE)
 """Of a low-rank group."""
 
 
@@ -56,12 +56,17 @@ def is_right(shape: tuple[int, int], proj_type: str) -> bool:
     return proj_type == "right"
 
 
-def refresh_offset(group: dict[str, Any], param_index: int) -> int:
-    """⌊i·gap / k⌋ for parameter i of the k of a staggered group, 0 in any other: it refreshes where step mod gap is this number.
+def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, int]:
+    """Before the group's step number `calls`: the last one at which parameter number `place` was to refresh, and the number of that refresh.
 
-    Every number below gap is taken by ⌊k / gap⌋ or ⌈k / gap⌉ parameters. k counts all of the group, with a gradient or without.
+    Without `stagger` that is where calls mod gap = 0. With it parameter i of k refreshes where calls mod gap = ⌊i·gap / k⌋: every number
+    below gap is taken by ⌊k / gap⌋ or ⌈k / gap⌉ parameters. k counts all of the group, with a gradient or without. The step is negative
+    where there was none yet. All random draws of a refresh are keyed by its number: 0 for a basis of the first period.
     """
-    return param_index * group["update_proj_gap"] // len(group["params"]) if group["stagger"] else 0
+    gap = group["update_proj_gap"]
+    offset = place * gap // len(group["params"]) if group["stagger"] else 0
+    number = (calls - offset) // gap
+    return number * gap + offset, number + (offset > 0)
 
 
 def complete(group: dict[str, Any], group_index: int, selection: str | None) -> None:
@@ -74,7 +79,7 @@ def complete(group: dict[str, Any], group_index: int, selection: str | None) -> 
     if is_low_rank(group):
         if selection is not None:
             group.setdefault("selection", selection)
-        for name, value in keys.defaults(keys.LOW_RANK).items():
+        for name, value in keys.defaults((*keys.LOW_RANK, keys.CALLS)).items():
             group.setdefault(name, value)
     elif stray := [name for name in keys.names(keys.LOW_RANK) if name in group]:
         raise ValueError(f"{stray[0]} is set but rank is not ({where}); add rank to project this group, or remove {stray}")
@@ -99,7 +104,7 @@ def check_names(group: dict[str, Any], group_index: int, own: Iterable[str] = ke
 def check_values(group: dict[str, Any], group_index: int, selection: str | None) -> None:
     """Every value of a complete group, also of one that was loaded or changed since; see `complete`."""
     where = describe(group, group_index)
-    keys.check_values(group, (keys.CAPTURABLE, *keys.ADAMW, *(keys.LOW_RANK if is_low_rank(group) else ())), where)
+    keys.check_values(group, (keys.CAPTURABLE, *keys.ADAMW, *((*keys.LOW_RANK, keys.CALLS) if is_low_rank(group) else ())), where)
     if is_low_rank(group) and selection not in (None, group["selection"]):
         raise ValueError(
             f"selection is {group['selection']!r} but this optimizer's is {selection!r} ({where}); use LowRankAdamW to choose it by group"

@@ -152,6 +152,8 @@ LOW_RANK = (
         choices=("std", "reverse_std", "left", "right"),
     ),
     Choice("selection", "importance", 'how the basis is chosen: I3S, GaLore (`"dominant"`), or `"random"`', choices=tuple(SELECTIONS)),
+    Choice("lift", "back_projection", "how N moves the weight: by P·N", choices=("back_projection",)),
+    Choice("moments", "keep", "what a refresh does to them: `keep` leaves them as they are", choices=("keep",)),
     Choice(
         "svd",
         "randomized",
@@ -168,6 +170,8 @@ LOW_RANK = (
     ),
 )
 """Keys of a low-rank group, beside AdamW's."""
+CALLS = Whole("calls", 0, "how many steps the group has behind it", least=0)
+"""Where a low-rank group stands, in the group itself."""
 RATE = Rate("lr", 1e-3, "step size")
 ADAMW = (
     RATE,

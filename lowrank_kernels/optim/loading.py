@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..subspaces import own_memory
+from . import groups, keys
 from .dense import MOMENTS
 
 
@@ -41,6 +43,79 @@ def load_uncast(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def refuse_projectors(incoming: dict[str, Any]) -> None:
+    if any("projector" in state for state in incoming["state"].values()):
+        raise ValueError(
+            "the checkpoint is one of galore-torch or its kin, whose states hold a projector; the model's weights can be loaded, its "
+            "optimizer starts anew"
+        )
+
+
+def complete_older(
+    param_groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]], missing: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
+    """Fills in what an older version did not save: keys with the value that they had then, and where its refreshes stand.
+
+    There each parameter counted its own steps, and refreshed where that count was a multiple of the gap.
+    """
+    for group in param_groups:
+        counts = {key: _count(states[key]) for key in group["params"] if "basis" in states.get(key, ())}
+        if groups.is_low_rank(group):
+            group.setdefault("calls", max(counts.values(), default=0))
+        for key, value in missing(group).items():
+            group.setdefault(key, value)
+        for key in counts:
+            state = states[key]
+            state.setdefault("refreshed_at", max(group.get("calls", 0) - 1, 0))
+            if isinstance(state.get("step"), int) and isinstance(state["basis"], Tensor):
+                state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=state["basis"].device)
+
+
+def _count(state: dict[str, Any]) -> int:
+    step = state.get("step", 0)
+    return int(step) if isinstance(step, (int, float, Tensor)) and step >= 0 and step < 2**53 else 0
+
+
+def changes(group: dict[str, Any], saved: dict[str, Any], own: Iterable[keys.Key], index: int) -> list[str]:
+    """What the checkpoint's group says of these keys that the optimizer's does not."""
+    differing = (name for name in keys.names(own) if group[name] != saved[name])
+    return [f"{name} {group[name]!r} becomes {saved[name]!r} (group {index})" for name in differing]
+
+
+def check_low_rank(
+    state: dict[str, Any], expected: dict[str, tuple[int, ...]], batch: Sequence[int], saved: dict[str, Any], where: str
+) -> None:
+    """Raises ValueError for a checkpoint's state of a projected parameter, if it can be none. expected: the shapes for one matrix."""
+    if "step" not in state:
+        raise ValueError(f"the checkpoint's step is missing ({where}); it was saved for another optimizer")
+    check_step(state["step"], where)
+    check_tensors(state, (key for key in expected if key in state), where)
+    if isinstance(refreshed := state.get("refreshed_at"), bool) or not isinstance(refreshed, int) or refreshed < 0:
+        raise ValueError(f"the checkpoint's refreshed_at must be an int ≥ 0, got {refreshed!r} ({where}); the checkpoint is damaged")
+    coded = "exp_avg" in state and state["exp_avg"].dtype == torch.uint8
+    if coded != (saved["state_bits"] == 8):
+        raise ValueError(f"the checkpoint's moments are {state['exp_avg'].dtype} but its state_bits are {saved['state_bits']} ({where})")
+    for key, matrix in expected.items():
+        wanted = (*batch, *matrix)
+        found = tuple(state[key].shape) if key in state else None
+        if found != wanted:
+            raise ValueError(
+                f"the checkpoint's {key} is {'missing' if found is None else found}, expected {wanted} ({where}); "
+                "it was saved for another model or another optimizer"
+            )
+
+
+def restore_low_rank(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:
+    """The loaded state of a projected parameter, as it was saved, in memory of its own."""
+    for key, value in saved.items():
+        if key == "step":
+            state[key] = torch.tensor(float(value), dtype=torch.float32, device=param.device)
+        elif key == "basis":
+            state[key] = own_memory(value.detach().to(param.device))
+        elif isinstance(value, Tensor):  # row-major, which the step relies on
+            state[key] = value.detach().to(param.device, copy=True, memory_format=torch.contiguous_format)
 
 
 def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .. import ops, philox, reference
-from ..nn import SubspaceLayer, changes, layer_of
-from ..ops.dispatch import outside_training
-from . import groups, keys, ranks, rso_groups
-from .buckets import check_grad
-from .dense import dense_adamw_step_
-from .loading import check_dense, load_uncast, restore_dense
+from .. import backends, philox
+from ..backends import Bucket, Hyper
+from ..backends.reference import kept_where
+from ..backends.upload import upload
+from ..lifts import BackProjection
+from ..nn import layer_of
+from ..rules import SGD, AdamW
+from ..storage import Plain
+from . import groups, keys, loading, ranks, rso_groups
+from .buckets import Members, check_grad
+from .optimizer import LowRankOptimizer
 from .rso_groups import Layers, layers_of
 
-HOST = ("cpu",)
-"""Devices whose tensors can be read without waiting."""
 PART_ELEMENTS = 2**25
 """The gradients of a bucket are copied to fp32 this many elements (128 MiB), or one matrix, at a time."""
 
 
-class RSOAdamW(Optimizer):
+class RSOAdamW(LowRankOptimizer):
     """AdamW on the coordinates B of W₀ᵀ + P·B, afresh every `inner_steps` steps: randomized subspace optimization (arXiv 2502.07222).
 
         R = dB + proximal·B;  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε)
@@ -72,8 +73,11 @@ class RSOAdamW(Optimizer):
         parameter any more, or a CUDA graph is being captured. A warning names layers that had no gradient in the first outer step.
     """
 
-    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
     moves_coordinates = True
+    lifts = {"back_projection": BackProjection()}
+    storages = {32: Plain()}
+    rules = {"adamw": AdamW(), "sgd": SGD()}
+    """By `inner`."""
     _built = False
 
     def __init__(
@@ -97,12 +101,10 @@ class RSOAdamW(Optimizer):
             of_groups=("rank", "distribution", "seed", "share"),
             remedy="lowrank_kernels.to_subspace(model, rank=…, …)",
         )
-        self._compared = False
-        adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
-        self._known: tuple[Any, list[Layers]] | None = None
         self._met: set[Tensor] = set()
         """Coordinates that had a gradient in the first outer step, also where a GradScaler skipped all of it."""
+        adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
         super().__init__(params, adamw | own | keys.defaults(keys.POSITION))
         if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
             raise TypeError("params are sharded (DTensor), which RSOAdamW does not support yet; replicate the model, as with DDP")
@@ -134,20 +136,17 @@ class RSOAdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, then every check that can be made now. A refused group leaves the optimizer as it was."""
         super().add_param_group(param_group)
-        index = len(self.param_groups) - 1
-        try:
-            group = self.param_groups[index]
-            if "rank" in group:
-                raise ValueError(f"unknown key 'rank' in a group ({groups.describe(group, index)}); to_subspace(model, rank=…) takes it")
-            groups.check_names(group, index, keys.names(rso_groups.ALL_KEYS))
-            rso_groups.check_values(group, index)
-            rso_groups.check_rounding(group, index, layers_of(group))
-            self._check_shared(index)
-        except BaseException:
-            del self.param_groups[index]
-            raise
         if self._built:
+            group = self.param_groups[-1]
             _move_subspaces(layers_of(group), group["outer_step"])
+
+    def _complete(self, group: dict[str, Any], index: int) -> None:
+        if "rank" in group:
+            raise ValueError(f"unknown key 'rank' in a group ({groups.describe(group, index)}); to_subspace(model, rank=…) takes it")
+        groups.check_names(group, index, keys.names(rso_groups.ALL_KEYS))
+        rso_groups.check_values(group, index)
+        rso_groups.check_rounding(group, index, layers_of(group))
+        self._check_shared(index)
 
     def _check_shared(self, index: int) -> None:
         earlier = ((other, layer) for other, group in enumerate(self.param_groups[:index]) for layer in layers_of(group).values())
@@ -160,18 +159,9 @@ class RSOAdamW(Optimizer):
                     "into one group, or convert with share=None"
                 )
 
-    def _layers(self) -> list[Layers]:
-        """The converted layers of each group, found anew where layers or groups have changed since the last time."""
-        key = changes(), [len(group["params"]) for group in self.param_groups]
-        if self._known is None or self._known[0] != key:
-            found = list(map(layers_of, self.param_groups))
-            self._check_converted(found)
-            self._known = key, found
-        return self._known[1]
-
-    def _check_converted(self, found: list[Layers]) -> None:
+    def _check_converted(self) -> None:
         """No layer that trained as a whole has become a SubspaceLinear unnoticed."""
-        owned = {param for layers in found for param in layers}
+        owned = {param for group in self.param_groups for param in layers_of(group)}
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
                 layer = layer_of(param)
@@ -181,104 +171,126 @@ class RSOAdamW(Optimizer):
                         "optimizer; build the optimizer after the conversion, from all of model.parameters(), or call to_dense(model)"
                     )
 
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        rule = self.rules[group["inner"]]
+        return Hyper(
+            rule=rule,
+            lift=self.lifts["back_projection"],
+            storage=self.storages[32],
+            lr=float(group["lr"]),
+            weight_decay=group["weight_decay"],
+            options={key: group[key] for key in rule.keys},
+        )
+
     # The step.
 
-    @torch.compiler.disable
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient; the last one of an outer step draws the next P. Returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._update()
-        return loss
-
-    @outside_training
-    def _update(self) -> None:
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
+        if capturing:
             raise RuntimeError(
                 "RSOAdamW.step() cannot be captured in a CUDA graph, whose replays would never draw the next P; leave it out"
             )
-        work = []
-        for index, (group, layers) in enumerate(zip(self.param_groups, self._layers(), strict=True)):
-            rso_groups.check_values(group, index)
-            rso_groups.check_rounding(group, index, layers)
-            for param_index, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    check_grad(group, index, param_index)
-            for param, layer in layers.items():
-                rso_groups.check_layer(layer, group, index, param)
-            # What has the state of coordinates and no layer belonged to one that is dense again.
-            others = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
-            work.append((group, layers, others))
-        if not self._compared:
-            self._compare_ranks(work)
-        for group, layers, others in work:
-            if group["outer_step"] == 0:
-                self._met.update(param for param in layers if param.grad is not None)
-            dense_adamw_step_(group | {"params": others, "capturable": False}, self.state, grad_scale, found_inf)
-            for part in _parts({param: layer for param, layer in layers.items() if param.grad is not None}):
-                self._step_layers(part, group, grad_scale, found_inf)
-        for group in self.param_groups:
-            group["inner_step"] += 1
-        for index, (group, layers, _) in enumerate(work):
-            if group["inner_step"] >= group["inner_steps"]:
-                self._next_outer_step(group, layers)
-                if group["outer_step"] == 1:
-                    self._warn_of_unused(group, index, layers)
+        if index == 0:
+            self._check_converted()
+        layers = layers_of(group)
+        rso_groups.check_values(group, index)
+        rso_groups.check_rounding(group, index, layers)
+        for place, param in enumerate(group["params"]):
+            if param.grad is not None:
+                check_grad(group, index, place)
+        for param, layer in layers.items():
+            rso_groups.check_layer(layer, group, index, param)
+        if group["outer_step"] == 0:
+            self._met.update(param for param in layers if param.grad is not None)
+        # What has the state of coordinates and no layer belonged to one that is dense again.
+        dense = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
+        return dense, _buckets(group, layers)
 
-    def _step_layers(self, part: Layers, group: dict[str, Any], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        params, weights = list(part), [layer.weight for layer in part.values()]
-        transposed = next(iter(part.values())).transposed
-        device, wide = weights[0].device, torch.promote_types(weights[0].dtype, torch.float32)
-        on_host = device.type in HOST
-        if found_inf is not None:
-            found_inf = found_inf.to(device, non_blocking=not on_host)  # a copy to the CPU must have arrived before it is read
-            if on_host:
-                if found_inf.item():
-                    return
-                found_inf = None
-        lr, wd, proximal = float(group["lr"]), group["weight_decay"], group["proximal"]
-        bases = [layer.subspace.matrix(device, weights[0].dtype) for layer in part.values()]
-        states = [self._state_of(param, layer, group) for param, layer in part.items()]
-        grads = [param.grad for param in params]
-        projected = torch.empty(len(part), *params[0].shape, dtype=wide, device=device)
-        torch._foreach_copy_(list(projected.unbind()), grads)
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        index: int,
+        low_rank: list[Members],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        capturing: bool,
+    ) -> None:
+        hyper = self._hyper(group)
+        for members in low_rank:
+            members.states = [self._state_of(param, group, hyper) for param in members.params]
+            self._move(group, members, hyper, found_inf, grad_scale)
+
+    def _move(
+        self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None, grad_scale: Tensor | None = None
+    ) -> None:
+        layers, states, device = list(map(layer_of, members.params)), members.states, members.device
+        weights = [layer.weight for layer in layers]
+        found_inf = None if found_inf is None else members.to_device(found_inf)
+        projected = torch.empty(
+            len(states), *members.params[0].shape, dtype=torch.promote_types(weights[0].dtype, torch.float32), device=device
+        )
+        torch._foreach_copy_(list(projected.unbind()), members.grads)
         if grad_scale is not None:
-            projected.div_(grad_scale.to(device, non_blocking=not on_host))
-            torch._foreach_copy_(grads, list(projected.unbind()))  # as torch's fused AdamW leaves them
-        if proximal:
-            torch._foreach_add_(list(projected.unbind()), [state["displacement"] for state in states], alpha=proximal)
-        update = _inner_step(group, states, projected, found_inf)
-        steps, seeds = [state["step"] for state in states], _rounding_seeds(part, group, device)
-        ops.back_project_(
-            weights, bases, update, lr=lr, scale=1.0, weight_decay=wd, right=not transposed, found_inf=found_inf,
-            rounding_seeds=seeds, device_steps=None if seeds is None else steps,
-        )  # fmt: skip
-        if moved := [(state["displacement"], n) for state, n in zip(states, update, strict=True) if "displacement" in state]:
+            projected.div_(members.to_device(grad_scale))
+            torch._foreach_copy_(members.grads, list(projected.unbind()))  # as torch's fused AdamW leaves them
+        if group["proximal"]:
+            displacements = [state["displacement"] for state in states]
+            torch._foreach_add_(list(projected.unbind()), displacements, alpha=group["proximal"])
+        bucket = Bucket(
+            weights=weights,
+            bases=[layer.subspace.matrix(device, layer.weight.dtype) for layer in layers],
+            states={name: members.of_matrices(name) for name in self._tensors_of(hyper)},
+            steps=[state["step"] for state in states],
+            right=members.right,
+            projected=projected,
+            found_inf=found_inf,
+            rounding_seeds=self._rounding_seeds(group, members) if group["rounding"] == "stochastic" else None,
+        )
+        normalised = backends.update(bucket, hyper, projected)
+        backends.lift(bucket, hyper, projected, normalised)
+        if moved := [(state["displacement"], n) for state, n in zip(states, normalised, strict=True) if "displacement" in state]:
             displacements, updates = (list(tensors) for tensors in zip(*moved, strict=True))
-            with reference.kept_where(found_inf, displacements):
-                torch._foreach_mul_(displacements, 1 - lr * wd)
-                torch._foreach_add_(displacements, updates, alpha=-lr)
-        torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
+            with kept_where(found_inf, displacements):
+                torch._foreach_mul_(displacements, 1 - hyper.lr * hyper.weight_decay)
+                torch._foreach_add_(displacements, updates, alpha=-hyper.lr)
+        torch._foreach_add_(bucket.steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
 
-    def _state_of(self, param: Tensor, layer: SubspaceLayer, group: dict[str, Any]) -> dict[str, Any]:
+    def _rounding_seeds(self, group: dict[str, Any], members: Members) -> Tensor:
+        subspaces = [layer_of(param).subspace for param in members.params]
+        seeds = [
+            philox.signed64(philox.derive_seed(subspace.fingerprint, group["outer_step"], place))
+            for subspace, place in zip(subspaces, members.places, strict=True)
+        ]
+        return upload([seeds], members.device)[0]
+
+    def _state_of(self, param: Tensor, group: dict[str, Any], hyper: Hyper) -> dict[str, Any]:
         """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""
-        state = self.state[param]
+        state, needed = self.state[param], hyper.rule.state(*param.shape)
         wide = torch.promote_types(param.dtype, torch.float32)
-        if any(key not in state for key in rso_groups.INNER[group["inner"]]):
-            for key in (key for moments in rso_groups.INNER.values() for key in moments):
-                state.pop(key, None)
+        if any(key not in state for key in needed):
+            for rule in self.rules.values():
+                for key in rule.state(*param.shape):
+                    state.pop(key, None)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["subspace"] = layer.subspace.fingerprint
-            state |= {key: torch.zeros(param.shape, dtype=wide, device=param.device) for key in rso_groups.INNER[group["inner"]]}
+            state["subspace"] = layer_of(param).subspace.fingerprint
+            state |= {key: torch.zeros(param.shape, dtype=wide, device=param.device) for key in needed}
         elif any(isinstance(value, Tensor) and value.dtype != wide for key, value in state.items() if key != "step"):  # the model was cast
             state |= {key: value.to(wide) for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         if group["proximal"] and "displacement" not in state:
             state["displacement"] = torch.zeros(param.shape, dtype=wide, device=param.device)
         return state
+
+    # The refresh: the next P, for the next forward pass.
+
+    def _after_step(self, skipped: bool) -> None:
+        """Calls count, also those that were skipped."""
+        for group in self.param_groups:
+            group["inner_step"] += 1
+        for index, group in enumerate(self.param_groups):
+            if group["inner_step"] >= group["inner_steps"]:
+                layers = layers_of(group)
+                self._next_outer_step(group, layers)
+                if group["outer_step"] == 1:
+                    self._warn_of_unused(group, index, layers)
 
     def _next_outer_step(self, group: dict[str, Any], layers: Layers) -> None:
         try:
@@ -293,11 +305,14 @@ class RSOAdamW(Optimizer):
                 if isinstance(value, Tensor):
                     value.zero_()
 
-    def _compare_ranks(self, work: list[tuple[dict[str, Any], Layers, list[Tensor]]]) -> None:
-        """Once, where torch.distributed is initialised: all processes have to draw the same subspaces."""
-        self._compared = True
-        layers = [(param, layer) for _, found, _ in work for param, layer in found.items()]
-        settings = [tuple(group[key] for key in ("inner_steps", "rounding", *keys.names(keys.POSITION))) for group, _, _ in work]
+    def refresh(self) -> None:
+        """There is none: this optimizer cannot be a part of a CUDA graph."""
+        raise RuntimeError("RSOAdamW has no refresh(): its step() cannot be captured in a CUDA graph, and draws the next P itself")
+
+    def _compare_ranks(self) -> None:
+        """All processes have to draw the same subspaces."""
+        layers = [pair for group in self.param_groups for pair in layers_of(group).items()]
+        settings = [tuple(group[key] for key in ("inner_steps", "rounding", *keys.names(keys.POSITION))) for group in self.param_groups]
         if layers:
             ranks.check_equal(
                 [tuple(param.shape) for param, _ in layers],
@@ -319,43 +334,34 @@ class RSOAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._known, self._built, self._compared, self._met = None, True, False, set()
+        self._built, self._met = True, set()
 
-    @torch._disable_dynamo
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but fp32 states of half-precision layers stay fp32, and the layers' Ps become those of the checkpoint's outer step.
+    def _missing_in_older(self, group: dict[str, Any]) -> dict[str, Any]:
+        return {}
 
-        Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
-        """
-        load_uncast(self, super().load_state_dict, state_dict, check=self._check_loaded, restore=self._restore)
+    def _check_loaded_group(self, group: dict[str, Any], saved: dict[str, Any], index: int) -> list[str]:
+        if missing := [key for key in keys.names((*keys.RSO, *keys.POSITION)) if key not in saved]:
+            raise ValueError(f"the checkpoint's group {index} has no {missing[0]!r}; it was saved for another optimizer")
+        if len(group["params"]) != len(saved["params"]):
+            return []
+        groups.check_names({**saved, "param_names": None}, index, keys.names(rso_groups.ALL_KEYS))
+        rso_groups.check_values(saved, index)
+        return loading.changes(group, saved, keys.RSO, index)
 
-    def _check_loaded(self, incoming: dict[str, Any]) -> dict[str, Any]:
-        changes: list[str] = []
-        for index, (group, saved) in enumerate(zip(self.param_groups, incoming["param_groups"], strict=False)):
-            if missing := [key for key in keys.names((*keys.RSO, *keys.POSITION)) if key not in saved]:
-                raise ValueError(f"the checkpoint's group {index} has no {missing[0]!r}; it was saved for another optimizer")
-            if len(group["params"]) != len(saved["params"]):
-                continue  # torch says so
-            groups.check_names({**saved, "param_names": None}, index, keys.names(rso_groups.ALL_KEYS))
-            rso_groups.check_values(dict(saved), index)
-            changes += [
-                f"{key} {group[key]!r} becomes {saved[key]!r} (group {index})" for key in keys.names(keys.RSO) if group[key] != saved[key]
-            ]
-            layers = layers_of(group)
-            for param, saved_id in zip(group["params"], saved["params"], strict=True):
-                state, where = incoming["state"].get(saved_id), rso_groups.describe(group, index, param)
-                if state and ("subspace" in state) != (param in layers):
-                    kinds = ("an ordinary parameter", "coordinates of a SubspaceLinear")
-                    raise ValueError(
-                        f"the checkpoint has the state of {kinds['subspace' in state]} for {where}, which is {kinds[param in layers]}; "
-                        "convert the model as it was when the checkpoint was saved"
-                    )
-                if state and param in layers:
-                    rso_groups.check_loaded_state(state, layers[param], where)
-                elif state:
-                    check_dense(state, param, where)
-        groups.warn_of_changes(changes)
-        return incoming
+    def _check_loaded_state(
+        self, state: dict[str, Any], param: Tensor, saved: dict[str, Any], group: dict[str, Any], index: int, place: int
+    ) -> None:
+        layer, where = layers_of({"params": [param]}).get(param), groups.describe(group, index, place)
+        if ("subspace" in state) != (layer is not None):
+            kinds = ("an ordinary parameter", "coordinates of a SubspaceLinear")
+            raise ValueError(
+                f"the checkpoint has the state of {kinds['subspace' in state]} for {where}, which is {kinds[layer is not None]}; "
+                "convert the model as it was when the checkpoint was saved"
+            )
+        if layer is not None:
+            rso_groups.check_loaded_state(state, layer, where)
+        else:
+            loading.check_dense(state, param, where)
 
     def _restore(self, final: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
@@ -363,7 +369,7 @@ class RSOAdamW(Optimizer):
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
                 state, saved = self.state.get(param, {}), final["state"].get(saved_id, {})
                 if param not in layers:
-                    restore_dense(state, saved, param)
+                    loading.restore_dense(state, saved, param)
                     continue
                 wide = torch.promote_types(param.dtype, torch.float32)
                 for key, value in saved.items():
@@ -379,37 +385,20 @@ def _move_subspaces(layers: Layers, outer_step: int) -> None:
         layer.subspace.has_optimizer = True
 
 
-def _parts(layers: Layers) -> Iterator[Layers]:
-    """Layers whose weights, coordinates and gradients are alike, at most PART_ELEMENTS of their gradients at a time."""
-    buckets: dict[Any, list[tuple[Tensor, SubspaceLayer]]] = defaultdict(list)
-    for param, layer in layers.items():
-        weight = layer.weight
-        key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device
-        buckets[key].append((param, layer))
-    for members in buckets.values():
-        at_once = max(1, PART_ELEMENTS // members[0][0].numel())
+def _buckets(group: dict[str, Any], layers: Layers) -> list[Members]:
+    """Coordinates with a gradient whose layers' weights are alike, at most PART_ELEMENTS of their gradients at a time."""
+    found: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
+    for place, param in enumerate(group["params"]):
+        if param.grad is not None and param in layers:
+            layer = layers[param]
+            weight = layer.weight
+            key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device
+            found[key].append((place, param))
+    result = []
+    for (transposed, *_), members in found.items():
+        at_once = max(1, PART_ELEMENTS // members[0][1].numel())
         for start in range(0, len(members), at_once):
-            yield dict(members[start : start + at_once])
-
-
-def _inner_step(group: dict[str, Any], states: list[dict[str, Any]], projected: Tensor, found_inf: Tensor | None) -> Tensor:
-    """N (batch, r, out) of R, and the states that go with it."""
-    if group["inner"] == "adamw":
-        exp_avgs, exp_avg_sqs, steps = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "step"))
-        (beta1, beta2), eps = group["betas"], group["eps"]
-        return ops.update_moments_(
-            exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=eps, step=0, found_inf=found_inf, device_steps=steps
-        )
-    buffers = [state["momentum_buffer"] for state in states]
-    with reference.kept_where(found_inf, buffers):
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, list(projected.unbind()))
-    return torch.stack(buffers)
-
-
-def _rounding_seeds(part: Layers, group: dict[str, Any], device: torch.device) -> Tensor | None:
-    if group["rounding"] == "nearest":
-        return None
-    places = {param: place for place, param in enumerate(group["params"])}
-    seeds = [philox.derive_seed(layer.subspace.fingerprint, group["outer_step"], places[param]) for param, layer in part.items()]
-    return philox.seed_tensor(seeds, device)
+            places, params = (list(each) for each in zip(*members[start : start + at_once], strict=True))
+            grads = [param.grad for param in params]
+            result.append(Members(not transposed, params[0].shape[0], 1, params, places, [], grads))
+    return result

@@ -8,7 +8,7 @@ A bf16 is the upper half of an fp32. Element (i, j) of the matrix as it is store
 import triton
 import triton.language as tl
 
-from .. import philox
+from ... import philox
 
 ROUNDING = tl.constexpr(philox.ROUNDING)
 

@@ -1,20 +1,19 @@
 """Pointer tables: what lets one launch serve a whole bucket.
 
 A bucket is a list of B matrices of equal shape, dtype and strides. Its addresses live in an int64 tensor on the device; a program
-loads its own (pointers.py). The table of a whole step is copied once, kept, and after that only rows with an address that moved are
-copied again.
+loads its own (pointers.py). It is written anew at each step, by one asynchronous copy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..upload import upload
 
 MAX_MATRICES = 65535  # second dimension of a CUDA grid
 
@@ -33,111 +32,23 @@ class Rows:
     steps: Tensor | None = None
 
 
+def rows_of(lists: Sequence[Sequence[Tensor]], steps: Sequence[Tensor]) -> tuple[Rows, bool]:
+    """The table of a bucket's step, and whether every matrix starts at a multiple of 16 bytes; a step's count is read as one float.
+
+    lists: weights, grads, bases, exp_avgs, exp_avg_sqs and, for 8-bit moments, their scales.
+    """
+    addresses = [_addresses(tensors) for tensors in lists]
+    *rows, steps_at = upload([*addresses, _addresses(steps)], lists[0][0].device)
+    return Rows(*rows, steps=steps_at), all(map(_multiples_of_16, addresses))
+
+
 def pointer_table(*buckets: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """One int64 row of B addresses a bucket, on the bucket's device, by a single asynchronous copy."""
-    device = buckets[0][0].device
-    return _source([_addresses(bucket) for bucket in buckets], device).to(device, non_blocking=True).unbind()
+    return upload(list(map(_addresses, buckets)), buckets[0][0].device)
 
 
 def _addresses(bucket: Sequence[Tensor]) -> list[int]:
     return list(map(Tensor.data_ptr, bucket))
-
-
-def _source(addresses: list, device: torch.device) -> Tensor:
-    """The addresses where an asynchronous copy to the device may read them.
-
-    The pinned memory is not reused while the copy is in flight: PyTorch's caching host allocator frees a block only after the
-    streams that read it have passed. A captured copy reads its source at every replay, so that one is kept for good.
-    """
-    if device.type != "cuda":
-        return torch.tensor(addresses, dtype=torch.int64, device="cpu")
-    if torch.cuda.is_current_stream_capturing():
-        return reserve.take(addresses)
-    return torch.tensor(addresses, dtype=torch.int64, device="cpu", pin_memory=True)
-
-
-class _Reserve:
-    """Pinned memory for captured copies, allocated beforehand: pinning memory is not allowed while a stream is being captured."""
-
-    ELEMENTS = 2**17  # 1 MiB; a table of a model with 224 matrices takes 1120 to 1792
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._free: Tensor | None = None
-        self._taken: list[Tensor] = []  # a graph reads them as long as it lives, and does not tell when it dies
-
-    def top_up(self) -> None:
-        """To be called outside of captures."""
-        if self._free is None or self._free.numel() < self.ELEMENTS // 2:
-            with self._lock:
-                self._free = torch.empty((self.ELEMENTS,), dtype=torch.int64, device="cpu", pin_memory=True)
-
-    def take(self, addresses: list) -> Tensor:
-        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        with self._lock:
-            if self._free is None or self._free.numel() < table.numel():
-                raise RuntimeError(
-                    "no pinned memory is left to capture this step in a CUDA graph; take one step outside of the graph first, "
-                    "which sets some aside"
-                )
-            part, self._free = self._free[: table.numel()], self._free[table.numel() :]
-            self._taken.append(part)
-        return part.view(table.shape).copy_(table)
-
-
-reserve = _Reserve()
-
-
-class _Seen:
-    """Which tensors a list held. An id is a tensor's for as long as it lives, so the first one that dies ends it."""
-
-    def __init__(self, bucket: Sequence[Tensor]) -> None:
-        self._alive = True
-        self._ids = list(map(id, bucket))
-        this = weakref.ref(self)
-
-        def died(_: object) -> None:
-            if (seen := this()) is not None:
-                seen._alive = False
-
-        self._references = [weakref.ref(tensor, died) for tensor in bucket]
-
-    def same(self, bucket: Sequence[Tensor]) -> bool:
-        return self._ids == list(map(id, bucket)) and self._alive
-
-
-class CachedTable:
-    """The table of several buckets of equal length, kept from one step to the next. It holds no tensor of a bucket alive."""
-
-    def __init__(self, buckets: Sequence[Sequence[Tensor]]) -> None:
-        self._seen: list[_Seen | None] = [_Seen(bucket) for bucket in buckets]
-        self._addresses = [_addresses(bucket) for bucket in buckets]
-        self.rows = pointer_table(*buckets)
-        self.aligned = [_multiples_of_16(row) for row in self._addresses]
-        """For each bucket whether every address is a multiple of 16 bytes."""
-
-    def new_objects(self, buckets: Sequence[Sequence[Tensor]]) -> list[int]:
-        """The buckets with a tensor that was not there before.
-
-        One that had new tensors once, as gradients have, is not watched any more but always among them, which is cheaper.
-        """
-        found = [index for index, (seen, bucket) in enumerate(zip(self._seen, buckets, strict=True)) if not (seen and seen.same(bucket))]
-        for index in found:
-            self._seen[index] = None
-        return found
-
-    def moved(self, buckets: Sequence[Sequence[Tensor]]) -> dict[int, list[int]]:
-        """The rows with an address that is another now, and their addresses."""
-        addresses = map(_addresses, buckets)
-        return {index: now for index, (now, before) in enumerate(zip(addresses, self._addresses, strict=True)) if now != before}
-
-    def refill(self, moved: dict[int, list[int]]) -> None:
-        """Copies these rows, asynchronously."""
-        for index, addresses in moved.items():
-            row = self.rows[index]
-            row.copy_(_source(addresses, row.device), non_blocking=True)
-            self._addresses[index] = addresses
-            self.aligned[index] = _multiples_of_16(addresses)
 
 
 def aligned(*buckets: list[Tensor]) -> bool:

@@ -17,8 +17,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .storage import Layout, Storage
+
 BLOCK = 64
 SMALLEST = 2.0**-126
+MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 
 
 def scales_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -60,3 +64,19 @@ def _share(values: Tensor, scale: Tensor) -> Tensor:
 def _spread(scale: Tensor, like: Tensor) -> Tensor:
     """A scale for each element."""
     return scale.repeat_interleave(BLOCK, -1)[..., : like.shape[-1]]
+
+
+class EightBit(Storage):
+    """M and V of AdamW as codes, each with its scales beside it: exp_avg and exp_avg_scale, exp_avg_sq and exp_avg_sq_scale."""
+
+    name = "eight_bit"
+
+    def layout(self, shapes: dict[str, tuple[int, int]], wide: torch.dtype) -> Layout:
+        codes = {name: (shape, torch.uint8) for name, shape in shapes.items()}
+        return codes | {f"{name}_scale": (scales_shape(shape), torch.float32) for name, shape in shapes.items()}
+
+    def load(self, stored: dict[str, Tensor], wide: torch.dtype) -> dict[str, Tensor]:
+        return dict(zip(MOMENTS, decode(*(stored[name] for name in (*MOMENTS, *SCALES)), wide), strict=True))
+
+    def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+        encode_(*(values[name] for name in MOMENTS), *(stored[name] for name in (*MOMENTS, *SCALES)))

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..precision import tf32_allowed
+from ...precision import tf32_allowed
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FLOATS = tuple(TRITON_DTYPES)

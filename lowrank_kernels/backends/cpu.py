@@ -1,6 +1,6 @@
 """The step on a CPU, in plain PyTorch, over a bucket of equal shapes.
 
-Same formulas as reference.py. What makes it faster than the formulas typed in: large fp32 products go to oneDNN, small ones to
+Same formulas as rules/adamw.py and lifts/back_projection.py. What makes it faster than the formulas typed in: large fp32 products go to oneDNN, small ones to
 the BLAS; bf16 is multiplied as it is where the CPU has instructions for it (accumulated in fp32 and rounded once) and in fp32
 elsewhere, as is fp16; moments go through torch's fused AdamW kernel, one pass over memory; a 16-bit weight's decay and update are
 part of its native product. Figures, and what lost: benchmarks/NOTES.md.
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .. import eight_bit
 from ..rounding import round_stochastically
+from ..storage import eight_bit
+from .bucket import Bucket, Hyper
 
 ONEDNN_FROM_FLOPS = 2**23
 """Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer call."""
@@ -90,17 +91,16 @@ def update_moments_(
     beta1: float,
     beta2: float,
     eps: float,
-    step: int,
+    device_steps: Sequence[Tensor],
     found_inf: Tensor | None = None,
-    device_steps: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Moments in place; returns N (batch, r, n), which is not to be used where found_inf ≠ 0."""
-    _check_moments(exp_avgs, exp_avg_sqs, None, shape=tuple(projected.shape[1:]))
+    _check_moments(exp_avgs, exp_avg_sqs, (), shape=tuple(projected.shape[1:]))
     projected = projected.contiguous()
     negated = torch.empty_like(projected)
     if found_inf is not None and found_inf.item():
         return negated
-    steps = [count.item() + 1 for count in device_steps or ()] or [step] * len(exp_avgs)
+    steps = [count.item() + 1 for count in device_steps]
     return _update_moments_(exp_avgs, exp_avg_sqs, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps).neg_()
 
 
@@ -177,62 +177,55 @@ def back_project_(
             weight.addmm_(left, right_factor, beta=decay, alpha=rate)
 
 
-def adamw_step_(
-    weights: list[Tensor],
-    grads: list[Tensor],
-    bases: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    scale: float,
-    step: int,
-    right: bool,
-    found_inf: Tensor | None = None,
-    device_lr: Tensor | None = None,
-    device_steps: Sequence[Tensor] | None = None,
-    exp_avg_scales: Sequence[Tensor] | None = None,
-    exp_avg_sq_scales: Sequence[Tensor] | None = None,
-    rounding_seeds: Tensor | None = None,
-) -> None:
-    """One AdamW step in the subspace for each matrix of a bucket; see reference.adamw_step_."""
-    _check_moments(exp_avgs, exp_avg_sqs, exp_avg_scales, shape=(bases[0].shape[1], grads[0].shape[0 if right else 1]))
-    if found_inf is not None and found_inf.item():  # on a CPU reading it costs nothing, nor do the next two
+def step(bucket: Bucket, hyper: Hyper) -> None:
+    """One AdamW step in the subspace, back-projected, for each matrix of a bucket; states are plain or in 8 bits."""
+    weights, bases, grads, right = bucket.weights, bucket.bases, bucket.grads, bucket.right
+    exp_avgs, exp_avg_sqs = (bucket.states[name] for name in eight_bit.MOMENTS)
+    scales = [bucket.states[name] for name in eight_bit.SCALES if name in bucket.states]
+    _check_moments(exp_avgs, exp_avg_sqs, scales, shape=(bases[0].shape[1], grads[0].shape[0 if right else 1]))
+    if bucket.found_inf is not None and bucket.found_inf.item():  # on a CPU reading it costs nothing, nor do the next two
         return
-    lr = lr if device_lr is None else device_lr.item()
-    steps = [count.item() + 1 for count in device_steps or ()] or [step] * len(weights)
+    (beta1, beta2), eps = hyper.options["betas"], hyper.options["eps"]
+    back = dict(lr=float(hyper.lr), scale=-hyper.scale, weight_decay=hyper.weight_decay, right=right)
+    steps = [count.item() + 1 for count in bucket.steps]
     chunk = min(len(weights), max(1, CHUNK_ELEMENTS // exp_avgs[0].numel()))
     workspace = _Workspace(chunk, bases[0], grads[0], right)
     for start in range(0, len(weights), chunk):
         part = slice(start, start + chunk)
         projected = _project(bases[part], grads[part], right, workspace)
         negated = workspace.negated[: len(projected)]
-        codes = []
-        if exp_avg_scales:
-            codes = list(zip(exp_avgs[part], exp_avg_sqs[part], exp_avg_scales[part], exp_avg_sq_scales[part], strict=True))
+        codes = list(zip(exp_avgs[part], exp_avg_sqs[part], *(each[part] for each in scales), strict=True)) if scales else []
         decoded = [eight_bit.decode(*state, projected.dtype) for state in codes]
         moments = [list(values) for values in zip(*decoded, strict=True)] or [exp_avgs[part], exp_avg_sqs[part]]
         _update_moments_(*moments, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps[part])
         for values, state in zip(decoded, codes, strict=True):
             eight_bit.encode_(*values, *state)
-        if rounding_seeds is not None:
-            seeds = rounding_seeds[part].split(1)
-            _back_project_stochastically_(
-                weights[part], bases[part], negated, seeds, steps[part], lr=lr, scale=-scale, weight_decay=weight_decay, right=right
-            )
+        if bucket.rounding_seeds is not None:
+            seeds = bucket.rounding_seeds[part].split(1)
+            _back_project_stochastically_(weights[part], bases[part], negated, seeds, steps[part], **back)
             continue
         if workspace.products.dtype == weights[0].dtype != negated.dtype:
             negated = workspace.products[: len(projected)].copy_(negated)  # in the dtype of the product to come
-        back_project_(weights[part], bases[part], negated, lr=lr, scale=-scale, weight_decay=weight_decay, right=right)
+        back_project_(weights[part], bases[part], negated, **back)
 
 
-def _check_moments(
-    exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], exp_avg_scales: Sequence[Tensor] | None, shape: tuple[int, int]
-) -> None:
+def project_bucket(bucket: Bucket) -> Tensor:
+    return project(bucket.bases, bucket.grads, bucket.right)
+
+
+def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
+    (beta1, beta2), moments = hyper.options["betas"], (bucket.states["exp_avg"], bucket.states["exp_avg_sq"])
+    options = dict(beta1=beta1, beta2=beta2, eps=hyper.options["eps"], found_inf=bucket.found_inf, device_steps=bucket.steps)
+    return update_moments_(*moments, projected, **options)
+
+
+def lift(bucket: Bucket, hyper: Hyper, normalised: Tensor) -> None:
+    options = dict(lr=float(hyper.lr), scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right)
+    on_device = dict(found_inf=bucket.found_inf, rounding_seeds=bucket.rounding_seeds, device_steps=bucket.steps)
+    back_project_(bucket.weights, bucket.bases, normalised, **options, **on_device)
+
+
+def _check_moments(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scales: Sequence[list[Tensor]], shape: tuple[int, int]) -> None:
     """torch's fused AdamW looks at the sizes and strides of nothing: it would write past the end of moments of another size, and pair the
     wrong elements of those that are not row-major.
     """
@@ -242,10 +235,10 @@ def _check_moments(
             raise ValueError(
                 f"{name} must be (r, n) = {shape}, got {found}; the state is of a parameter of another shape, or of another rank"
             )
-        if not exp_avg_scales and not all(tensor.is_contiguous() for tensor in tensors):
+        if not scales and not all(tensor.is_contiguous() for tensor in tensors):
             strides = next(tensor.stride() for tensor in tensors if not tensor.is_contiguous())
             raise ValueError(f"{name} must be row-major, got strides {strides} of shape {shape}")
-        if exp_avg_scales and any(tensor.dtype != torch.uint8 for tensor in tensors):
+        if scales and any(tensor.dtype != torch.uint8 for tensor in tensors):
             raise ValueError(f"{name} must be codes (torch.uint8) where there are scales, got {tensors[0].dtype}")
 
 

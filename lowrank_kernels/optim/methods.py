@@ -1,19 +1,18 @@
-"""LowRankAdamW and its two named forms: AdamW whose moments live in a subspace of the gradient."""
+"""The methods, one class each: a rule, a selection, a lift."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .. import eight_bit, ops
+from ..lifts import BackProjection
+from ..rules import AdamW
+from ..storage import EightBit, Plain
 from . import keys
-from .base import LowRankOptimizer
-from .buckets import Bucket, Member
-from .groups import matrix_shape
+from .optimizer import LowRankOptimizer, warn_without_rank
+
+LIFTS = {lift.name: lift for lift in (BackProjection(),)}
+STORAGES = {32: Plain(), 8: EightBit()}
 
 
 class LowRankAdamW(LowRankOptimizer):
@@ -74,6 +73,10 @@ class LowRankAdamW(LowRankOptimizer):
     correction, as in torch.optim.AdamW; with eps = 0 and weight_decay = 0 the two rules agree.
     """
 
+    rule = AdamW()
+    lifts = LIFTS
+    storages = STORAGES
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -91,52 +94,8 @@ class LowRankAdamW(LowRankOptimizer):
             of_groups=keys.names(keys.LOW_RANK),
             remedy=f"a group: {type(self).__name__}(lowrank_kernels.param_groups(model, rank=…, …))",
         )
-        super().__init__(params, lr, betas, eps, weight_decay, capturable)
-
-    def state_shapes(self, group: dict[str, Any], rank: int, n: int) -> dict[str, tuple[int, int]]:
-        shapes = {"exp_avg": (rank, n), "exp_avg_sq": (rank, n)}
-        if group["state_bits"] == 8:
-            shapes |= dict.fromkeys(("exp_avg_scale", "exp_avg_sq_scale"), eight_bit.scales_shape((rank, n)))
-        return shapes
-
-    def new_state(self, member: Member, bucket: Bucket) -> dict[str, Tensor]:
-        """Zeros. 8-bit codes are uint8 and their scales fp32; other moments fp32, fp64 for fp64 weights."""
-        rows, columns = matrix_shape(member.param)
-        shapes = self.state_shapes(bucket.hyper, bucket.rank, rows if bucket.right else columns)
-        batch = (member.matrices,) if member.param.dim() == 3 else ()
-        wide = torch.float64 if member.param.dtype == torch.float64 else torch.float32
-        coded = bucket.hyper["state_bits"] == 8
-        state = {}
-        for key, shape in shapes.items():
-            dtype = torch.float32 if key.endswith("scale") else torch.uint8 if coded else wide
-            state[key] = torch.zeros(math.prod((*batch, *shape)), dtype=dtype, device=bucket.device).view(*batch, *shape)
-        return state
-
-    def step_bucket(self, bucket: Bucket, bases: list[Tensor], found_inf: Tensor | None) -> None:
-        hyper = bucket.hyper
-        on_device = isinstance(hyper["lr"], Tensor)
-        coded = hyper["state_bits"] == 8
-        ops.run_adamw_step_(
-            bucket.weights,
-            bucket.grads,
-            bases,
-            bucket.states("exp_avg"),
-            bucket.states("exp_avg_sq"),
-            lr=0.0 if on_device else hyper["lr"],
-            beta1=hyper["betas"][0],
-            beta2=hyper["betas"][1],
-            eps=hyper["eps"],
-            weight_decay=hyper["weight_decay"],
-            scale=hyper["scale"],
-            step=bucket.step + 1,
-            right=bucket.right,
-            found_inf=found_inf,
-            device_lr=bucket.to_device(hyper["lr"]) if on_device else None,
-            device_steps=bucket.steps(),
-            exp_avg_scales=bucket.states("exp_avg_scale") if coded else None,
-            exp_avg_sq_scales=bucket.states("exp_avg_sq_scale") if coded else None,
-            rounding_seeds=bucket.rounding_seeds(),
-        )
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable))
+        warn_without_rank(self)
 
 
 class GaLoreAdamW(LowRankAdamW):

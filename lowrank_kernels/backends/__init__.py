@@ -1,0 +1,93 @@
+"""One step of a bucket, by whatever its device has for it.
+
+    step = fused[rule, lift, storage]         one go, from G to W
+         = project → update → lift            of these each one the device's own where it has one, else plain PyTorch (reference.py)
+
+A backend knows tensors, never optimizers. `LOWRANK_KERNELS_REFERENCE=1` in the environment forces plain PyTorch everywhere, for
+debugging. Tensor subclasses and dispatch modes (fake tensors, loggers) get it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..ops.dispatch import REFERENCE_FORCED
+from . import cpu, cuda, reference
+from .bucket import Bucket, Hyper
+
+__all__ = ["BACKENDS", "Backend", "Bucket", "Hyper", "backend_of", "lift", "project", "step", "update"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a device has of its own, and for which buckets."""
+
+    covers: Callable[[Bucket], bool] = lambda bucket: True
+    project: Callable[[Bucket], Tensor] = reference.project_bucket
+    fused: dict[tuple[str, str, str], Callable[[Bucket, Hyper], None]] = field(default_factory=dict)
+    """By rule, lift and storage."""
+    rules: dict[tuple[str, str], Callable[[Bucket, Hyper, Tensor], Tensor]] = field(default_factory=dict)
+    """By rule and storage: N of R."""
+    lifts: dict[str, Callable[[Bucket, Hyper, Tensor], None]] = field(default_factory=dict)
+    """Of lifts that take N alone."""
+
+
+REFERENCE = Backend()
+ADAMW = [("adamw", "back_projection", storage) for storage in ("plain", "eight_bit")]
+BACKENDS = {
+    "cpu": Backend(
+        project=cpu.project_bucket,
+        fused=dict.fromkeys(ADAMW, cpu.step),
+        rules={("adamw", "plain"): cpu.update},
+        lifts={"back_projection": cpu.lift},
+    ),
+    "cuda": Backend(
+        covers=cuda.covers,
+        project=cuda.project,
+        fused=dict.fromkeys(ADAMW, cuda.step),
+        rules={("adamw", "plain"): cuda.update},
+        lifts={"back_projection": cuda.lift},
+    ),
+}
+
+
+def backend_of(bucket: Bucket) -> Backend:
+    weight = bucket.weights[0]
+    if REFERENCE_FORCED or type(weight) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        return REFERENCE
+    backend = BACKENDS.get(weight.device.type, REFERENCE)
+    return backend if backend.covers(bucket) else REFERENCE
+
+
+def step(bucket: Bucket, hyper: Hyper) -> None:
+    """Moves the bucket's weights and states by one update, in place. It counts none: `steps` stay."""
+    fused = backend_of(bucket).fused.get(hyper.method)
+    if fused is not None and bucket.projected is None:
+        fused(bucket, hyper)
+        return
+    projected = project(bucket) if bucket.projected is None else bucket.projected
+    lift(bucket, hyper, projected, update(bucket, hyper, projected))
+
+
+def project(bucket: Bucket) -> Tensor:
+    """R = PᵀG' (B, r, n) of the bucket's gradients."""
+    return backend_of(bucket).project(bucket)
+
+
+def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
+    """N (B, r, n) of R; the rule's states move."""
+    own = backend_of(bucket).rules.get((hyper.rule.name, hyper.storage.name))
+    return reference.update(bucket, hyper, projected) if own is None else own(bucket, hyper, projected)
+
+
+def lift(bucket: Bucket, hyper: Hyper, projected: Tensor, normalised: Tensor) -> None:
+    """The weights, from N and, where the lift takes them, R and G; the lift's states move."""
+    own = backend_of(bucket).lifts.get(hyper.lift.name)
+    if own is None:
+        reference.lift(bucket, hyper, projected, normalised)
+    else:
+        own(bucket, hyper, normalised)

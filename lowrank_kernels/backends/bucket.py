@@ -1,0 +1,130 @@
+"""What one step of a bucket takes: its tensors, and the values of its group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..lifts import Lift
+    from ..rules import Rule
+    from ..storage import Storage
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """A group's rule, lift and storage, and their numbers. `options`: the rule's own, such as betas and eps."""
+
+    rule: Rule
+    lift: Lift
+    storage: Storage
+    lr: float | Tensor
+    scale: float = 1.0
+    weight_decay: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method(self) -> tuple[str, str, str]:
+        """What a device may do in one go: the names of rule, lift and storage."""
+        return self.rule.name, self.lift.name, self.storage.name
+
+
+@dataclass
+class Bucket:
+    """B matrices of equal shape, strides, dtype and device. Every list has one tensor for each matrix.
+
+    weights: as stored, (m, n), or (n, m) where `right`. bases: (m, r). states: what the rule and the lift keep, by name, as the storage
+    stores it; (r, n) row-major for a rule's. steps: one fp32 each, the updates that the matrix has had before this one.
+
+    R comes from `grads`, as stored, or is given: `projected`, (B, r, n) in fp32 (fp64 for fp64).
+
+    found_inf: one fp32 on the device; where it is not zero nothing moves. rounding_seeds: (B,) int64, for bf16 weights that are rounded
+    stochastically.
+    """
+
+    weights: list[Tensor]
+    bases: list[Tensor]
+    states: dict[str, list[Tensor]]
+    steps: list[Tensor]
+    right: bool
+    grads: list[Tensor] | None = None
+    projected: Tensor | None = None
+    found_inf: Tensor | None = None
+    rounding_seeds: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights[0].device
+
+    @property
+    def extents(self) -> tuple[int, int, int]:
+        """m, n, r."""
+        m, rank = self.bases[0].shape
+        return m, self.weights[0].shape[0 if self.right else 1], rank
+
+    def part(self, start: int, stop: int) -> Bucket:
+        """Some of its matrices."""
+        cut = slice(start, stop)
+        return replace(
+            self,
+            weights=self.weights[cut],
+            bases=self.bases[cut],
+            states={name: tensors[cut] for name, tensors in self.states.items()},
+            steps=self.steps[cut],
+            grads=None if self.grads is None else self.grads[cut],
+            projected=None if self.projected is None else self.projected[cut],
+            rounding_seeds=None if self.rounding_seeds is None else self.rounding_seeds[cut],
+        )
+
+    def check(self) -> None:
+        """Raises ValueError where the lists are no bucket, or do not fit each other."""
+        if not self.weights:
+            raise ValueError("weights is empty: a bucket holds at least one matrix")
+        if (self.grads is None) == (self.projected is None):
+            raise ValueError("a bucket has either grads or projected")
+        _check_alike("weights", self.weights, len(self), self.device)
+        m, n, rank = self.extents
+        if (self.weights[0].shape[1 if self.right else 0]) != m:
+            side, shape = ("right", "(n, m)") if self.right else ("left", "(m, n)")
+            raise ValueError(
+                f"a basis (m, r) must fit a {side} weight {shape}, got {tuple(self.bases[0].shape)} and {tuple(self.weights[0].shape)}"
+            )
+        _check_alike("bases", self.bases, len(self), self.device)
+        if self.grads is not None:
+            _check_alike("grads", self.grads, len(self), self.device)
+            if self.grads[0].shape != self.weights[0].shape:
+                raise ValueError(f"weights {tuple(self.weights[0].shape)} and grads {tuple(self.grads[0].shape)} must share a shape")
+        elif self.projected.shape != (len(self), rank, n) or self.projected.device != self.device:
+            raise ValueError(f"projected must be {(len(self), rank, n)} on {self.device}, got {tuple(self.projected.shape)}")
+        for name, tensors in self.states.items():
+            _check_alike(name, tensors, len(self), self.device)
+            if tensors[0].dim() == 2 and (tensors[0].shape[0] != rank or not tensors[0].is_contiguous()):
+                raise ValueError(f"{name} must be row-major with r = {rank} rows, got {tuple(tensors[0].shape)}")
+        _check_alike("steps", self.steps, len(self), self.device)
+        for name, scalar in (("steps", self.steps[0]), ("found_inf", self.found_inf)):
+            if scalar is not None and (scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != self.device):
+                raise ValueError(f"{name} must be one float32 on {self.device}, got {tuple(scalar.shape)}, {scalar.dtype}, {scalar.device}")
+        seeds = self.rounding_seeds
+        if seeds is not None and (self.weights[0].dtype != torch.bfloat16 or seeds.shape != (len(self),) or seeds.dtype != torch.int64):
+            raise ValueError(
+                f"rounding_seeds are ({len(self)},) int64 for bfloat16 weights, got {tuple(seeds.shape)}, {seeds.dtype} for "
+                f"{self.weights[0].dtype}; leave them out to round to nearest"
+            )
+
+
+def _check_alike(name: str, tensors: list[Tensor], count: int, device: torch.device) -> None:
+    if len(tensors) != count:
+        raise ValueError(f"buckets must hold equally many matrices, got {len(tensors)} {name} for {count} weights")
+    first = tensors[0]
+    for index, tensor in enumerate(tensors):
+        if (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) != (first.shape, first.stride(), first.dtype, device):
+            raise ValueError(
+                f"{name} must share shape, strides, dtype and device to be one bucket: [0] has {tuple(first.shape)}, {first.stride()}, "
+                f"{first.dtype}, {device}; [{index}] has {tuple(tensor.shape)}, {tensor.stride()}, {tensor.dtype}, {tensor.device}"
+            )

@@ -1,0 +1,73 @@
+"""The step on a GPU, by the Triton kernels. Triton is imported where one is launched, so that a CPU stays free of it."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+
+import torch
+from torch import Tensor
+
+from ..ops.dispatch import written
+from .bucket import Bucket, Hyper
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def triton_missing() -> str | None:
+    """Why the Triton kernels cannot run here, or None if they can. Warns the first time where a GPU would have used them."""
+    if importlib.util.find_spec("triton") is not None:
+        return None
+    reason = "Triton is not installed"
+    if torch.cuda.is_available():
+        warnings.warn(
+            f"lowrank_kernels: {reason}; low-rank steps on the GPU run in plain PyTorch, which takes several launches a matrix. "
+            "Install triton to use the kernels.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return reason
+
+
+def covers(bucket: Bucket) -> bool:
+    """The kernels take fp32, bf16 and fp16; anything else (fp64) runs in plain PyTorch."""
+    matrices = [bucket.weights[0], bucket.bases[0], bucket.projected if bucket.grads is None else bucket.grads[0]]
+    return triton_missing() is None and all(matrix.dtype in FLOATS for matrix in matrices)
+
+
+def step(bucket: Bucket, hyper: Hyper) -> None:
+    from .triton import adamw_step
+
+    adamw_step.step(bucket, hyper)
+    written(*bucket.weights, *(tensor for tensors in bucket.states.values() for tensor in tensors))
+
+
+def project(bucket: Bucket) -> Tensor:
+    from .triton import project
+
+    return project.project(bucket.bases, bucket.grads, bucket.right)
+
+
+def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
+    from .triton import moments
+
+    (beta1, beta2), exp_avgs, exp_avg_sqs = hyper.options["betas"], bucket.states["exp_avg"], bucket.states["exp_avg_sq"]
+    normalised = moments.update_moments_(
+        exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=hyper.options["eps"], step=0,
+        found_inf=bucket.found_inf, device_steps=bucket.steps, out=torch.empty_like(projected),
+    )  # fmt: skip
+    written(*exp_avgs, *exp_avg_sqs)
+    return normalised
+
+
+def lift(bucket: Bucket, hyper: Hyper, normalised: Tensor) -> None:
+    from .triton import back_project
+
+    stochastic = bucket.rounding_seeds is not None
+    back_project.back_project_(
+        bucket.weights, bucket.bases, normalised, lr=hyper.lr, scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right,
+        found_inf=bucket.found_inf, rounding_seeds=bucket.rounding_seeds, device_steps=bucket.steps if stochastic else None,
+    )  # fmt: skip
+    written(*bucket.weights)

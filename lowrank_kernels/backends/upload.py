@@ -1,0 +1,59 @@
+"""Numbers of the host that kernels read: copied to the device without waiting for it."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def upload(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """Rows of equally many signed 64-bit numbers, as int64 tensors on the device, by one asynchronous copy.
+
+    The pinned memory is not reused while the copy is in flight: PyTorch's caching host allocator frees a block only after the streams
+    that read it have passed. A captured copy reads its source at every replay, so that one is kept for good.
+    """
+    flat = torch.frombuffer(array("q", itertools.chain.from_iterable(rows)), dtype=torch.int64).view(len(rows), -1)
+    if device.type != "cuda":
+        return flat.to(device).unbind()
+    if torch.cuda.is_current_stream_capturing():
+        source = _reserve.take(flat)
+    else:
+        _reserve.top_up()
+        source = torch.empty(flat.shape, dtype=torch.int64, device="cpu", pin_memory=True).copy_(flat)
+    return source.to(device, non_blocking=True).unbind()
+
+
+class _Reserve:
+    """Pinned memory for captured copies, allocated beforehand: pinning memory is not allowed while a stream is being captured."""
+
+    ELEMENTS = 2**17  # 1 MiB; a table of a model with 224 matrices takes 1120 to 1792
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._free: Tensor | None = None
+        self._taken: list[Tensor] = []  # a graph reads them as long as it lives, and does not tell when it dies
+
+    def top_up(self) -> None:
+        """To be called outside of captures."""
+        if self._free is None or self._free.numel() < self.ELEMENTS // 2:
+            with self._lock:
+                self._free = torch.empty((self.ELEMENTS,), dtype=torch.int64, device="cpu", pin_memory=True)
+
+    def take(self, values: Tensor) -> Tensor:
+        with self._lock:
+            if self._free is None or self._free.numel() < values.numel():
+                raise RuntimeError(
+                    "no pinned memory is left to capture this step in a CUDA graph; take one step outside of the graph first, "
+                    "which sets some aside"
+                )
+            part, self._free = self._free[: values.numel()], self._free[values.numel() :]
+            self._taken.append(part)
+        return part.view(values.shape).copy_(values)
+
+
+_reserve = _Reserve()

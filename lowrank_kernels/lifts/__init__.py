@@ -1,0 +1,6 @@
+"""Lifts: how N (r, n) moves W' (m, n). One file a lift, in plain PyTorch, which is its definition."""
+
+from .back_projection import BackProjection
+from .lift import Lift
+
+__all__ = ["BackProjection", "Lift"]

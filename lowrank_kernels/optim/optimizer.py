@@ -1,0 +1,492 @@
+"""LowRankOptimizer: the order of things in a step, the schedule of refreshes, and what every low-rank optimizer loads and saves."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import backends, ops, philox, subspaces
+from ..backends import Bucket, Hyper
+from ..backends.upload import upload
+from ..lifts import Lift
+from ..ops.dispatch import outside_training
+from ..rules import Rule
+from ..storage import Storage
+from . import groups, keys, loading, ranks
+from .buckets import Members, buckets, check_grad, matrices_of
+from .carry import carry
+from .dense import dense_adamw_step_
+from .scaler import Skips, unscaled
+from .waiting import Waiting
+
+HOST = ("cpu",)
+"""Devices whose tensors can be read without waiting."""
+
+
+class LowRankOptimizer(Optimizer):
+    """Groups with `rank` are projected; the others are ordinary AdamW. A subclass names a rule, its lifts and its storages.
+
+        group → buckets → (due? choose → carry → basis.copy_) → one backends.step a bucket → calls += 1
+
+    A projected parameter's state is {"step": fp32 on its device, the updates that were made; "basis": (m, r) in its dtype;
+    "refreshed_at": the group's `calls` when that basis was chosen; the rule's and the lift's tensors}, a dense one's is
+    torch.optim.AdamW's. A parameter with a name has `draw_key` besides, a number for that name, by which its draws go on being keyed.
+    The basis is zero as long as no gradient was other than that.
+
+    A group counts its own steps in `calls`; one that a GradScaler skipped is none. A basis is chosen before the first update, and with the
+    first gradient at or after each step where calls % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share
+    of the period. Checks come before anything moves.
+
+    With a GradScaler the step is skipped on the device. A GPU is asked whether it was only where a refresh is due. Gradients that the
+    scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32 copies, a bucket at a time.
+    """
+
+    rule: Rule
+    lifts: dict[str, Lift]
+    storages: dict[int, Storage]
+    """By state_bits."""
+    selection: str | None = None
+    """The selection that the class stands for, or None where each group chooses."""
+
+    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        self._forget()
+        self._clamp_warned: set[tuple[int, int]] = set()
+        super().__init__(params, defaults)
+
+    def _forget(self) -> None:
+        """Drop everything known about the states; they may have been replaced."""
+        self._skips: defaultdict[int, Skips] = defaultdict(Skips)
+        self._waiting = Waiting()
+        self._compared = False
+
+    # Groups.
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it was."""
+        super().add_param_group(param_group)
+        index = len(self.param_groups) - 1
+        try:
+            self._complete(self.param_groups[index], index)
+        except BaseException:
+            del self.param_groups[index]
+            raise
+
+    def _complete(self, group: dict[str, Any], index: int) -> None:
+        """Fills the group's missing keys with their defaults and raises ValueError or TypeError for what cannot work."""
+        groups.complete(group, index, self.selection)
+        if groups.is_low_rank(group):
+            groups.warn_if_clamped(group, index, self._clamp_warned)
+
+    def _hyper(self, group: dict[str, Any]) -> Hyper:
+        lr = group["lr"]
+        lr = lr if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
+        return Hyper(
+            rule=self.rule,
+            lift=self.lifts[group["lift"]],
+            storage=self.storages[group["state_bits"]],
+            lr=lr,
+            scale=group["scale"],
+            weight_decay=group["weight_decay"],
+            options={key: group[key] for key in self.rule.keys},
+        )
+
+    # The step.
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. Returns the closure's loss, if one is given.
+
+        Inside a CUDA graph, which takes capturable=True, it is the update alone; `refresh` says how bases come into it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._update()
+        return loss
+
+    @outside_training
+    def _update(self) -> None:
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        # Nothing is captured before CUDA is initialised, which asking would do.
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        work = [(group, *self._sorted(group, index, capturing)) for index, group in enumerate(self.param_groups)]
+        if not (capturing or self._compared):
+            self._compare_ranks()
+            self._compared = True
+        for group, dense, _ in work:
+            if dense:
+                dense_adamw_step_({**group, "params": dense}, self.state, grad_scale, found_inf)
+        skipped = found_inf is not None and found_inf.device.type in HOST and bool(found_inf.item())
+        if found_inf is not None and found_inf.device.type in HOST:
+            found_inf = None
+        for index, (group, _, low_rank) in enumerate(work):
+            if low_rank and not skipped:
+                self._step_group(group, index, low_rank, grad_scale, found_inf, capturing)
+        self._after_step(skipped)
+
+    def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
+        """The group's dense parameters, and its buckets, after every check."""
+        groups.check_values(group, index, self.selection)
+        if not groups.is_low_rank(group):
+            for place, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    check_grad(group, index, place)
+            return group["params"], []
+        low_rank = buckets(group, index, self.state)
+        if capturing and low_rank:
+            if not group["capturable"]:
+                raise RuntimeError("step() is being captured in a CUDA graph; build the optimizer with capturable=True")
+            if not all(state for members in low_rank for state in members.states):
+                raise RuntimeError("step() is being captured before the first step, which makes the states; take one outside of the graph")
+        return [], low_rank
+
+    def _step_group(
+        self,
+        group: dict[str, Any],
+        index: int,
+        low_rank: list[Members],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        capturing: bool,
+    ) -> None:
+        hyper = self._hyper(group)
+        due = [] if capturing else self._due(group, index, low_rank)
+        if any(due) and found_inf is not None and found_inf.item():
+            return
+        for number, members in enumerate(low_rank):
+            with unscaled(members, grad_scale):
+                if due:
+                    self._refresh(group, members, self._chosen(group, members, due[number]), hyper)
+                self._move(group, members, hyper, found_inf)
+        if found_inf is not None and not capturing:
+            self._skips[index].note(found_inf)
+        group["calls"] += not capturing
+
+    def _move(self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None) -> None:
+        found_inf = None if found_inf is None else members.to_device(found_inf)
+        if members.params[0].dim() == 2:
+            weights, counts = members.params, [state["step"] for state in members.states]
+            copied = []
+        else:
+            each = [matrices_of(param.detach()) for param in members.params]
+            weights = [weight for matrices in each for weight in matrices]
+            counts = [state["step"] for state in members.states for _ in range(members.matrices)]
+            # Some strides give no view of a matrix.
+            copied = [(param, m[0]) for param, m in zip(members.params, each, strict=True) if m[0].data_ptr() != param.data_ptr()]
+        bucket = Bucket(
+            weights=weights,
+            bases=members.of_matrices("basis"),
+            states={name: members.of_matrices(name) for name in self._tensors_of(hyper)},
+            steps=counts,
+            right=members.right,
+            grads=members.grads,
+            found_inf=found_inf,
+            rounding_seeds=self._rounding_seeds(group, members) if group["rounding"] == "stochastic" else None,
+        )
+        backends.step(bucket, hyper)
+        for param, matrix in copied:
+            param.copy_(matrix.view(param.shape))
+        steps = [state["step"] for state in members.states]
+        torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).reshape(()))
+
+    def _tensors_of(self, hyper: Hyper) -> list[str]:
+        return [*hyper.storage.layout(hyper.rule.state(1, 1), torch.float32), *hyper.lift.state()]
+
+    def _rounding_seeds(self, group: dict[str, Any], members: Members) -> Tensor:
+        """(B,) int64, a function of (seed, place)."""
+        places = (place for slot in range(len(members.params)) for place in self._places(group, members, slot))
+        seeds = [philox.signed64(philox.derive_seed(group["seed"], *place)) for place in places]
+        return upload([seeds], members.device)[0]
+
+    def _places(self, group: dict[str, Any], members: Members, slot: int) -> list[tuple[int, int]]:
+        """(key of the parameter, number of the matrix in it): what the random draws of each of its matrices are keyed by."""
+        key = self._draw_key(group, members.places[slot], members.states[slot])
+        return [(key, number) for number in range(members.matrices)]
+
+    def _draw_key(self, group: dict[str, Any], place: int, state: dict[str, Any]) -> int:
+        """A number for the parameter's name; its index in the optimizer where it has no name, or an older checkpoint knew none."""
+        if "draw_key" in state:
+            return state["draw_key"]
+        named = None if state else groups.draw_key(group, place)
+        return self._first_index(group) + place if named is None else named
+
+    def _first_index(self, group: dict[str, Any]) -> int:
+        first = 0
+        for other in self.param_groups:
+            if other is group:
+                break
+            first += len(other["params"])
+        return first
+
+    def _after_step(self, skipped: bool) -> None:
+        """What is left to do when everything has moved."""
+
+    # The refresh.
+
+    def _due(self, group: dict[str, Any], index: int, low_rank: list[Members]) -> list[dict[tuple[int, str], list[int]]]:
+        """For each bucket (number of the refresh, kind) → slots of the members that need a basis before this update; [] where none does.
+
+        kind: "first", where there is no state yet; "next"; "waits", for the first gradient that is not zero.
+        """
+        self._waiting.settle(self.state)
+        due = [self._due_now(group, members) for members in low_rank]
+        if any(due) and (skipped := self._skips[index].ask()):
+            group["calls"] -= skipped
+            due = [self._due_now(group, members) for members in low_rank]
+        return due if any(due) else []
+
+    def _due_now(self, group: dict[str, Any], members: Members) -> dict[tuple[int, str], list[int]]:
+        waiting, stagger = self._waiting.params, group["stagger"]
+        last, number = groups.last_refresh(group, 0, group["calls"])
+        slots: dict[tuple[int, str], list[int]] = {}
+        for slot, state in enumerate(members.states):
+            if stagger:
+                last, number = groups.last_refresh(group, members.places[slot], group["calls"])
+            if not state:
+                slots.setdefault((number, "first"), []).append(slot)
+            elif state["refreshed_at"] < last:
+                slots.setdefault((number, "next"), []).append(slot)
+            elif waiting and members.params[slot] in waiting:
+                slots.setdefault((number, "waits"), []).append(slot)
+        return slots
+
+    def _chosen(self, group: dict[str, Any], members: Members, due: dict[tuple[int, str], list[int]]) -> list[tuple[int, Tensor]]:
+        """(slot, its new basis (m, r) or (experts, m, r)) of the members that are due. Changes nothing."""
+        fresh: list[tuple[int, Tensor]] = []
+        for (number, kind), slots in due.items():
+            chosen = iter(self._choose(group, members, number, kind, slots))
+            for slot in slots:
+                matrices = [next(chosen) for _ in range(members.matrices)]
+                whole = torch.stack(matrices) if members.params[slot].dim() == 3 else matrices[0]
+                fresh.append((slot, subspaces.own_memory(whole) if len(matrices) > 1 else whole))
+        return fresh
+
+    def _choose(self, group: dict[str, Any], members: Members, number: int, kind: str, slots: list[int]) -> list[Tensor]:
+        """One for each matrix. Of those that wait only matrices without a basis get one; a CPU chooses no other, a GPU takes no other."""
+        each = members.matrices
+        grads = [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
+        places = [place for slot in slots for place in self._places(group, members, slot)]
+        previous = None if kind == "first" else [m for slot in slots for m in matrices_of(members.states[slot]["basis"])]
+        wanted = range(len(grads))
+        if kind == "waits" and members.device.type in HOST:
+            wanted = [matrix for matrix in wanted if not previous[matrix].any()]
+            if not wanted:
+                return previous
+        chosen = ops.choose_bases(
+            [grads[matrix] for matrix in wanted],
+            None if previous is None else [previous[matrix] for matrix in wanted],
+            rank=members.rank,
+            right=members.right,
+            selection=group["selection"],
+            svd=group["svd"],
+            oversample=group["oversample"],
+            power_iters=group["power_iters"],
+            seed=group["seed"],
+            refresh_number=number,
+            places=[places[matrix] for matrix in wanted],
+            dtype=members.params[0].dtype,
+        )
+        if kind != "waits":
+            return chosen
+        bases = list(previous)
+        for matrix, basis in zip(wanted, chosen, strict=True):
+            bases[matrix] = torch.where(bases[matrix].any(), bases[matrix], basis)
+        return bases
+
+    def _refresh(self, group: dict[str, Any], members: Members, fresh: list[tuple[int, Tensor]], hyper: Hyper) -> None:
+        """New bases into the states, into the same memory: a graph may hold its address."""
+        first = []
+        for slot, basis in fresh:
+            param, state = members.params[slot], members.states[slot]
+            if not state or param in self._waiting.params:
+                first.append(slot)
+            if state:
+                carry(group["moments"], state, basis, hyper.rule, hyper.storage)
+                state["basis"].copy_(basis)
+                state["refreshed_at"] = group["calls"]
+            else:
+                state |= self._new_state(group, members, slot, basis, hyper)
+                self.state[param] = state
+        if group["selection"] != "random":  # which needs no gradient
+            self._waiting.note([members.params[slot] for slot in first], [members.states[slot]["basis"] for slot in first])
+
+    def _new_state(self, group: dict[str, Any], members: Members, slot: int, basis: Tensor, hyper: Hyper) -> dict[str, Any]:
+        param, key = members.params[slot], self._draw_key(group, members.places[slot], {})
+        state = {"step": torch.zeros((), dtype=torch.float32, device=param.device), "basis": basis, "refreshed_at": group["calls"]}
+        if key != self._first_index(group) + members.places[slot]:
+            state["draw_key"] = key
+        batch = param.shape[:1] if param.dim() == 3 else ()
+        for name, (shape, dtype) in self._layout(hyper, param, members.right, members.rank).items():
+            state[name] = torch.zeros((*batch, *shape), dtype=dtype, device=param.device)
+        return state
+
+    def _layout(self, hyper: Hyper, param: Tensor, right: bool, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes, for one matrix, and dtypes of the tensors that the rule and the lift keep."""
+        rows, columns = groups.matrix_shape(param)
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        layout = hyper.storage.layout(hyper.rule.state(rank, rows if right else columns), wide)
+        return layout | {name: (shape, torch.float32) for name, shape in hyper.lift.state().items()}
+
+    @torch.compiler.disable
+    @outside_training
+    def refresh(self) -> None:
+        """What a replay of a CUDA graph that holds step() leaves to the host: call it once before each replay.
+
+        Chooses the bases that are due before that update, from the gradients as they stand, which the graph last left there (or, where
+        the backward pass is a graph of its own, has just computed), into the same memory. Counts the update. Raises RuntimeError
+        without capturable=True, before the first step, and where no parameter has a gradient.
+        """
+        work = []
+        for index, group in enumerate(self.param_groups):
+            if not groups.is_low_rank(group):
+                continue
+            if not group["capturable"]:
+                raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
+            if low_rank := buckets(group, index, self.state):
+                work.append((index, group, low_rank))
+        if not work and any(map(groups.is_low_rank, self.param_groups)):
+            raise RuntimeError(
+                "refresh() found no gradient to choose bases from; leave those of the graph where they are, "
+                "without a zero_grad() after step()"
+            )
+        if not all(state for _, _, low_rank in work for members in low_rank for state in members.states):
+            raise RuntimeError("refresh() came before the first step; take one outside of the graph, which makes the states")
+        # All before anything changes: what may run out of memory.
+        chosen = []
+        for index, group, low_rank in work:
+            due = self._due(group, index, low_rank)
+            chosen += [(group, members, self._chosen(group, members, each)) for members, each in zip(low_rank, due, strict=False)]
+        for group, members, fresh in chosen:
+            self._refresh(group, members, fresh, self._hyper(group))
+        for _, group, _ in work:
+            group["calls"] += 1
+
+    def _compare_ranks(self) -> None:
+        """Where torch.distributed is initialised the draws of all processes have to agree. One that has none takes part as well."""
+        held, settings = [], []
+        for group in filter(groups.is_low_rank, self.param_groups):
+            settings.append(tuple(group[key] for key in keys.names(keys.LOW_RANK)))
+            first = self._first_index(group)
+            for place, param in enumerate(group["params"]):
+                name = groups.draw_key(group, place)
+                held.append((tuple(param.shape), first + place if name is None else name))
+        params = (param for group in self.param_groups for param in group["params"])
+        ranks.check_equal(held, settings, next((param.device for param in params), torch.device("cpu")))
+
+    # State.
+
+    def _ask_for_skips(self) -> None:
+        for index, skips in self._skips.items():
+            self.param_groups[index]["calls"] -= skips.ask()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._ask_for_skips()
+        return super().__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        self.__dict__.setdefault("_clamp_warned", set())
+        for key, value in self._missing_in_older({}).items():
+            self.defaults.setdefault(key, value)
+        loading.complete_older(self.param_groups, self.state, self._missing_in_older)
+
+    def _missing_in_older(self, group: dict[str, Any]) -> dict[str, Any]:
+        """What a group that an older version saved may lack, and the value that it had then."""
+        return groups.missing_in_older(group)
+
+    @torch._disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers only, so that torch.load(..., weights_only=True) takes it."""
+        self._ask_for_skips()
+        return super().state_dict()
+
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but fp32 states of half-precision parameters stay fp32, and nothing loaded shares memory with `state_dict`.
+
+        Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
+        """
+        self._ask_for_skips()
+        try:
+            loading.load_uncast(self, super().load_state_dict, state_dict, check=self._checked, restore=self._restore)
+        finally:
+            self._forget()
+
+    def _checked(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        """The dict to load, with the keys that it is older than. Raises ValueError where it does not fit."""
+        loading.refuse_projectors(incoming)
+        final = {**incoming, "param_groups": [dict(group) for group in incoming["param_groups"]]}
+        final["state"] = {key: dict(state) for key, state in incoming["state"].items()}
+        loading.complete_older(final["param_groups"], final["state"], self._missing_in_older)
+        changes: list[str] = []
+        for index, (group, saved) in enumerate(zip(self.param_groups, final["param_groups"], strict=False)):
+            changes += self._check_loaded_group(group, saved, index)
+            if len(group["params"]) == len(saved["params"]):  # else torch says so
+                for place, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                    if state := final["state"].get(saved_id):
+                        self._check_loaded_state(state, param, saved, group, index, place)
+        groups.warn_of_changes(changes)
+        return final
+
+    def _check_loaded_group(self, group: dict[str, Any], saved: dict[str, Any], index: int) -> list[str]:
+        """Raises ValueError where the checkpoint's group cannot be this one; else the settings that it changes."""
+        if groups.is_low_rank(group) != groups.is_low_rank(saved):
+            kinds = ("dense", "low-rank")
+            raise ValueError(
+                f"group {index} is {kinds[groups.is_low_rank(group)]} here but {kinds[groups.is_low_rank(saved)]} in the checkpoint; "
+                "build the groups as they were when it was saved (a checkpoint of another optimizer does not fit)"
+            )
+        groups.check_names({**saved, "param_names": None}, index)
+        groups.check_values(saved, index, self.selection)
+        if not groups.is_low_rank(group) or len(group["params"]) != len(saved["params"]):
+            return []
+        final = {**group, **saved, "params": group["params"]}
+        for place in range(len(group["params"])):
+            groups.check_param(final, index, place)
+        return loading.changes(group, saved, keys.LOW_RANK, index)
+
+    def _check_loaded_state(
+        self, state: dict[str, Any], param: Tensor, saved: dict[str, Any], group: dict[str, Any], index: int, place: int
+    ) -> None:
+        where = groups.describe(group, index, place)
+        if not groups.is_low_rank(saved):
+            loading.check_dense(state, param, where)
+            return
+        shape = groups.matrix_shape(param)
+        right = groups.is_right(shape, saved["proj_type"])
+        m, rank = shape[1 if right else 0], min(saved["rank"], *shape)
+        batch = param.shape[:1] if param.dim() == 3 else ()
+        layout = self._layout(self._hyper(saved), param, right, rank)
+        loading.check_low_rank(state, {"basis": (m, rank), **{name: each for name, (each, _) in layout.items()}}, batch, saved, where)
+
+    def _restore(self, final: dict[str, Any]) -> None:
+        for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
+            for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
+                saved = final["state"].get(saved_id, {})
+                if groups.is_low_rank(group):
+                    loading.restore_low_rank(self.state.get(param, {}), saved, param)
+                else:
+                    loading.restore_dense(self.state.get(param, {}), saved, param)
+
+
+def warn_without_rank(optimizer: LowRankOptimizer) -> None:
+    """Once, where a class that stands for a projection was given nothing to project."""
+    if optimizer.selection is not None and not any(map(groups.is_low_rank, optimizer.param_groups)):
+        warnings.warn(
+            f"{type(optimizer).__name__} has no group with rank and trains every parameter with AdamW; "
+            "lowrank_kernels.param_groups(model, rank=…) makes groups that are projected",
+            UserWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,20 @@
+"""Gradient descent with momentum in the subspace, as torch.optim.SGD has it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .rule import Rule
+
+
+class SGD(Rule):
+    """M = momentum·M + R;  N = M."""
+
+    name = "sgd"
+    keys = ("momentum",)
+
+    def state(self, rank: int, n: int) -> dict[str, tuple[int, int]]:
+        return {"momentum_buffer": (rank, n)}
+
+    def update(self, projected: Tensor, state: dict[str, Tensor], step: float | Tensor, *, momentum: float) -> Tensor:
+        return state["momentum_buffer"].mul_(momentum).add_(projected)

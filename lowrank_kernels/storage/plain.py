@@ -1,0 +1,21 @@
+"""States as they are: fp32, or fp64 for fp64 weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .storage import Layout, Storage
+
+
+class Plain(Storage):
+    name = "plain"
+
+    def layout(self, shapes: dict[str, tuple[int, int]], wide: torch.dtype) -> Layout:
+        return {name: (shape, wide) for name, shape in shapes.items()}
+
+    def load(self, stored: dict[str, Tensor], wide: torch.dtype) -> dict[str, Tensor]:
+        return stored
+
+    def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+        pass
