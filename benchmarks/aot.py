@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 import triton
 
-from lowrank_kernels.eight_bit import scales_shape
-from lowrank_kernels.kernels import back_project, configs, moments, project, single_pass
-from lowrank_kernels.kernels.table import Rows, pointer_table
+from lowrank_kernels.backends.triton import back_project, configs, moments, project, single_pass
+from lowrank_kernels.backends.triton.table import Rows, pointer_table
+from lowrank_kernels.storage.eight_bit import scales_shape
 
 from . import dry
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import lowrank_kernels as lrk
-from lowrank_kernels import eight_bit, reference
+from lowrank_kernels.storage import eight_bit
 
+from . import formulas
 from .contenders import SCALE, low_rank_optimizer, make_params
 from .iterations import Training, layers
 from .shapes import is_right
@@ -45,7 +46,7 @@ def exact_step(
     weight = weight.double().clone()
     moments = [state[key].clone() if SCALES[0] in state else state[key].double().clone() for key in MOMENTS]
     scales = [state[key].clone() for key in SCALES if key in state]
-    reference.adamw_step_(
+    formulas.adamw_step_(
         [weight], [grad.double()], [state["basis"].double()], [moments[0]], [moments[1]], lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
         weight_decay=decay, scale=scale, step=step, right=is_right(*weight.shape),
         **{f"{key}s": [value] for key, value in zip(SCALES, scales, strict=False)},
@@ -116,9 +117,9 @@ def check_iteration(training: Training, dtype: torch.dtype) -> float:
         weight_name = f"{name}.weight".lstrip(".")
         require(f"dB of {weight_name}", relative_error(dB, (dense_grads[weight_name] @ basis).mT), bound)
         moments = torch.zeros_like(dB), torch.zeros_like(dB)
-        normalised = reference.update_moments_(*moments, dB, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
+        normalised = formulas.update_moments_(*moments, dB, beta1=0.9, beta2=0.999, eps=1e-8, step=1)
         before[name] = layer.weight.double()
-        weight = reference.updated_weight(before[name], basis, normalised, lr=1.0, scale=1.0, weight_decay=0.0, right=True)
+        weight = formulas.updated_weight(before[name], basis, normalised, lr=1.0, scale=1.0, weight_decay=0.0, right=True)
         expected[name] = weight, moments
     [optimizer] = training.optimizers
     optimizer.param_groups[0]["lr"] = 1.0  # so that the update is not lost in the weight's rounding

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import lowrank_kernels as lrk
-from lowrank_kernels import reference
+from lowrank_kernels.backends import reference
 
 from .cases import Unavailable
+from .formulas import back_project_, update_moments_
 from .shapes import is_right
 
 NEVER = 10**9
@@ -76,8 +77,8 @@ def ours_in_a_graph(params: list[nn.Parameter], rank: int) -> Built:
 def step_one_(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int | Tensor, right: bool) -> None:
     """The reference's formulas for one matrix."""
     projected = reference.project(basis, grad, right)
-    normalised = reference.update_moments_(exp_avg, exp_avg_sq, projected, beta1=0.9, beta2=0.999, eps=1e-8, step=step)
-    reference.back_project_(weight, basis, normalised, lr=LR, scale=SCALE, weight_decay=0.0, right=right)
+    normalised = update_moments_(exp_avg, exp_avg_sq, projected, beta1=0.9, beta2=0.999, eps=1e-8, step=step)
+    back_project_(weight, basis, normalised, lr=LR, scale=SCALE, weight_decay=0.0, right=right)
 
 
 def formulas(params: list[nn.Parameter], rank: int, step_one: Callable[..., None] = step_one_) -> Built:

@@ -13,15 +13,14 @@ import os
 import re
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from lowrank_kernels.kernels import configs
+from lowrank_kernels import backends
+from lowrank_kernels.backends.triton import configs
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -107,20 +106,9 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def operators_as_on_a_gpu() -> None:
-    """From now on the step's operators run on CPU tensors what they run on a GPU's: the kernels' launchers."""
-    from lowrank_kernels.ops import step
-
-    library = torch.library.Library("lowrank_kernels", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that a kernel was there already
-        for name, implementation in step.CUDA.items():
-            library.impl(name, implementation, "CPU", allow_override=True)
-    _kept.append(library)  # its registrations end with it
-    step.DIRECT["cpu"] = step.DIRECT["cuda"]
-
-
-_kept: list[torch.library.Library] = []
+def backend_of_a_gpu() -> None:
+    """From now on a step on CPU tensors runs what it runs on a GPU's: the kernels' launchers."""
+    backends.BACKENDS["cpu"] = backends.BACKENDS["cuda"]
 
 
 def interpreted() -> bool:

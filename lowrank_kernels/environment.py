@@ -76,8 +76,8 @@ def _gpus() -> str:
 def _step() -> str:
     if dispatch.REFERENCE_FORCED:
         return "the reference in plain PyTorch everywhere (LOWRANK_KERNELS_REFERENCE is set)"
-    cuda = "the reference in plain PyTorch on a GPU (Triton is missing)" if cuda.triton_missing() else "Triton kernels on a CUDA GPU"
-    return f"{cuda}, batched PyTorch on a CPU, the reference elsewhere"
+    on_gpu = "the reference in plain PyTorch on a GPU (Triton is missing)" if cuda.triton_missing() else "Triton kernels on a CUDA GPU"
+    return f"{on_gpu}, batched PyTorch on a CPU, the reference elsewhere"
 
 
 def _refresh() -> str:

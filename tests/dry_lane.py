@@ -108,5 +108,5 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.args_source is not pytest.Config.ArgsSource.ARGS:
         config.args = [str(TESTS / name) for name in LANE]
     config.option.markexpr = config.option.markexpr or "gpu"
-    dry.operators_as_on_a_gpu()
+    dry.backend_of_a_gpu()
     config.pluginmanager.register(DryLane(config.getoption("dry_arch")))

@@ -35,7 +35,7 @@ from steps import NAMES  # noqa: E402
 
 from benchmarks.gpu.lost import is_lost  # noqa: E402
 from lowrank_kernels import ops, philox  # noqa: E402
-from lowrank_kernels.kernels import adamw_step, configs, cpu, single_pass, two_pass  # noqa: E402
+from lowrank_kernels.backends.triton import adamw_step, configs, cpu, single_pass, two_pass  # noqa: E402
 
 PATHS = ("cpu", "single_pass", "two_pass") if DEVICE == "cpu" else ("single_pass", "two_pass")
 GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowrank_kernels.kernels import adamw_step, cpu  # noqa: E402
+from lowrank_kernels.backends.triton import adamw_step, cpu  # noqa: E402
 from tests import fuzz  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent

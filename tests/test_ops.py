@@ -8,8 +8,9 @@ import pytest
 import tolerances
 import torch
 
-from lowrank_kernels import ops, reference
-from lowrank_kernels.kernels import cpu
+from benchmarks import formulas
+from lowrank_kernels import ops
+from lowrank_kernels.backends import cpu, reference
 
 HYPER = dict(lr=0.05, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0.25)
 
@@ -40,7 +41,7 @@ def assert_step_is_right(tensors, step, right, hyper=HYPER, run=ops.adamw_step_)
     """Runs `run` on the bucket and compares weights and moments with the reference in fp64, within the derived bounds."""
     exact = in_fp64([[t.clone() for t in group] for group in tensors])
     before = in_fp64([[t.clone() for t in group] for group in tensors])
-    reference.adamw_step_(*exact, **hyper, step=step, right=right)
+    formulas.adamw_step_(*exact, **hyper, step=step, right=right)
     run(*tensors, **hyper, step=step, right=right)
     dtype = tensors[0][0].dtype
     native = cpu.NATIVE_BF16 and dtype == torch.bfloat16
@@ -55,7 +56,7 @@ def assert_step_is_right(tensors, step, right, hyper=HYPER, run=ops.adamw_step_)
         tolerances.assert_within(tensors[4][number], exact[4][number], errors[1], "exp_avg_sq")
         adam = {key: hyper[key] for key in ("beta1", "beta2", "eps")}
         of_n = tolerances.normalised_error(exact[3][number], exact[4][number], errors, **adam, step=step)
-        normalised = reference.update_moments_(exp_avg.clone(), exp_avg_sq.clone(), projected, **adam, step=step)
+        normalised = formulas.update_moments_(exp_avg.clone(), exp_avg_sq.clone(), projected, **adam, step=step)
         bound = tolerances.back_project_error(
             weight.to(dtype),
             basis,
@@ -106,7 +107,7 @@ def test_cpu_step_of_fp32_weights_with_bf16_bases_and_gradients_keeps_n_in_fp32(
     tensors = [weights, [grad * 2.0**-20 for grad in grads], bases, exp_avgs, exp_avg_sqs]
     exact = in_fp64([[t.clone() for t in group] for group in tensors])
     before = weights[0].double().clone()
-    reference.adamw_step_(*exact, **HYPER, step=3, right=True)
+    formulas.adamw_step_(*exact, **HYPER, step=3, right=True)
     ops.adamw_step_(*tensors, **HYPER, step=3, right=True)
     # Products and sums in fp32: r + some of its roundings, far under bf16's 2⁻⁹.
     assert (weights[0].double() - exact[0][0]).norm() <= 1e-5 * (exact[0][0] - before).norm()
@@ -125,7 +126,7 @@ def test_cpu_step_in_chunks_equals_one_by_one(monkeypatch):
 def test_fp64_step_stays_in_fp64():
     tensors = bucket(20, 30, 4, False, torch.float64)
     exact = [[t.clone() for t in group] for group in tensors]
-    reference.adamw_step_(*exact, **HYPER, step=1, right=False)
+    formulas.adamw_step_(*exact, **HYPER, step=1, right=False)
     ops.adamw_step_(*tensors, **HYPER, step=1, right=False)
     for a, b in zip(tensors[0] + tensors[3], exact[0] + exact[3], strict=True):
         assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
@@ -143,7 +144,7 @@ def test_single_operators_compose_to_the_step(right):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", [ops.adamw_step_, reference.adamw_step_])
+@pytest.mark.parametrize("implementation", [ops.adamw_step_, formulas.adamw_step_])
 def test_found_inf_leaves_every_bit(implementation):
     tensors = bucket(24, 36, 6, False)
     tensors[1][0][0, 0] = float("inf")
@@ -224,7 +225,7 @@ PROBE = """
 import torch
 from lowrank_kernels import ops
 from lowrank_kernels.ops import dispatch
-from lowrank_kernels.kernels import cpu
+from lowrank_kernels.backends import cpu
 calls = []
 cpu._product = lambda a, b: calls.append(1) or a @ b
 ops.project([torch.eye(4)], [torch.randn(4, 5)], False)
@@ -242,6 +243,6 @@ def test_environment_variable_forces_the_reference(value, expected):
 
 
 def test_importing_on_a_cpu_stays_free_of_triton():
-    probe = "import sys, lowrank_kernels; print([m for m in sys.modules if m.startswith('lowrank_kernels.kernels')])"
+    probe = "import sys, lowrank_kernels; print([m for m in sys.modules if m.startswith('lowrank_kernels.backends.triton')])"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['lowrank_kernels.kernels', 'lowrank_kernels.kernels.cpu']"
+    assert done.stdout.strip() == "['lowrank_kernels.backends.triton', 'lowrank_kernels.backends.triton.cpu']"

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from lowrank_kernels import eight_bit, ops, reference
-from lowrank_kernels.kernels import cpu
+from benchmarks import formulas
+from lowrank_kernels import ops
+from lowrank_kernels.backends import cpu, reference
+from lowrank_kernels.storage import eight_bit
 
 ADAM = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0.25)
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
@@ -51,7 +53,7 @@ def test_count_and_rate_on_the_device_are_those_of_the_host(step, dtype, right, 
     counts = [torch.tensor(step - 1.0) for _ in host[0]]
     options = dict(lr=0.0, step=0, right=right, device_lr=torch.tensor([0.125]), device_steps=counts)
     ops.adamw_step_(*device, **ADAM, **options)
-    reference.adamw_step_(*truth, **ADAM, **options)
+    formulas.adamw_step_(*truth, **ADAM, **options)
     for a, b, c in zip(host[0] + host[3], device[0] + device[3], truth[0] + truth[3], strict=True):
         assert torch.equal(a, b)
         assert torch.allclose(a.float(), c.float(), rtol=2.0**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
@@ -80,7 +82,7 @@ def test_8_bit_moments_against_the_reference(m, n, rank, dtype, right, fp32_prod
     options = dict(lr=0.1, step=3, right=right)
     scales = dict(exp_avg_scales=codes[2], exp_avg_sq_scales=codes[3])
     ops.adamw_step_(weights, grads, bases, *codes[:2], **ADAM, **options, **scales)
-    reference.adamw_step_(*truth, **ADAM, **options, exp_avg_scales=truth_scales[0], exp_avg_sq_scales=truth_scales[1])
+    formulas.adamw_step_(*truth, **ADAM, **options, exp_avg_scales=truth_scales[0], exp_avg_sq_scales=truth_scales[1])
     for found, exact in zip(codes[0] + codes[1], truth[3] + truth[4], strict=True):
         difference = (found.int() - exact.int()).abs()
         assert difference.max() <= 1 and difference.count_nonzero() <= 1 + 0.02 * difference.numel()
@@ -103,8 +105,8 @@ def test_stochastic_rounding_on_a_cpu_is_the_references(right):
     ops.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **ADAM, **options)
     for index in range(2):
         adam = {key: ADAM[key] for key in ("beta1", "beta2", "eps")}
-        normalised = reference.update_moments_(truth[3][index], truth[4][index], projected[index], **adam, step=3)
-        exact = reference.updated_weight(
+        normalised = formulas.update_moments_(truth[3][index], truth[4][index], projected[index], **adam, step=3)
+        exact = formulas.updated_weight(
             truth[0][index].double(), truth[2][index], normalised, lr=0.1, scale=0.25, weight_decay=0.1, right=right
         )
         expected = reference.round_stochastically(exact, seeds[index : index + 1], 3)
@@ -113,7 +115,7 @@ def test_stochastic_rounding_on_a_cpu_is_the_references(right):
 
 
 @SIDES
-@pytest.mark.parametrize("implementation", [ops.adamw_step_, reference.adamw_step_])
+@pytest.mark.parametrize("implementation", [ops.adamw_step_, formulas.adamw_step_])
 def test_found_inf_leaves_every_bit(implementation, right):
     weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(24, 80, 6, right, torch.bfloat16)
     codes = coded(exp_avgs, exp_avg_sqs)

@@ -4,8 +4,9 @@ import pytest
 import torch
 from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within, back_project_error, moments_error, normalised_error, store_unit
 
-from lowrank_kernels import ops, reference
-from lowrank_kernels.kernels import cpu
+from benchmarks import formulas
+from lowrank_kernels import ops
+from lowrank_kernels.backends import cpu, reference
 from lowrank_kernels.ops import step as implementations
 from lowrank_kernels.rounding import round_stochastically
 
@@ -66,7 +67,7 @@ def test_moments_against_fp64(implementation, counts):
     for index, (m, v, r) in enumerate(exact):
         t = 4 if counts is None else counts[index] + 1
         errors = moments_error(m, v, r, ADAM["beta1"], ADAM["beta2"])
-        expected = reference.update_moments_(m, v, r, **ADAM, step=t)
+        expected = formulas.update_moments_(m, v, r, **ADAM, step=t)
         assert_within(exp_avgs[index], m, errors[0], "M")
         assert_within(exp_avg_sqs[index], v, errors[1], "V")
         assert_within(found[index], expected, normalised_error(m, v, errors, **ADAM, step=t, correction=correction), "N")
@@ -78,7 +79,7 @@ def test_weights_are_rounded_stochastically_as_the_reference_does(implementation
     weights, bases, normalised = weights_of(right, torch.bfloat16)
     seeds = torch.tensor([3, 2**62], device=DEVICE)
     counts = [torch.tensor(float(count), device=DEVICE) for count in (0, 41)]
-    exact = [reference.updated_weight(w, p, n, **UPDATE, right=right) for w, p, n in zip(weights, bases, normalised, strict=True)]
+    exact = [formulas.updated_weight(w, p, n, **UPDATE, right=right) for w, p, n in zip(weights, bases, normalised, strict=True)]
     before = bits(weights)
     options = dict(**UPDATE, right=right, rounding_seeds=seeds, device_steps=counts)
     implementation("back_project_")(weights, bases, normalised, **options, found_inf=torch.ones((), device=DEVICE))
@@ -99,7 +100,7 @@ def test_moments_of_fp64_stay_in_fp64(implementation):
     m, v = exp_avgs[0].clone(), exp_avg_sqs[0].clone()
     count = [torch.tensor(6.0, device=DEVICE)]
     found = implementation("update_moments_")(exp_avgs, exp_avg_sqs, projected, **ADAM, step=0, device_steps=count)
-    expected = reference.update_moments_(m, v, projected[0], **ADAM, step=7)
+    expected = formulas.update_moments_(m, v, projected[0], **ADAM, step=7)
     for a, b in ((found[0], expected), (exp_avgs[0], m), (exp_avg_sqs[0], v)):
         assert a.dtype == torch.float64 and torch.allclose(a, b, rtol=1e-13, atol=1e-15)
 
@@ -143,7 +144,7 @@ def test_back_projection_against_fp64(implementation, dtype, right):
             store=store_unit(dtype, implementation.in_triton and DEVICE == "cpu") if dtype != torch.float64 else 0.0,
             operand_unit=(2 * UNIT[torch.bfloat16] if rounds_n else 0.0) + tf32, basis_unit=tf32,
         )  # fmt: skip
-        reference.back_project_(expected, basis.double(), update.double(), **UPDATE, right=right)
+        formulas.back_project_(expected, basis.double(), update.double(), **UPDATE, right=right)
         assert_within(reference.orient(weight, right), reference.orient(expected, right), bound, "W")
 
 

@@ -8,7 +8,7 @@
 launcher's own code; it goes through three stages:
 
 - sanitize: its TTIR, with every access held against the size of its tensor and every two programs against each other; the results
-  within the bounds of tests/tolerances.py of lowrank_kernels.reference in fp64.
+  within the bounds of tests/tolerances.py of lowrank_kernels.backends.reference in fp64.
 - validate: the module that each compiler pass receives, from there up to the lowering to LLVM, against the results of sanitize.
 - races: the last of these modules with the barriers that the lowering puts in, for accesses of two warps that no barrier separates, in
   shared memory and in the memory of the tensors.

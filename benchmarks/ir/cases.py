@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 
 from benchmarks.aot import SMALL_TILE_TARGETS, TABLES
-from lowrank_kernels.kernels import configs
+from lowrank_kernels.backends.triton import configs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from benchmarks.aot import DTYPES, OPTIONS, ROOT
-from lowrank_kernels import eight_bit, reference
-from lowrank_kernels.kernels import back_project, configs, moments, pointers, project, single_pass
-from lowrank_kernels.kernels.table import Rows
+from lowrank_kernels.backends import reference
+from lowrank_kernels.backends.triton import back_project, configs, moments, pointers, project, single_pass
+from lowrank_kernels.backends.triton.table import Rows
+from lowrank_kernels.storage import eight_bit
 
+from .. import formulas
 from .cases import Case
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "kernels")]  # the bounds are those of the tests
@@ -155,7 +157,7 @@ def _moments(case: Case):
         m, v = before
         of_states = decoded_error(m, v) if coded else (0.0, 0.0)
         errors = moments_error(m, v, projected, adam["beta1"], adam["beta2"], state_errors=of_states)
-        expected = reference.update_moments_(m, v, projected.double(), **adam)
+        expected = formulas.update_moments_(m, v, projected.double(), **adam)
         if coded:
             assert_codes(tuple(states), m, v, errors)
         else:
@@ -186,7 +188,7 @@ def _back_project(case: Case):
             old, basis, normalised, **exact, store=0.0 if stochastic else UNIT[weight.dtype], operand_unit=rounds + _tf32(case),
             basis_unit=_tf32(case), device_lr=on_device,
         )  # fmt: skip
-        expected = reference.updated_weight(before, basis.double(), normalised.double(), **exact, right=case.right)
+        expected = formulas.updated_weight(before, basis.double(), normalised.double(), **exact, right=case.right)
         bound = bound.mT if case.right else bound
         if stochastic:
             least, greatest = rounded_between(expected, bound, seed, SCALARS["step"])

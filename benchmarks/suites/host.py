@@ -100,6 +100,6 @@ def without_driver(seconds: float) -> dict[str, list[float]]:
     """
     from .. import dry
 
-    dry.operators_as_on_a_gpu()
+    dry.backend_of_a_gpu()
     with dry.launches(TARGET):
         return measure("cpu", seconds)

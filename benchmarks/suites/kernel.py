@@ -1,7 +1,7 @@
 """Each part of a step alone, and whole steps by path, on one bucket of equal matrices: the time of the device, without the host's.
 
 On a GPU the Triton kernels: project, moments, back_project, then all of it in two passes and in a single one. On a CPU the functions of
-kernels/cpu.py: the same three, and its step. A case is checked on the first and the last matrix of the bucket.
+backends/cpu.py: the same three, and its step. A case is checked on the first and the last matrix of the bucket.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_kernels import eight_bit, reference
-from lowrank_kernels.kernels import cpu
+from lowrank_kernels.backends import cpu, reference
+from lowrank_kernels.storage import eight_bit
 
-from .. import roofline, shapes, timing
+from .. import formulas, roofline, shapes, timing
 from ..cases import Context, Selection, Unavailable, not_measured, require_room
 from ..checks import MOMENT_ERROR, MOMENTS, SCALES, UPDATE_ERROR, decoded, exact_step, relative_error, require
 from ..records import OURS, Row, timed_rows
@@ -86,6 +86,7 @@ class Bucket:
         self.states = [self._state(noise(r, n).mul_(2e-3), noise(r, n).square_().mul_(1e-4)) for _ in each]
         self.projected = noise(case.count, r, n).mul_(0.01)
         self.normalised = noise(case.count, r, n).clamp_(-1, 1).to(case.dtype)
+        self.steps = [torch.tensor(ADAM["step"] - 1.0, device=device) for _ in each]
 
     def _state(self, m: Tensor, v: Tensor) -> dict[str, Tensor]:
         if self.case.state_bits == 32:
@@ -98,6 +99,11 @@ class Bucket:
     def all(self, key: str) -> list[Tensor]:
         return [state[key] for state in self.states]
 
+    def step(self, run: Callable[..., None], lr: float) -> None:
+        hyper = {"lr": lr, "scale": SCALE, "weight_decay": DECAY, "right": self.right}
+        lists = self.weights, self.grads, self.bases, self.all("exp_avg"), self.all("exp_avg_sq")
+        formulas.adamw_step_(*lists, run=run, **ADAM, **hyper, device_steps=self.steps, **self.scales())
+
     def scales(self) -> dict[str, list[Tensor]]:
         """exp_avg_scales and exp_avg_sq_scales, where there are any."""
         return {f"{key}s": self.all(key) for key in SCALES} if self.case.state_bits == 8 else {}
@@ -108,20 +114,21 @@ Run = Callable[[float], object]
 
 
 def cpu_runs(bucket: Bucket) -> Run:
-    """kernels/cpu.py."""
+    """backends/cpu.py."""
     b, moments = bucket, (bucket.all("exp_avg"), bucket.all("exp_avg_sq"))
+    adam = {name: value for name, value in ADAM.items() if name != "step"}
     back = {"scale": SCALE, "weight_decay": DECAY, "right": b.right}
     return {
         "project": lambda lr: cpu.project(b.bases, b.grads, b.right),
-        "moments": lambda lr: cpu.update_moments_(*moments, b.projected, **ADAM),
+        "moments": lambda lr: cpu.update_moments_(*moments, b.projected, **adam, device_steps=b.steps),
         "back_project": lambda lr: cpu.back_project_(b.weights, b.bases, b.normalised, lr=lr, **back),
-        "step": lambda lr: cpu.adamw_step_(b.weights, b.grads, b.bases, *moments, lr=lr, **ADAM, **back, **b.scales()),
+        "step": lambda lr: b.step(cpu.step, lr),
     }[b.case.op]
 
 
 def triton_runs(bucket: Bucket) -> Run:
-    """The launchers of kernels/. Those of whole steps are prepared, as the optimizer has them; the parts make their pointer table."""
-    from lowrank_kernels.kernels import back_project, moments, project
+    """The launchers of backends/triton/. Those of whole steps are prepared; the parts make their pointer table."""
+    from lowrank_kernels.backends.triton import back_project, moments, project
 
     b, op, states = bucket, bucket.case.op, (bucket.all("exp_avg"), bucket.all("exp_avg_sq"))
     if op in PARTS:
@@ -136,7 +143,7 @@ def triton_runs(bucket: Bucket) -> Run:
 
 
 def _prepared_step(bucket: Bucket) -> Run:
-    from lowrank_kernels.kernels import single_pass, table, two_pass
+    from lowrank_kernels.backends.triton import single_pass, table, two_pass
 
     lists = [bucket.weights, bucket.grads, bucket.bases, bucket.all("exp_avg"), bucket.all("exp_avg_sq"), *bucket.scales().values()]
     rows = table.Rows(*table.pointer_table(*lists))
@@ -151,19 +158,19 @@ def _prepared_step(bucket: Bucket) -> Run:
     return lambda lr: launch(lr=lr, weight_decay=DECAY, scale=SCALE, **ADAM, **none)
 
 
-def formulas(bucket: Bucket) -> Run:
+def in_pytorch(bucket: Bucket) -> Run:
     """reference.py, one matrix after another."""
     b, each = bucket, range(bucket.case.count)
     back = {"scale": SCALE, "weight_decay": DECAY, "right": b.right}
     moments = (b.all("exp_avg"), b.all("exp_avg_sq"))
 
     def step(lr: float) -> None:
-        reference.adamw_step_(b.weights, b.grads, b.bases, *moments, lr=lr, **ADAM, **back, **b.scales())
+        b.step(reference.step, lr)
 
     return {
         "project": lambda lr: [reference.project(b.bases[i], b.grads[i], b.right) for i in each],
-        "moments": lambda lr: [reference.update_moments_(moments[0][i], moments[1][i], b.projected[i], **ADAM) for i in each],
-        "back_project": lambda lr: [reference.back_project_(b.weights[i], b.bases[i], b.normalised[i], lr=lr, **back) for i in each],
+        "moments": lambda lr: [formulas.update_moments_(moments[0][i], moments[1][i], b.projected[i], **ADAM) for i in each],
+        "back_project": lambda lr: [formulas.back_project_(b.weights[i], b.bases[i], b.normalised[i], lr=lr, **back) for i in each],
     }.get(b.case.op, step)
 
 
@@ -180,7 +187,7 @@ def native_products(bucket: Bucket) -> Run:
 
     def step(lr: float) -> None:
         for i in each:
-            normalised = reference.update_moments_(b.states[i]["exp_avg"], b.states[i]["exp_avg_sq"], project(i).float(), **ADAM)
+            normalised = formulas.update_moments_(b.states[i]["exp_avg"], b.states[i]["exp_avg_sq"], project(i).float(), **ADAM)
             back_project(i, normalised.to(b.case.dtype), lr)
 
     if b.case.op == "moments" or b.case.state_bits == 8:
@@ -204,14 +211,14 @@ def check(bucket: Bucket, run: Run) -> float:
             errors.append(require("R", relative_error(result[i], reference.project(basis, grad, bucket.right)), ROUNDING[case.dtype]))
         elif case.op == "moments":
             m, v = decoded(state)
-            exact = reference.update_moments_(m, v, bucket.projected[i].double(), **ADAM)
+            exact = formulas.update_moments_(m, v, bucket.projected[i].double(), **ADAM)
             errors.append(require("N", relative_error(result[i], exact), ROUNDING[case.dtype]))
             for name, found, truth in zip("MV", decoded(bucket.states[i]), (m, v), strict=True):
                 require(name, relative_error(found, truth), ROUNDING[torch.float32])
         elif case.op == "back_project":
             exact = weight.clone()
             back = {"lr": 1.0, "scale": SCALE, "weight_decay": DECAY, "right": bucket.right}
-            reference.back_project_(exact, basis, bucket.normalised[i].double(), **back)
+            formulas.back_project_(exact, basis, bucket.normalised[i].double(), **back)
             errors.append(require("ΔW", relative_error(moved - weight, exact - weight), ROUNDING[case.dtype]))
         else:
             exact, moments = exact_step(weight, grad, state | {"basis": basis}, step=ADAM["step"], lr=1.0, scale=SCALE, decay=DECAY)
@@ -253,7 +260,7 @@ def run(case: KernelCase, context: Context) -> list[Row]:
     bucket = Bucket(case, context.device)
     implementations = {
         OURS: triton_runs if context.on_gpu else cpu_runs,
-        "formulas in PyTorch": formulas,
+        "formulas in PyTorch": in_pytorch,
         "native products": native_products,
     }
     runs: dict[str, Callable[[], object]] = {}

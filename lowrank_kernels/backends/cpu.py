@@ -1,9 +1,9 @@
 """The step on a CPU, in plain PyTorch, over a bucket of equal shapes.
 
-Same formulas as rules/adamw.py and lifts/back_projection.py. What makes it faster than the formulas typed in: large fp32 products go to oneDNN, small ones to
-the BLAS; bf16 is multiplied as it is where the CPU has instructions for it (accumulated in fp32 and rounded once) and in fp32
-elsewhere, as is fp16; moments go through torch's fused AdamW kernel, one pass over memory; a 16-bit weight's decay and update are
-part of its native product. Figures, and what lost: benchmarks/NOTES.md.
+Same formulas as rules/adamw.py and lifts/back_projection.py. What makes it faster than the formulas typed in: large fp32 products
+go to oneDNN, small ones to the BLAS; bf16 is multiplied as it is where the CPU has instructions for it (accumulated in fp32 and
+rounded once) and in fp32 elsewhere, as is fp16; moments go through torch's fused AdamW kernel, one pass over memory; a 16-bit
+weight's decay and update are part of its native product. Figures, and what lost: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations

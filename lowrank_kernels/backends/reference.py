@@ -62,6 +62,12 @@ def kept_where(found_inf: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[
         tensor.copy_(torch.where(found_inf.to(tensor.device) != 0, kept, tensor))
 
 
+def step(bucket: Bucket, hyper: Hyper) -> None:
+    """One update of the bucket, in place."""
+    projected = project_bucket(bucket) if bucket.projected is None else bucket.projected
+    lift(bucket, hyper, projected, update(bucket, hyper, projected))
+
+
 def project_bucket(bucket: Bucket) -> Tensor:
     """R (B, r, n)."""
     return torch.stack([project(basis, grad, bucket.right) for basis, grad in zip(bucket.bases, bucket.grads, strict=True)])

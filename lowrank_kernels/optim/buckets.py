@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..storage.storage import Layout
 from ..subspaces import own_memory
 from .groups import check_param, describe, is_right, matrix_shape
 
@@ -53,9 +55,10 @@ def matrices_of(tensor: Tensor) -> list[Tensor]:
     return split(tensor) if tensor.dim() < 4 else [tensor.flatten(1)]
 
 
-def buckets(group: dict[str, Any], group_index: int, states: States) -> list[Members]:
+def buckets(group: dict[str, Any], group_index: int, states: States, layout: Callable[[Tensor, bool, int], Layout]) -> list[Members]:
     """The low-rank group's parameters that have a gradient, in order of first appearance.
 
+    layout: what the state of a parameter holds beside its basis, from its side and rank; shapes of one matrix.
     Raises TypeError or ValueError for gradients and states that no step can use. Checks stand where a bucket is made: its members have
     the same shapes.
     """
@@ -82,7 +85,7 @@ def buckets(group: dict[str, Any], group_index: int, states: States) -> list[Mem
         else:
             members.grads += matrices_of(grad)
     for members in found.values():
-        _check_states(members, group, group_index)
+        _check_states(members, group, group_index, layout(members.params[0], members.right, members.rank))
     return list(found.values())
 
 
@@ -108,40 +111,66 @@ def check_grad(group: dict[str, Any], group_index: int, place: int) -> None:
         raise TypeError(f"the gradient is {grad.dtype} in {where}; a low-rank group takes real floating-point gradients")
 
 
-def _check_states(members: Members, group: dict[str, Any], group_index: int) -> None:
-    """That states go with the parameters as they now are; those of a model that was cast or moved follow it."""
+def _check_states(members: Members, group: dict[str, Any], group_index: int, layout: Layout) -> None:
+    """That states go with the parameters as they now are; those of a model that was cast or moved follow it. Kernels rely on it."""
+    present = [state for state in members.states if state]
+    if not present:
+        return
     param = members.params[0]
     rows, columns = matrix_shape(param)
     batch = () if param.dim() != 3 else (members.matrices,)
-    expected = (*batch, columns if members.right else rows, members.rank)
-    coded = group["state_bits"] == 8
+    expected = {"basis": (columns if members.right else rows, members.rank)} | {name: shape for name, (shape, _) in layout.items()}
+    expected = {name: (*batch, *shape) for name, shape in expected.items()}
+    bases, steps = ([state["basis"] for state in present], [state["step"] for state in present])
+    if (
+        [basis.dtype for basis in bases].count(param.dtype) == len(present)
+        and list(map(Tensor.get_device, bases)).count(param.get_device()) == len(present)
+        and list(map(type, steps)).count(Tensor) == len(present)
+        and [step.dtype for step in steps].count(torch.float32) == len(present)
+        and all([state[name].shape for state in present if name in state].count(s) == len(present) for name, s in expected.items())
+    ):
+        return
     for place, parameter, state in zip(members.places, members.params, members.states, strict=True):
-        if not state:
-            continue
-        basis = state["basis"]
-        if basis.dtype != parameter.dtype or basis.device != parameter.device:
+        if state:
             _follow(state, parameter)
-            basis = state["basis"]
-        if basis.shape != expected:
-            where = describe(group, group_index, place)
+            _check_state(state, expected, group, describe(group, group_index, place))
+
+
+def _check_state(state: dict[str, Any], expected: dict[str, tuple[int, ...]], group: dict[str, Any], where: str) -> None:
+    if state["basis"].shape != expected["basis"]:
+        raise ValueError(
+            f"the state's basis is {tuple(state['basis'].shape)} but rank={group['rank']}, proj_type={group['proj_type']!r} need "
+            f"{expected['basis']} ({where}); they cannot change after the first step: restore them, or delete optimizer.state[param] to "
+            "restart it"
+        )
+    if ("exp_avg_scale" in state) != (group["state_bits"] == 8):
+        raise ValueError(
+            f"the state has {8 if 'exp_avg_scale' in state else 32}-bit moments but state_bits={group['state_bits']} ({where}); it cannot "
+            "change after the first step: restore it, or delete optimizer.state[param] to restart it"
+        )
+    for name, shape in expected.items():
+        if name not in state:
             raise ValueError(
-                f"the state's basis is {tuple(basis.shape)} but rank={group['rank']}, proj_type={group['proj_type']!r} need "
-                f"{expected} ({where}); they cannot change after the first step: restore them, or delete optimizer.state[param] to restart it"
+                f"the state has no {name}, which lift={group['lift']!r} needs ({where}); it cannot change after the first step: restore "
+                "it, or delete optimizer.state[param] to restart it"
             )
-        if ("exp_avg_scale" in state) != coded:
-            where = describe(group, group_index, place)
+        if state[name].shape != shape:
             raise ValueError(
-                f"the state has {32 if coded else 8}-bit moments but state_bits={group['state_bits']} ({where}); it cannot change after "
-                "the first step: restore it, or delete optimizer.state[param] to restart it"
+                f"{name} must be {shape}, got {tuple(state[name].shape)} ({where}); the state is of a parameter of another shape, or of "
+                "another rank"
             )
 
 
 def _follow(state: dict[str, Any], param: Tensor) -> None:
     """Casts and moves a state whose parameter was, as by model.to(…)."""
+    step = state["step"]
+    state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device).reshape(())
+    if state["basis"].dtype == param.dtype and state["basis"].device == param.device:
+        return
     wide = torch.promote_types(param.dtype, torch.float32)
     for key, value in state.items():
         if key == "basis":
             state[key] = own_memory(value.to(param.device, param.dtype))
-        elif isinstance(value, Tensor):
-            is_moment = value.is_floating_point() and key != "step" and not key.endswith("scale")
+        elif isinstance(value, Tensor) and key != "step":
+            is_moment = value.is_floating_point() and not key.endswith("scale")
             state[key] = value.to(param.device, wide if is_moment else value.dtype)

@@ -57,7 +57,7 @@ def is_right(shape: tuple[int, int], proj_type: str) -> bool:
 
 
 def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, int]:
-    """Before the group's step number `calls`: the last one at which parameter number `place` was to refresh, and the number of that refresh.
+    """Before the group's step number `calls`: the last one at which parameter number `place` was to refresh, and that refresh's number.
 
     Without `stagger` that is where calls mod gap = 0. With it parameter i of k refreshes where calls mod gap = ⌊i·gap / k⌋: every number
     below gap is taken by ⌊k / gap⌋ or ⌈k / gap⌉ parameters. k counts all of the group, with a gradient or without. The step is negative
@@ -121,7 +121,7 @@ def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[i
                 f"rank {group['rank']} is more than the shorter side of {describe(group, group_index, param_index)}; "
                 f"rank {min(shape)} is used for this shape, which saves no memory there",
                 UserWarning,
-                stacklevel=8,
+                stacklevel=9,
             )
 
 

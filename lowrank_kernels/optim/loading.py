@@ -69,7 +69,7 @@ def complete_older(
         for key in counts:
             state = states[key]
             state.setdefault("refreshed_at", max(group.get("calls", 0) - 1, 0))
-            if isinstance(state.get("step"), int) and isinstance(state["basis"], Tensor):
+            if isinstance(state.get("step"), int) and state["step"] >= 0 and isinstance(state["basis"], Tensor):
                 state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=state["basis"].device)
 
 

@@ -52,6 +52,8 @@ class LowRankAdamW(LowRankOptimizer):
             the mean stays, as a function of (seed, the parameter, number of the update, element).
         proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".
         selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).
+        lift: how N moves the weight: "back_projection", by P·N (default).
+        moments: what a refresh does to them: "keep" leaves them as they are (default).
         svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).
         oversample, power_iters: accuracy of the range finder (8, 1).
         seed: all randomness is a function of (seed, the parameter, number of the refresh, or of the update where it is a rounding) (0). The

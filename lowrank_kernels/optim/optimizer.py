@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -25,6 +26,7 @@ from .dense import dense_adamw_step_
 from .scaler import Skips, unscaled
 from .waiting import Waiting
 
+Fresh = tuple[int, str, Tensor]
 HOST = ("cpu",)
 """Devices whose tensors can be read without waiting."""
 
@@ -143,13 +145,16 @@ class LowRankOptimizer(Optimizer):
                 if param.grad is not None:
                     check_grad(group, index, place)
             return group["params"], []
-        low_rank = buckets(group, index, self.state)
+        low_rank = self._buckets(group, index)
         if capturing and low_rank:
             if not group["capturable"]:
                 raise RuntimeError("step() is being captured in a CUDA graph; build the optimizer with capturable=True")
             if not all(state for members in low_rank for state in members.states):
                 raise RuntimeError("step() is being captured before the first step, which makes the states; take one outside of the graph")
         return [], low_rank
+
+    def _buckets(self, group: dict[str, Any], index: int) -> list[Members]:
+        return buckets(group, index, self.state, functools.partial(self._layout, self._hyper(group)))
 
     def _step_group(
         self,
@@ -261,15 +266,15 @@ class LowRankOptimizer(Optimizer):
                 slots.setdefault((number, "waits"), []).append(slot)
         return slots
 
-    def _chosen(self, group: dict[str, Any], members: Members, due: dict[tuple[int, str], list[int]]) -> list[tuple[int, Tensor]]:
-        """(slot, its new basis (m, r) or (experts, m, r)) of the members that are due. Changes nothing."""
-        fresh: list[tuple[int, Tensor]] = []
+    def _chosen(self, group: dict[str, Any], members: Members, due: dict[tuple[int, str], list[int]]) -> list[Fresh]:
+        """(slot, kind, new basis (m, r) or (experts, m, r)) of the members that are due. Changes nothing."""
+        fresh: list[Fresh] = []
         for (number, kind), slots in due.items():
             chosen = iter(self._choose(group, members, number, kind, slots))
             for slot in slots:
                 matrices = [next(chosen) for _ in range(members.matrices)]
                 whole = torch.stack(matrices) if members.params[slot].dim() == 3 else matrices[0]
-                fresh.append((slot, subspaces.own_memory(whole) if len(matrices) > 1 else whole))
+                fresh.append((slot, kind, subspaces.own_memory(whole) if len(matrices) > 1 else whole))
         return fresh
 
     def _choose(self, group: dict[str, Any], members: Members, number: int, kind: str, slots: list[int]) -> list[Tensor]:
@@ -304,20 +309,21 @@ class LowRankOptimizer(Optimizer):
             bases[matrix] = torch.where(bases[matrix].any(), bases[matrix], basis)
         return bases
 
-    def _refresh(self, group: dict[str, Any], members: Members, fresh: list[tuple[int, Tensor]], hyper: Hyper) -> None:
+    def _refresh(self, group: dict[str, Any], members: Members, fresh: list[Fresh], hyper: Hyper) -> None:
         """New bases into the states, into the same memory: a graph may hold its address."""
         first = []
-        for slot, basis in fresh:
+        for slot, kind, basis in fresh:
             param, state = members.params[slot], members.states[slot]
-            if not state or param in self._waiting.params:
+            if kind == "first" or param in self._waiting.params:
                 first.append(slot)
-            if state:
-                carry(group["moments"], state, basis, hyper.rule, hyper.storage)
-                state["basis"].copy_(basis)
-                state["refreshed_at"] = group["calls"]
-            else:
+            if kind == "first":
                 state |= self._new_state(group, members, slot, basis, hyper)
                 self.state[param] = state
+                continue
+            if kind == "next":
+                carry(group["moments"], state, basis, hyper.rule, hyper.storage)
+                state["refreshed_at"] = group["calls"]
+            state["basis"].copy_(basis)
         if group["selection"] != "random":  # which needs no gradient
             self._waiting.note([members.params[slot] for slot in first], [members.states[slot]["basis"] for slot in first])
 
@@ -353,7 +359,7 @@ class LowRankOptimizer(Optimizer):
                 continue
             if not group["capturable"]:
                 raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
-            if low_rank := buckets(group, index, self.state):
+            if low_rank := self._buckets(group, index):
                 work.append((index, group, low_rank))
         if not work and any(map(groups.is_low_rank, self.param_groups)):
             raise RuntimeError(

@@ -388,12 +388,12 @@ def _move_subspaces(layers: Layers, outer_step: int) -> None:
 def _buckets(group: dict[str, Any], layers: Layers) -> list[Members]:
     """Coordinates with a gradient whose layers' weights are alike, at most PART_ELEMENTS of their gradients at a time."""
     found: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
-    for place, param in enumerate(group["params"]):
-        if param.grad is not None and param in layers:
-            layer = layers[param]
+    places = {param: place for place, param in enumerate(group["params"])}
+    for param, layer in layers.items():
+        if param.grad is not None:
             weight = layer.weight
             key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device
-            found[key].append((place, param))
+            found[key].append((places[param], param))
     result = []
     for (transposed, *_), members in found.items():
         at_once = max(1, PART_ELEMENTS // members[0][1].numel())

@@ -15,12 +15,12 @@ import torch
 
 import lowrank_kernels as lrk
 from benchmarks import __main__ as command
-from benchmarks import cases, ceilings, checks, contenders, memory, records, shapes, suites, timing
+from benchmarks import cases, ceilings, checks, contenders, formulas, memory, records, shapes, suites, timing
 from benchmarks.cases import Budget, Context, Selection, Unavailable
 from benchmarks.roofline import Machine, total
 from benchmarks.suites import host, kernel, refresh, step
 from benchmarks.suites import memory as memory_suite
-from lowrank_kernels import reference
+from lowrank_kernels.backends import reference
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 MACHINE = Machine("made up", 10.0, {SINGLE: 0.1, HALF: 0.1, torch.float16: 0.1})
@@ -675,7 +675,7 @@ def test_the_reference_of_coded_moments_starts_from_the_same_codes():
     state = bucket.states[0] | {"basis": bucket.bases[0]}
     _, moments = checks.exact_step(bucket.weights[0], bucket.grads[0], state, step=2, lr=1.0, scale=0.25)
     uncoded = checks.decoded(bucket.states[0])
-    reference.update_moments_(*uncoded, reference.project(bucket.bases[0].double(), bucket.grads[0].double(), False), **kernel.ADAM)
+    formulas.update_moments_(*uncoded, reference.project(bucket.bases[0].double(), bucket.grads[0].double(), False), **kernel.ADAM)
     error = checks.relative_error(moments[0], uncoded[0])
     assert checks.MOMENT_ERROR[8][SINGLE] < error < 0.016 and math.isfinite(error)  # the coding itself
 

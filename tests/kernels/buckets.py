@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_kernels.kernels import configs
-from lowrank_kernels.kernels.dots import INTERPRETED
+from lowrank_kernels.backends.triton import configs
+from lowrank_kernels.backends.triton.dots import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

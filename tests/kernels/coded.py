@@ -6,7 +6,7 @@ import torch
 from buckets import DEVICE, guarded
 from tolerances import codes_error, exact_codes
 
-from lowrank_kernels import eight_bit
+from lowrank_kernels.storage import eight_bit
 
 GUARD = 2048
 EDGE = 255  # the code of a block's largest value: one read from the frame would be that of its block

@@ -19,9 +19,11 @@ from tolerances import (
     store_unit,
 )
 
-from lowrank_kernels import eight_bit, reference
-from lowrank_kernels.kernels import configs, table
-from lowrank_kernels.kernels.dots import INTERPRETED
+from benchmarks import formulas
+from lowrank_kernels.backends import reference
+from lowrank_kernels.backends.triton import configs, table
+from lowrank_kernels.backends.triton.dots import INTERPRETED
+from lowrank_kernels.storage import eight_bit
 
 STEP = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.2, "scale": 0.5, "step": 4}
 NAMES = ("weights", "grads", "bases", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
@@ -116,14 +118,14 @@ def judge(before, after, index, right, scalars, *, seed=None, counted_on_device=
     else:
         operand_unit = (0.0 if of_basis == torch.float32 else 2 * UNIT[of_basis]) + tf32
     errors = moments_error(m, v, r, scalars["beta1"], scalars["beta2"], projected_error=of_r, state_errors=of_states)
-    n = reference.update_moments_(m, v, r, **adam)
+    n = formulas.update_moments_(m, v, r, **adam)
     of_n = normalised_error(m, v, errors, **adam, correction=BIAS_CORRECTION_ERROR if counted_on_device else UNIT[torch.float32])
     bound = back_project_error(
         orient(w, right).to(of_weight), p, n, **update, device_lr=lr_on_device,
         store=0.0 if seed is not None else store_unit(of_weight, INTERPRETED and not on_cpu_path),
         operand_unit=operand_unit, basis_unit=tf32, normalised_error=of_n,
     )  # fmt: skip
-    expected = reference.updated_weight(w, p, n, **update, right=right)
+    expected = formulas.updated_weight(w, p, n, **update, right=right)
     weight = after["weights"][index]
     if coded:
         assert_codes(tuple(after[name][index] for name in NAMES[3:]), m, v, errors)

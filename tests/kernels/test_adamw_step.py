@@ -4,13 +4,14 @@ from buckets import DEVICE, DTYPES, bits, matrices, orient, same_bits, states, s
 from steps import serve_everything
 from tolerances import UNIT, assert_within, back_project_error, moments_error, normalised_error, project_error, store_unit
 
-from lowrank_kernels import reference
-from lowrank_kernels.kernels import adamw_step, configs, single_pass, two_pass
-from lowrank_kernels.kernels.adamw_step import adamw_step_
-from lowrank_kernels.kernels.back_project import back_project_
-from lowrank_kernels.kernels.dots import INTERPRETED
-from lowrank_kernels.kernels.moments import update_moments_
-from lowrank_kernels.kernels.project import project
+from benchmarks import formulas
+from lowrank_kernels.backends import reference
+from lowrank_kernels.backends.triton import adamw_step, configs, single_pass, two_pass
+from lowrank_kernels.backends.triton.adamw_step import adamw_step_
+from lowrank_kernels.backends.triton.back_project import back_project_
+from lowrank_kernels.backends.triton.dots import INTERPRETED
+from lowrank_kernels.backends.triton.moments import update_moments_
+from lowrank_kernels.backends.triton.project import project
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
@@ -52,13 +53,13 @@ def test_against_the_reference(count, dtype, right):
         r = reference.project(p, g, right)
         tf32 = tf32_unit(dtype)
         errors = moments_error(m, v, r, **betas, projected_error=project_error(p, orient(g, right), tf32))
-        n = reference.update_moments_(m, v, r, **ADAM)
+        n = formulas.update_moments_(m, v, r, **ADAM)
         of_n = normalised_error(m, v, errors, **ADAM)
         bound = back_project_error(
             orient(w, right).to(dtype), p, n, **UPDATE, store=store_unit(dtype, INTERPRETED),
             operand_unit=(0.0 if dtype == torch.float32 else 2 * UNIT[dtype]) + tf32, basis_unit=tf32, normalised_error=of_n,
         )  # fmt: skip
-        reference.back_project_(w, p, n, **UPDATE, right=right)
+        formulas.back_project_(w, p, n, **UPDATE, right=right)
         assert_within(exp_avgs[index], m, errors[0], "M")
         assert_within(exp_avg_sqs[index], v, errors[1], "V")
         assert_within(orient(weights[index], right), orient(w, right), bound, "W")

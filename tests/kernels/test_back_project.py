@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import UNIT, assert_within, back_project_error, rounded_between, store_unit
 
-from lowrank_kernels import philox, reference
-from lowrank_kernels.kernels import back_project, configs, table
-from lowrank_kernels.kernels.back_project import back_project_
-from lowrank_kernels.kernels.dots import INTERPRETED
+from benchmarks import formulas
+from lowrank_kernels import philox
+from lowrank_kernels.backends.triton import back_project, configs, table
+from lowrank_kernels.backends.triton.back_project import back_project_
+from lowrank_kernels.backends.triton.dots import INTERPRETED
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
@@ -46,7 +47,7 @@ def check(weights, bases, normalised, right, **update):
             w, basis, norm, **update, store=store_unit(weight.dtype, INTERPRETED),
             operand_unit=(2 * UNIT[dtype] if rounds_n else 0.0) + tf32, basis_unit=tf32,
         )  # fmt: skip
-        reference.back_project_(expected, basis.double(), norm.double(), right=right, **update)
+        formulas.back_project_(expected, basis.double(), norm.double(), right=right, **update)
         assert_within(orient(weight, right), orient(expected, right), bound, "W")
 
 
@@ -185,7 +186,7 @@ def test_learning_rate_on_the_device(right):
         bound = back_project_error(
             w, basis, norm, **update, store=UNIT[torch.float32], operand_unit=tf32, basis_unit=tf32, device_lr=True
         )  # fmt: skip
-        reference.back_project_(expected, basis.double(), norm.double(), right=right, **update)
+        formulas.back_project_(expected, basis.double(), norm.double(), right=right, **update)
         assert_within(orient(weight, right), orient(expected, right), bound, "W")
     assert frames_intact(weights)
 
@@ -202,7 +203,7 @@ def check_drawn(weights, bases, normalised, right, seeds, step, counts=None, sha
             operand_unit=(2 * UNIT[bases[0].dtype] if rounds_n else 0.0) + tf32, basis_unit=tf32,
         )  # fmt: skip
         arguments = {name: update[name] for name in ("lr", "scale", "weight_decay")}
-        exact = reference.updated_weight(w, basis.double(), norm.double(), **arguments, right=right)
+        exact = formulas.updated_weight(w, basis.double(), norm.double(), **arguments, right=right)
         t = int(counts[index]) + 1 if counts else step
         least, greatest = rounded_between(exact, orient(error, right), seeds[index : index + 1], t)
         assert ((least <= weight) & (weight <= greatest)).all()

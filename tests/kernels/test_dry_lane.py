@@ -75,7 +75,7 @@ def test_what_the_lane_is_there_to_find(tree, file, old, new, test, message):
 def test_a_failed_assertion_is_a_comparison_only_in_a_test_and_after_a_launch(tree):
     (tree / "tests/kernels/test_new.py").write_text(
         "import pytest, torch\n"
-        "from lowrank_kernels.kernels.project import project\n"
+        "from lowrank_kernels.backends.triton.project import project\n"
         "pytestmark = pytest.mark.gpu\n"
         "def launch(): return project([torch.zeros(4, 2)], [torch.zeros(4, 5)], False)\n"
         "def test_compares(): launch(); assert False\n"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_within, decoded_error
 
-from lowrank_kernels import eight_bit as reference
-from lowrank_kernels.kernels import eight_bit
+from lowrank_kernels.backends.triton import eight_bit
+from lowrank_kernels.storage import eight_bit as reference
 
 pytestmark = pytest.mark.gpu
 TILE = (8, 128)

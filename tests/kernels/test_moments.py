@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within, decoded_error, moments_error, normalised_error, store_unit
 
-from lowrank_kernels import eight_bit, reference
-from lowrank_kernels.kernels import adam, moments, table
-from lowrank_kernels.kernels.dots import INTERPRETED
-from lowrank_kernels.kernels.moments import update_moments_
+from benchmarks import formulas
+from lowrank_kernels.backends.triton import adam, moments, table
+from lowrank_kernels.backends.triton.dots import INTERPRETED
+from lowrank_kernels.backends.triton.moments import update_moments_
+from lowrank_kernels.storage import eight_bit
 
 pytestmark = pytest.mark.gpu
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 3}
@@ -28,7 +29,7 @@ def check(exp_avgs, exp_avg_sqs, projected, out=None, **adam):
     store = store_unit(normalised.dtype, INTERPRETED) if normalised.dtype != torch.float32 else 0.0
     for (m, v, r), exp_avg, exp_avg_sq, result in zip(before, exp_avgs, exp_avg_sqs, normalised, strict=True):
         errors = moments_error(m, v, r, **coefficients)
-        expected = reference.update_moments_(m, v, r, **adam)
+        expected = formulas.update_moments_(m, v, r, **adam)
         assert_within(exp_avg, m, errors[0], "M")
         assert_within(exp_avg_sq, v, errors[1], "V")
         assert_within(result, expected, normalised_error(m, v, errors, **adam, store=store) + 2.0**-25 * (store > 0), "N")
@@ -130,7 +131,7 @@ def check_coded(states, projected, out, counts=None, **adam):
         r, step = r_before[index], int(counts[index]) + 1 if counts else adam["step"]
         errors = moments_error(m, v, r, **betas, state_errors=decoded_error(m, v))
         here = {**adam, "step": step}
-        expected = reference.update_moments_(m, v, r, **here)
+        expected = formulas.update_moments_(m, v, r, **here)
         correction = BIAS_CORRECTION_ERROR if counts else UNIT[torch.float32]
         bound = normalised_error(m, v, errors, **here, store=store, correction=correction)
         assert_within(out[index], expected, bound + 2.0**-25 * (store > 0), "N")
@@ -232,7 +233,7 @@ def test_steps_counted_on_the_device(coded, betas):
         for m, v, r, result, count in zip(*both, projected, out, (1, 8, 100_001), strict=True):
             errors = moments_error(m, v, r, *betas)
             here = {**adam, "step": count}
-            expected = reference.update_moments_(m, v, r.double(), **here)
+            expected = formulas.update_moments_(m, v, r.double(), **here)
             assert_within(result, expected, normalised_error(m, v, errors, **here, correction=BIAS_CORRECTION_ERROR), "N")
     assert [int(count) for count in counts] == [0, 7, 100_000]
 
@@ -270,6 +271,6 @@ def test_the_launcher_takes_counts_on_the_device_instead_of_a_step():
     for (m, v, r), result, step in zip(before, out, (1, 8, 100_001), strict=True):
         errors = moments_error(m, v, r, ADAM["beta1"], ADAM["beta2"])
         here = {**ADAM, "step": step}
-        expected = reference.update_moments_(m, v, r, **here)
+        expected = formulas.update_moments_(m, v, r, **here)
         assert_within(result, expected, normalised_error(m, v, errors, **here, correction=BIAS_CORRECTION_ERROR), "N")
     assert [int(count) for count in counts] == [0, 7, 100_000] and frames_intact([*exp_avgs, *exp_avg_sqs])

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_within, project_error
 
-from lowrank_kernels import reference
-from lowrank_kernels.kernels import configs
-from lowrank_kernels.kernels.project import project
+from lowrank_kernels.backends import reference
+from lowrank_kernels.backends.triton import configs
+from lowrank_kernels.backends.triton.project import project
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])

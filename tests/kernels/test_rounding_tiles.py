@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from buckets import DEVICE, bits, same_bits
 
-from lowrank_kernels import philox, reference
-from lowrank_kernels.kernels import rounding
+from lowrank_kernels import philox
+from lowrank_kernels.backends import reference
+from lowrank_kernels.backends.triton import rounding
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])

@@ -16,8 +16,8 @@ from steps import check as check_step
 from steps import run as run_step
 
 from lowrank_kernels import philox
-from lowrank_kernels.kernels import configs, single_pass, table, two_pass
-from lowrank_kernels.kernels.dots import INTERPRETED
+from lowrank_kernels.backends.triton import configs, single_pass, table, two_pass
+from lowrank_kernels.backends.triton.dots import INTERPRETED
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from buckets import DEVICE, bits, same_bits
 
-from lowrank_kernels.kernels import adamw_step, table
+from lowrank_kernels.backends.triton import adamw_step, table
 
 ADAM = dict(lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0.5, right=False)
 

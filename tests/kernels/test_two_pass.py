@@ -12,10 +12,10 @@ from steps import check as check_step
 from steps import run as run_step
 
 from lowrank_kernels import philox
-from lowrank_kernels.kernels import table, two_pass
-from lowrank_kernels.kernels.back_project import back_project_
-from lowrank_kernels.kernels.moments import update_moments_
-from lowrank_kernels.kernels.project import project
+from lowrank_kernels.backends.triton import table, two_pass
+from lowrank_kernels.backends.triton.back_project import back_project_
+from lowrank_kernels.backends.triton.moments import update_moments_
+from lowrank_kernels.backends.triton.project import project
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import lowrank_kernels as lrk
-from lowrank_kernels import reference
-from lowrank_kernels.kernels import cpu
+from benchmarks import formulas
+from lowrank_kernels.backends import cpu
 
 
 class Naive:
@@ -121,7 +121,7 @@ def test_the_weight_is_b_kept_aside_and_merged_at_the_end_to_rounding(dtype, wei
         layer.coordinates.grad = torch.randn_like(layer.coordinates)
         R = layer.coordinates.grad.double()
         errors = moments_error(M, V, R, 0.9, 0.999, state_errors=errors)
-        N = reference.update_moments_(M, V, R, **adam, step=step)
+        N = formulas.update_moments_(M, V, R, **adam, step=step)
         of_n = normalised_error(M, V, errors, **adam, step=step, correction=8 * UNIT[torch.float32])
         bound = abs(1 - lr * weight_decay) * bound + back_project_error(
             before, P, N, lr=lr, scale=1.0, weight_decay=weight_decay, store=UNIT[dtype], normalised_error=of_n,

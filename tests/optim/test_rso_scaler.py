@@ -9,7 +9,8 @@ from optim.rso_runs import DEVICE, build, converted, everything, matrix, random_
 from torch import nn
 
 import lowrank_kernels as lrk
-from lowrank_kernels.optim import rso
+from lowrank_kernels import backends
+from lowrank_kernels.optim import optimizer as base
 
 
 @pytest.mark.gpu
@@ -64,15 +65,15 @@ def test_16_bit_gradients_are_unscaled_in_fp32():
     assert torch.allclose(layer.weight.double(), expected, atol=2.0**-8), "2⁻²⁸ underflows in fp16"
 
 
-class GarbageWhereSkipped:
-    """The operators, with N filled with NaN where found_inf is set: on a GPU it is what the memory held."""
+def leave_garbage_where_skipped(monkeypatch):
+    """N filled with NaN where found_inf is set: on a GPU it is what the memory held."""
+    update = backends.update
 
-    def __init__(self, monkeypatch):
-        monkeypatch.setattr(rso.ops, "update_moments_", self.update_moments_)
+    def garbage(bucket, hyper, projected):
+        found = update(bucket, hyper, projected)
+        return found if bucket.found_inf is None else found.masked_fill_(bucket.found_inf != 0, float("nan"))
 
-    def update_moments_(self, *lists, found_inf=None, **scalars):
-        found = torch.ops.lowrank_kernels.update_moments_(*lists, found_inf=found_inf, **scalars)
-        return found if found_inf is None else found.masked_fill_(found_inf != 0, float("nan"))
+    monkeypatch.setattr(backends, "update", garbage)
 
 
 @pytest.mark.gpu
@@ -82,8 +83,8 @@ class GarbageWhereSkipped:
 def test_a_skipped_step_leaves_every_bit_and_counts_for_inner_steps(monkeypatch, bad_steps, options, as_on_a_gpu):
     device = DEVICE
     if as_on_a_gpu and device == "cpu":
-        monkeypatch.setattr(rso, "HOST", ())
-        GarbageWhereSkipped(monkeypatch)
+        monkeypatch.setattr(base, "HOST", ())
+        leave_garbage_where_skipped(monkeypatch)
     model, optimizer = build(device=device, **options)
     inner_steps, layers = optimizer.param_groups[0]["inner_steps"], converted(model)
     scaler = torch.amp.GradScaler(device, init_scale=64.0, growth_interval=10**6)
@@ -119,7 +120,7 @@ def test_a_skipped_step_leaves_every_bit_and_counts_for_inner_steps(monkeypatch,
 def test_the_way_of_a_gpu_gives_the_same_bits(monkeypatch):
     runs = []
     for host in (("cpu",), ()):
-        monkeypatch.setattr(rso, "HOST", host)
+        monkeypatch.setattr(base, "HOST", host)
         model, optimizer = build(proximal=0.2, weight_decay=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
         train(model, optimizer, 9, scaler=scaler)

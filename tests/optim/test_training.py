@@ -9,9 +9,7 @@ from models import batch, build, same_bits, train
 from torch import nn
 
 import lowrank_kernels as lrk
-from lowrank_kernels import ops
-from lowrank_kernels.optim import adamw as adamw_module
-from lowrank_kernels.optim import base
+from lowrank_kernels.optim import optimizer as base
 
 
 def test_the_learning_rate_is_read_each_step():
@@ -161,7 +159,7 @@ def test_grad_scaler_skips_a_step_as_if_it_had_not_been(bad_steps, unscale_first
 
 @pytest.mark.parametrize("first_in_order", [False, True])
 def test_parameters_that_join_after_a_skipped_first_step(first_in_order):
-    """One has a basis at step 0, the other nothing yet: they share no bucket, and the basis in use is kept where it must be."""
+    """A step that was skipped leaves no state, and is none for the schedule."""
     first, second = (nn.Parameter(torch.ones(8, 12)) for _ in range(2))
     params = [first, second] if first_in_order else [second, first]
     optimizer = lrk.LowRankAdamW([{"params": params, "rank": 2}])
@@ -169,7 +167,7 @@ def test_parameters_that_join_after_a_skipped_first_step(first_in_order):
     (scaler.scale(first.sum()) * float("inf")).backward()
     scaler.step(optimizer)
     scaler.update()
-    assert optimizer.state[first]["step"] == 0 and second not in optimizer.state
+    assert not optimizer.state.get(first) and not optimizer.state.get(second) and optimizer.param_groups[0]["calls"] == 0
     first.grad, second.grad = torch.randn(8, 12), torch.randn(8, 12)
     optimizer.step()
     assert optimizer.state[first]["step"] == optimizer.state[second]["step"] == 1
@@ -196,19 +194,19 @@ def test_a_failed_step_under_a_scaler_can_be_repeated(monkeypatch, dtype, shape)
     if len(shape) == 4:
         good.grad = good.grad.to(memory_format=torch.channels_last)
     before = good.grad.clone(), bad.grad.clone()
-    step_bucket = lrk.LowRankAdamW.step_bucket
+    step = base.backends.step
 
-    def failing(self, bucket, bases, found_inf):
-        if bucket.members[0].param is bad:
+    def failing(bucket, hyper):
+        if bucket.weights[0] is bad:
             raise RuntimeError("no")
-        step_bucket(self, bucket, bases, found_inf)
+        step(bucket, hyper)
 
-    monkeypatch.setattr(lrk.LowRankAdamW, "step_bucket", failing)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    monkeypatch.setattr(base.backends, "step", failing)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
     with pytest.raises(RuntimeError, match="no"):
         optimizer.step()
     assert torch.equal(bad.grad, before[1]) and torch.equal(good.grad, before[0] / 4)
-    assert optimizer.state[good]["step"] == 0, "a bucket whose step was skipped does not count it, whatever happens to the next one"
+    assert optimizer.state[good]["step"] == 1 and optimizer.state[bad]["step"] == 0
 
 
 def test_complex_dense_parameters_under_a_scaler():
@@ -301,13 +299,14 @@ def test_failed_step_leaves_the_failing_bucket_and_those_after_it(monkeypatch):
     before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     calls = []
 
-    def failing(weights, *rest, **scalars):
-        calls.append(tuple(weights[0].shape))
+    def failing(bucket, hyper):
+        calls.append(tuple(bucket.weights[0].shape))
         if len(calls) == 2:
             raise RuntimeError("out of memory")
-        return torch.ops.lowrank_kernels.adamw_step_(weights, *rest, **scalars)
+        return step(bucket, hyper)
 
-    monkeypatch.setattr(adamw_module.ops, "run_adamw_step_", failing)
+    step = base.backends.step
+    monkeypatch.setattr(base.backends, "step", failing)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -320,31 +319,38 @@ def test_failed_step_leaves_the_failing_bucket_and_those_after_it(monkeypatch):
     index = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     for name in unchanged:
         number = index[id(parameters[name])]
-        assert same_bits(optimizer.state_dict()["state"][number], before[1]["state"][number])
-    monkeypatch.setattr(adamw_module.ops, "run_adamw_step_", ops.step.run_adamw_step_)
+        now, then = optimizer.state_dict()["state"][number], before[1]["state"][number]
+        assert all(same_bits(now[key], then[key]) for key in ("step", "exp_avg", "exp_avg_sq"))
+    monkeypatch.setattr(base.backends, "step", step)
     optimizer.step()
 
 
-@pytest.mark.parametrize("what", ["choose_bases", "own_memory"])
-def test_a_refresh_that_runs_out_of_memory_moves_nothing(monkeypatch, what):
+def test_a_refresh_that_runs_out_of_memory_moves_nothing(monkeypatch):
     model, optimizer = build()
     train(model, optimizer, 4)  # the next step refreshes
     before = copy.deepcopy((model.up.weight, optimizer.state[model.up.weight]))
-    where = base.ops if what == "choose_bases" else base.subspaces
-    monkeypatch.setattr(where, what, lambda *a, **k: (_ for _ in ()).throw(MemoryError("no")))
+    monkeypatch.setattr(base.ops, "choose_bases", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no")))
     with pytest.raises(MemoryError):
         train(model, optimizer, 1, start=4)
     assert torch.equal(before[0], model.up.weight) and same_bits(before[1], optimizer.state[model.up.weight])
 
 
-def test_failed_first_step_leaves_no_state(monkeypatch):
-    model, optimizer = build()
-    monkeypatch.setattr(adamw_module.ops, "run_adamw_step_", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no")))
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    with pytest.raises(RuntimeError, match="no"):
-        optimizer.step()
-    assert not any(optimizer.state.get(group_parameter) for group_parameter in optimizer.param_groups[1]["params"])
+def test_a_first_step_that_failed_can_be_taken_again(monkeypatch):
+    (model, optimizer), twin = build(), build()
+    grads = [torch.randn_like(parameter) for parameter in model.parameters()]
+    for each in (model, twin[0]):
+        for parameter, grad in zip(each.parameters(), grads, strict=True):
+            parameter.grad = grad.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(base.backends, "step", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("no")))
+        with pytest.raises(RuntimeError, match="no"):
+            optimizer.step()
+    low_rank = optimizer.param_groups[1]["params"]
+    assert all(optimizer.state.get(parameter, {}).get("step", 0) == 0 for parameter in low_rank)
+    optimizer.step()
+    twin[1].step()
+    for parameter, other in zip(low_rank, twin[1].param_groups[1]["params"], strict=True):
+        assert torch.equal(parameter, other) and same_bits(optimizer.state[parameter], twin[1].state[other])
 
 
 def test_bad_gradients_are_refused_before_anything_moves():

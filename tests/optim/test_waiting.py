@@ -144,5 +144,5 @@ def test_how_late_the_host_learns_of_it_changes_nothing(monkeypatch, kind, delay
         return arrived, flags
 
     monkeypatch.setattr(lrk.optim.waiting, "_on_its_way", late)
-    monkeypatch.setattr(lrk.optim.base, "HOST", ())
+    monkeypatch.setattr(lrk.optim.optimizer, "HOST", ())
     assert same_bits(outcome(), at_once) and len(asked[0]) > 1
