@@ -41,7 +41,7 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
     from .triton import adamw_step
 
     adamw_step.step(bucket, hyper)
-    written(*bucket.weights, *(tensor for tensors in bucket.states.values() for tensor in tensors))
+    written(*bucket.weights)  # of states no backward pass has old values
 
 
 def project(bucket: Bucket) -> Tensor:
@@ -58,7 +58,6 @@ def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
         exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=hyper.options["eps"], step=0,
         found_inf=bucket.found_inf, device_steps=bucket.steps, out=torch.empty_like(projected),
     )  # fmt: skip
-    written(*exp_avgs, *exp_avg_sqs)
     return normalised
 
 

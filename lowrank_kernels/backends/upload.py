@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
+import struct
 import threading
-from array import array
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
-def upload(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
-    """Rows of equally many signed 64-bit numbers, as int64 tensors on the device, by one asynchronous copy.
+def pack(rows: Sequence[list[int]]) -> bytes:
+    """Signed 64-bit numbers one after another, in the machine's order of bytes."""
+    flat = [number for row in rows for number in row]
+    return struct.pack(f"{len(flat)}q", *flat)
+
+
+def upload(packed: bytes, rows: int, device: torch.device) -> tuple[Tensor, ...]:
+    """What `pack` made of so many equally long rows, as int64 tensors on the device, by one asynchronous copy.
 
     The pinned memory is not reused while the copy is in flight: PyTorch's caching host allocator frees a block only after the streams
     that read it have passed. A captured copy reads its source at every replay, so that one is kept for good.
     """
-    flat = torch.frombuffer(array("q", itertools.chain.from_iterable(rows)), dtype=torch.int64).view(len(rows), -1)
+    flat = torch.frombuffer(bytearray(packed), dtype=torch.int64).view(rows, -1)
     if device.type != "cuda":
         return flat.to(device).unbind()
     if torch.cuda.is_current_stream_capturing():

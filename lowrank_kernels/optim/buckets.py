@@ -62,31 +62,37 @@ def buckets(group: dict[str, Any], group_index: int, states: States, layout: Cal
     Raises TypeError or ValueError for gradients and states that no step can use. Checks stand where a bucket is made: its members have
     the same shapes.
     """
-    found: dict[Any, Members] = {}
-    params = group["params"]
-    repeated = len(set(map(id, params))) != len(params)
-    for place, param in enumerate(params):
-        grad = param.grad
-        if grad is None or (repeated and any(param is earlier for earlier in params[:place])):
-            continue
-        try:
-            alike = (param.shape, grad.shape, param.stride(), grad.stride(), param.dtype, grad.dtype, param.device)
-        except RuntimeError:  # a sparse gradient has no strides
+    places, held = list(range(len(group["params"]))), group["params"]
+    if len(set(map(id, held))) != len(held):
+        places = sorted({id(param): place for place, param in reversed(list(enumerate(held)))}.values())
+    places = [place for place in places if held[place].grad is not None]
+    if len(places) != len(held):
+        held = [held[place] for place in places]
+    grads = [param.grad for param in held]
+    try:
+        strides = map(Tensor.stride, held), list(map(Tensor.stride, grads))
+    except RuntimeError:  # a sparse gradient has none
+        for place in places:
             check_grad(group, group_index, place)
-            raise
-        members = found.get(alike)
-        if members is None:
-            members = found[alike] = _bucket_of(group, group_index, place)
-        members.params.append(param)
-        members.places.append(place)
-        members.states.append(states.get(param) or {})
-        if param.dim() == 2:
-            members.grads.append(grad)
-        else:
-            members.grads += matrices_of(grad)
-    for members in found.values():
+        raise
+    # Each of these is a loop that Python runs fast; one over parameters that asks all of it of each takes twice the time.
+    shapes = [param.shape for param in held], [grad.shape for grad in grads]
+    kinds = [param.dtype for param in held], [grad.dtype for grad in grads], [param.device for param in held]
+    alike: dict[Any, list[int]] = {}
+    for slot, key in enumerate(zip(*strides, *shapes, *kinds, strict=True)):
+        alike.setdefault(key, []).append(slot)
+    found = []
+    for slots in alike.values():
+        members = _bucket_of(group, group_index, places[slots[0]])
+        members.params = [held[slot] for slot in slots]
+        members.places = [places[slot] for slot in slots]
+        members.states = [states.get(param) or {} for param in members.params]
+        members.grads = [grads[slot] for slot in slots]
+        if members.params[0].dim() != 2:
+            members.grads = [matrix for grad in members.grads for matrix in matrices_of(grad)]
         _check_states(members, group, group_index, layout(members.params[0], members.right, members.rank))
-    return list(found.values())
+        found.append(members)
+    return found
 
 
 def _bucket_of(group: dict[str, Any], group_index: int, place: int) -> Members:
@@ -120,16 +126,17 @@ def _check_states(members: Members, group: dict[str, Any], group_index: int, lay
     rows, columns = matrix_shape(param)
     batch = () if param.dim() != 3 else (members.matrices,)
     expected = {"basis": (columns if members.right else rows, members.rank)} | {name: shape for name, (shape, _) in layout.items()}
-    expected = {name: (*batch, *shape) for name, shape in expected.items()}
-    bases, steps = ([state["basis"] for state in present], [state["step"] for state in present])
-    if (
-        [basis.dtype for basis in bases].count(param.dtype) == len(present)
-        and list(map(Tensor.get_device, bases)).count(param.get_device()) == len(present)
-        and list(map(type, steps)).count(Tensor) == len(present)
-        and [step.dtype for step in steps].count(torch.float32) == len(present)
-        and all([state[name].shape for state in present if name in state].count(s) == len(present) for name, s in expected.items())
-    ):
-        return
+    expected = {name: torch.Size((*batch, *shape)) for name, shape in expected.items()}
+    try:  # the first one as a whole; of the others, in loops that Python runs fast, that they lie where and as long as it does
+        fits = all(present[0][name].shape == shape for name, shape in expected.items()) and present[0]["step"].dtype == torch.float32
+        bases = [state["basis"] for state in present]
+        alike = [[basis.dtype for basis in bases].count(param.dtype), list(map(Tensor.get_device, bases)).count(param.get_device())]
+        for name, shape in expected.items():
+            alike.append([state[name].numel() for state in present].count(shape.numel()))
+        if fits and alike.count(len(present)) == len(alike):
+            return
+    except (KeyError, AttributeError):
+        pass  # the loop says what is wrong
     for place, parameter, state in zip(members.places, members.params, members.states, strict=True):
         if state:
             _follow(state, parameter)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .. import backends, ops, philox, subspaces
 from ..backends import Bucket, Hyper
-from ..backends.upload import upload
+from ..backends.upload import pack, upload
 from ..lifts import Lift
 from ..ops.dispatch import outside_training
 from ..rules import Rule
@@ -212,7 +212,7 @@ class LowRankOptimizer(Optimizer):
         """(B,) int64, a function of (seed, place)."""
         places = (place for slot in range(len(members.params)) for place in self._places(group, members, slot))
         seeds = [philox.signed64(philox.derive_seed(group["seed"], *place)) for place in places]
-        return upload([seeds], members.device)[0]
+        return upload(pack([seeds]), 1, members.device)[0]
 
     def _places(self, group: dict[str, Any], members: Members, slot: int) -> list[tuple[int, int]]:
         """(key of the parameter, number of the matrix in it): what the random draws of each of its matrices are keyed by."""

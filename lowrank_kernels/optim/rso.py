@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends, philox
 from ..backends import Bucket, Hyper
 from ..backends.reference import kept_where
-from ..backends.upload import upload
+from ..backends.upload import pack, upload
 from ..lifts import BackProjection
 from ..nn import layer_of
 from ..rules import SGD, AdamW
@@ -260,7 +260,7 @@ class RSOAdamW(LowRankOptimizer):
             philox.signed64(philox.derive_seed(subspace.fingerprint, group["outer_step"], place))
             for subspace, place in zip(subspaces, members.places, strict=True)
         ]
-        return upload([seeds], members.device)[0]
+        return upload(pack([seeds]), 1, members.device)[0]
 
     def _state_of(self, param: Tensor, group: dict[str, Any], hyper: Hyper) -> dict[str, Any]:
         """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""

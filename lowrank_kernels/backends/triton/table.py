@@ -7,14 +7,16 @@ loads its own (pointers.py). It is written anew at each step, by one asynchronou
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..upload import upload
+from ..upload import pack, upload
 
+_LOWEST = 0 if sys.byteorder == "little" else 7
 MAX_MATRICES = 65535  # second dimension of a CUDA grid
 
 
@@ -37,14 +39,15 @@ def rows_of(lists: Sequence[Sequence[Tensor]], steps: Sequence[Tensor]) -> tuple
 
     lists: weights, grads, bases, exp_avgs, exp_avg_sqs and, for 8-bit moments, their scales.
     """
-    addresses = [_addresses(tensors) for tensors in lists]
-    *rows, steps_at = upload([*addresses, _addresses(steps)], lists[0][0].device)
-    return Rows(*rows, steps=steps_at), all(map(_multiples_of_16, addresses))
+    packed = pack([_addresses(tensors) for tensors in (*lists, steps)])
+    *rows, steps_at = upload(packed, len(lists) + 1, lists[0][0].device)
+    lowest_bytes = set(packed[_LOWEST : 8 * len(lists) * len(steps) : 8])
+    return Rows(*rows, steps=steps_at), not any(byte % 16 for byte in lowest_bytes)
 
 
 def pointer_table(*buckets: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """One int64 row of B addresses a bucket, on the bucket's device, by a single asynchronous copy."""
-    return upload(list(map(_addresses, buckets)), buckets[0][0].device)
+    return upload(pack(list(map(_addresses, buckets))), len(buckets), buckets[0][0].device)
 
 
 def _addresses(bucket: Sequence[Tensor]) -> list[int]:
