@@ -33,9 +33,11 @@ from buckets import DEVICE, DTYPES, LAYOUTS  # noqa: E402
 from coded import code_frames_intact, coded_states  # noqa: E402
 from steps import NAMES  # noqa: E402
 
+from benchmarks import formulas  # noqa: E402
 from benchmarks.gpu.lost import is_lost  # noqa: E402
-from lowrank_kernels import ops, philox  # noqa: E402
-from lowrank_kernels.backends.triton import adamw_step, configs, cpu, single_pass, two_pass  # noqa: E402
+from lowrank_kernels import backends, philox  # noqa: E402
+from lowrank_kernels.backends import cpu  # noqa: E402
+from lowrank_kernels.backends.triton import adamw_step, configs, single_pass, two_pass  # noqa: E402
 
 PATHS = ("cpu", "single_pass", "two_pass") if DEVICE == "cpu" else ("single_pass", "two_pass")
 GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")
@@ -162,13 +164,12 @@ def run(case: Case, lists: Lists, seeds: torch.Tensor | None) -> None:
     hyper = {name: getattr(case, name) for name in ("beta1", "beta2", "eps", "weight_decay", "scale", "right")}
     arguments = [lists[name] for name in NAMES[:5]]
     if case.path == "cpu":
-        ops.adamw_step_(*arguments, **step, **hyper, **options)
+        formulas.adamw_step_(*arguments, run=backends.step, **step, **hyper, **options)
         return
     path = {"single_pass": single_pass, "two_pass": two_pass}[case.path]
-    adamw_step._kept.clear()
     with mock.patch.object(adamw_step, "choose_path", lambda *_, **__: path):
         with mock.patch.object(configs, "single_pass_config", steps.a_row_for_everything):
-            adamw_step.adamw_step_(*arguments, **step, **hyper, **options)
+            formulas.adamw_step_(*arguments, run=adamw_step.step, **step, **hyper, **options)
 
 
 def check(seed: int) -> Case:

@@ -9,6 +9,7 @@ import pytest
 
 import lowrank_kernels as lrk
 from lowrank_kernels import environment, extension
+from lowrank_kernels.backends import cuda
 from lowrank_kernels.ops import dispatch, refresh
 
 
@@ -42,14 +43,14 @@ def test_works_without_triton_and_without_a_compiler():
 
 
 def test_missing_triton_is_said_once_where_a_gpu_would_have_used_it(monkeypatch):
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(dispatch.torch.cuda, "is_available", lambda: True)
-    dispatch.triton_missing.cache_clear()
+    cuda.triton_missing.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match="Triton is not installed; low-rank steps on the GPU run in plain PyTorch"):
-            assert dispatch.triton_missing() == "Triton is not installed"
+            assert cuda.triton_missing() == "Triton is not installed"
     finally:
-        dispatch.triton_missing.cache_clear()
+        cuda.triton_missing.cache_clear()
 
 
 def test_triton_from_another_distribution(monkeypatch):

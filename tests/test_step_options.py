@@ -1,13 +1,16 @@
 """The step's optional arguments: counts and rate on the device, 8-bit moments, stochastic rounding. The CPU path against reference.py."""
 
+import functools
+
 import pytest
 import torch
 
 from benchmarks import formulas
-from lowrank_kernels import ops
+from lowrank_kernels import backends
 from lowrank_kernels.backends import cpu, reference
 from lowrank_kernels.storage import eight_bit
 
+step_ = functools.partial(formulas.adamw_step_, run=backends.step)
 ADAM = dict(beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0.25)
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 
@@ -49,10 +52,10 @@ def clone(lists):
 def test_count_and_rate_on_the_device_are_those_of_the_host(step, dtype, right, fp32_products):
     host = bucket(20, 30, 5, right, dtype)
     device, truth = clone(host), clone(host)
-    ops.adamw_step_(*host, **ADAM, lr=0.125, step=step, right=right)
+    step_(*host, **ADAM, lr=0.125, step=step, right=right)
     counts = [torch.tensor(step - 1.0) for _ in host[0]]
     options = dict(lr=0.0, step=0, right=right, device_lr=torch.tensor([0.125]), device_steps=counts)
-    ops.adamw_step_(*device, **ADAM, **options)
+    step_(*device, **ADAM, **options)
     formulas.adamw_step_(*truth, **ADAM, **options)
     for a, b, c in zip(host[0] + host[3], device[0] + device[3], truth[0] + truth[3], strict=True):
         assert torch.equal(a, b)
@@ -63,9 +66,9 @@ def test_count_and_rate_on_the_device_are_those_of_the_host(step, dtype, right, 
 def test_each_matrix_has_its_own_count():
     together = bucket(20, 30, 5, False)
     alone = clone(together)
-    ops.adamw_step_(*together, **ADAM, lr=0.1, step=0, right=False, device_steps=[torch.tensor(2.0), torch.tensor(40.0)])
+    step_(*together, **ADAM, lr=0.1, step=0, right=False, device_steps=[torch.tensor(2.0), torch.tensor(40.0)])
     for index, step in enumerate((3, 41)):
-        ops.adamw_step_(*([tensors[index]] for tensors in alone), **ADAM, lr=0.1, step=step, right=False)
+        step_(*([tensors[index]] for tensors in alone), **ADAM, lr=0.1, step=step, right=False)
     assert all(torch.equal(a, b) for a, b in zip(together[0], alone[0], strict=True))
 
 
@@ -81,13 +84,13 @@ def test_8_bit_moments_against_the_reference(m, n, rank, dtype, right, fp32_prod
     truth_scales = clone(codes[2:])
     options = dict(lr=0.1, step=3, right=right)
     scales = dict(exp_avg_scales=codes[2], exp_avg_sq_scales=codes[3])
-    ops.adamw_step_(weights, grads, bases, *codes[:2], **ADAM, **options, **scales)
+    step_(weights, grads, bases, *codes[:2], **ADAM, **options, **scales)
     formulas.adamw_step_(*truth, **ADAM, **options, exp_avg_scales=truth_scales[0], exp_avg_sq_scales=truth_scales[1])
     for found, exact in zip(codes[0] + codes[1], truth[3] + truth[4], strict=True):
         difference = (found.int() - exact.int()).abs()
         assert difference.max() <= 1 and difference.count_nonzero() <= 1 + 0.02 * difference.numel()
     for found, exact in zip(codes[2] + codes[3], truth_scales[0] + truth_scales[1], strict=True):
-        assert torch.allclose(found, exact, rtol=1e-5)
+        assert torch.allclose(found, exact, rtol=1e-5, atol=1e-6)  # the last block is one column, whose M may cancel
     unit = torch.finfo(dtype).eps / 2
     for found, exact, old in zip(weights, truth[0], before, strict=True):
         error = (found.double() - exact).abs()
@@ -101,8 +104,8 @@ def test_stochastic_rounding_on_a_cpu_is_the_references(right):
     truth = clone((weights, grads, bases, exp_avgs, exp_avg_sqs))
     seeds = torch.tensor([3, -(2**63)])
     options = dict(lr=0.1, step=3, right=right, rounding_seeds=seeds)
-    projected = ops.project(bases, grads, right)  # on some CPUs rounded to bf16: the reference gets what the CPU has
-    ops.adamw_step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **ADAM, **options)
+    projected = cpu.project(bases, grads, right)  # on some CPUs rounded to bf16: the reference gets what the CPU has
+    step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **ADAM, **options)
     for index in range(2):
         adam = {key: ADAM[key] for key in ("beta1", "beta2", "eps")}
         normalised = formulas.update_moments_(truth[3][index], truth[4][index], projected[index], **adam, step=3)
@@ -115,7 +118,7 @@ def test_stochastic_rounding_on_a_cpu_is_the_references(right):
 
 
 @SIDES
-@pytest.mark.parametrize("implementation", [ops.adamw_step_, formulas.adamw_step_])
+@pytest.mark.parametrize("implementation", [step_, formulas.adamw_step_])
 def test_found_inf_leaves_every_bit(implementation, right):
     weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(24, 80, 6, right, torch.bfloat16)
     codes = coded(exp_avgs, exp_avg_sqs)
@@ -126,12 +129,3 @@ def test_found_inf_leaves_every_bit(implementation, right):
     scales = dict(exp_avg_scales=codes[2], exp_avg_sq_scales=codes[3])
     implementation(weights, grads, bases, *codes[:2], **ADAM, **options, **scales, found_inf=torch.ones(1))
     assert all(torch.equal(a, b) for x, y in zip(lists, before, strict=True) for a, b in zip(x, y, strict=True))
-
-
-@SIDES
-def test_opcheck(right):
-    weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(12, 70, 3, right, torch.bfloat16)
-    codes = coded(exp_avgs, exp_avg_sqs)
-    options = dict(lr=0.1, step=1, right=right, device_lr=torch.tensor(0.1), device_steps=[torch.tensor(0.0), torch.tensor(3.0)])
-    options |= dict(exp_avg_scales=codes[2], exp_avg_sq_scales=codes[3], rounding_seeds=torch.tensor([1, 2]))
-    torch.library.opcheck(ops.adamw_step_, (weights, grads, bases, *codes[:2]), {**ADAM, **options})

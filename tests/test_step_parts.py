@@ -1,14 +1,16 @@
-"""Moments and back-projection as operators of their own, with found_inf and counts on the device: every implementation against fp64."""
+"""Moments and back-projection on their own, with found_inf and counts on the device: every implementation against fp64."""
 
 import pytest
 import torch
 from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within, back_project_error, moments_error, normalised_error, store_unit
 
 from benchmarks import formulas
-from lowrank_kernels import ops
+from lowrank_kernels import backends
 from lowrank_kernels.backends import cpu, reference
-from lowrank_kernels.ops import step as implementations
+from lowrank_kernels.lifts import BackProjection
 from lowrank_kernels.rounding import round_stochastically
+from lowrank_kernels.rules import AdamW
+from lowrank_kernels.storage import Plain
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,22 +20,56 @@ SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 SKIPPED = pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "1-d"])
 
 
-@pytest.fixture(params=["operator", "default", "Triton"])
+def reference_update_moments_(exp_avgs, exp_avg_sqs, projected, *, beta1, beta2, eps, device_steps, found_inf=None):
+    states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
+    made = backends.Bucket(exp_avgs, exp_avgs, states, device_steps, False, projected=projected, found_inf=found_inf)
+    options = {"betas": (beta1, beta2), "eps": eps}
+    return reference.update(made, backends.Hyper(AdamW(), BackProjection(), Plain(), 0.0, options=options), projected)
+
+
+def reference_back_project_(weights, bases, normalised, *, right, device_steps=None, found_inf=None, rounding_seeds=None, **numbers):
+    steps = device_steps or [torch.zeros((), device=DEVICE) for _ in weights]
+    made = backends.Bucket(weights, bases, {}, steps, right, projected=normalised, found_inf=found_inf, rounding_seeds=rounding_seeds)
+    made.check()
+    reference.lift(made, backends.Hyper(AdamW(), BackProjection(), Plain(), **numbers), normalised, normalised)
+
+
+@pytest.fixture(params=["cpu", "reference", "Triton"])
 def implementation(request):
-    """Of an operator by name. The operator on a CPU is kernels/cpu.py; Triton there is what CUDA runs, in the interpreter."""
+    """Of a part by name; Triton's on a CPU in the interpreter."""
     if request.param == "Triton":
         pytest.importorskip("triton")
+    elif request.param == "cpu" and DEVICE != "cpu":
+        pytest.skip("takes CPU tensors")
 
     def of(name):
-        return {
-            "operator": lambda: getattr(ops, name),
-            "default": lambda: getattr(implementations, f"_{name.removesuffix('_')}_default"),
-            "Triton": lambda: getattr(implementations, f"_{name.removesuffix('_')}_cuda"),
-        }[request.param]()
+        if request.param == "Triton":
+            from lowrank_kernels.backends.triton import back_project
+
+            return {"update_moments_": triton_update_moments_, "back_project_": back_project.back_project_}[name]
+        if request.param == "cpu":
+            return {"update_moments_": counted(cpu.update_moments_), "back_project_": cpu.back_project_}[name]
+        return {"update_moments_": counted(reference_update_moments_), "back_project_": reference_back_project_}[name]
 
     of.name = request.param
-    of.in_triton = request.param == "Triton" or (request.param == "operator" and DEVICE == "cuda")
+    of.in_triton = request.param == "Triton"
     return of
+
+
+def counted(update):
+    """Takes the number of the update, where no counts are given."""
+
+    def run(exp_avgs, *rest, step, device_steps=None, **options):
+        counts = device_steps or [torch.tensor(step - 1.0, device=DEVICE) for _ in exp_avgs]
+        return update(exp_avgs, *rest, device_steps=counts, **options)
+
+    return run
+
+
+def triton_update_moments_(exp_avgs, exp_avg_sqs, projected, **options):
+    from lowrank_kernels.backends.triton import moments
+
+    return moments.update_moments_(exp_avgs, exp_avg_sqs, projected, out=torch.empty_like(projected), **options)
 
 
 def moments(batch=3, rank=5, n=33, dtype=torch.float32):
@@ -95,6 +131,7 @@ def test_weights_are_rounded_stochastically_as_the_reference_does(implementation
         assert not torch.equal(weight, value.bfloat16())
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "reference"], indirect=True)
 def test_moments_of_fp64_stay_in_fp64(implementation):
     exp_avgs, exp_avg_sqs, projected = moments(batch=1, dtype=torch.float64)
     m, v = exp_avgs[0].clone(), exp_avg_sqs[0].clone()
@@ -132,12 +169,14 @@ def test_moments_do_not_see_a_found_inf_of_zero(implementation, shape):
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_back_projection_against_fp64(implementation, dtype, right):
+    if implementation.in_triton and dtype == torch.float64:
+        pytest.skip("the kernels take no fp64")
     weights, bases, normalised = weights_of(right, dtype)
     exact = [weight.double() for weight in weights]
     implementation("back_project_")(weights, bases, normalised, **UPDATE, right=right)
     tf32 = 2.0**-11 if dtype == torch.float32 and DEVICE == "cuda" and torch.get_float32_matmul_precision() != "highest" else 0.0
     # Of 16 bits, N is rounded to the bases' dtype for the dot where a tensor core, or a CPU's instructions, take no other.
-    rounds_n = dtype == torch.bfloat16 and implementation.name != "default" and (implementation.in_triton or cpu.NATIVE_BF16)
+    rounds_n = dtype == torch.bfloat16 and implementation.name != "reference" and (implementation.in_triton or cpu.NATIVE_BF16)
     for weight, expected, basis, update in zip(weights, exact, bases, normalised, strict=True):
         bound = back_project_error(
             reference.orient(expected, right).to(dtype), basis, update, **UPDATE,
@@ -152,6 +191,8 @@ def test_back_projection_against_fp64(implementation, dtype, right):
 @SKIPPED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_weights_keep_their_bits_where_a_step_is_skipped(implementation, dtype, right, shape):
+    if implementation.in_triton and dtype == torch.float64:
+        pytest.skip("the kernels take no fp64")
     weights, bases, normalised = weights_of(right, dtype)
     weights[1][0, 0] = float("nan")
     before = bits(weights)
@@ -173,6 +214,7 @@ def test_weights_do_not_see_a_found_inf_of_zero(implementation, right, shape):
 REFUSED = (ValueError, RuntimeError)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "Triton"], indirect=True)
 @pytest.mark.parametrize("wrong", ["exp_avgs", "exp_avg_sqs", "both", "projected", "device_steps", "too many device_steps"])
 def test_moments_of_other_lengths_are_refused_untouched(implementation, wrong):
     exp_avgs, exp_avg_sqs, projected = moments()
@@ -189,14 +231,13 @@ def test_moments_of_other_lengths_are_refused_untouched(implementation, wrong):
     assert same(before, bits(exp_avgs + exp_avg_sqs))
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "Triton"], indirect=True)
 @pytest.mark.parametrize("size", [(5, 32), (4, 33), (1, 33), (5, 34)], ids=str)
 @pytest.mark.parametrize("which", [0, 1], ids=["exp_avgs", "exp_avg_sqs"])
 def test_moments_of_another_shape_are_refused_untouched(implementation, which, size):
     """The fused AdamW that the CPU runs would write past their end."""
     lists = moments()
     lists[which][1] = torch.rand(size, device=DEVICE)
-    if implementation.name == "default":
-        lists[which][0] = torch.rand(size, device=DEVICE)  # of the others it compares the first
     before = bits(lists[0] + lists[1])
     with pytest.raises(REFUSED):
         implementation("update_moments_")(*lists, **ADAM, step=1)
@@ -209,7 +250,7 @@ def test_moments_that_are_not_row_major_are_refused_or_right(implementation, whi
     lists = moments()
     lists[which][:] = [lay(tensor) for tensor in lists[which]]
     before = bits(lists[0] + lists[1])
-    if implementation.name == "default":
+    if implementation.name == "reference":
         rows = [[tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors] for tensors in lists[:2]]
         found = implementation("update_moments_")(*lists, **ADAM, step=1)
         assert torch.equal(found, implementation("update_moments_")(*rows, lists[2], **ADAM, step=1))
@@ -224,13 +265,13 @@ def test_the_cpu_takes_projected_gradients_of_any_strides():
     exp_avgs, exp_avg_sqs, projected = ([tensor.cpu() for tensor in part] for part in moments())
     projected = torch.stack(projected)
     others = [[tensor.clone() for tensor in tensors] for tensors in (exp_avgs, exp_avg_sqs)]
-    expected = cpu.update_moments_(exp_avgs, exp_avg_sqs, projected, **ADAM, step=1)
-    found = cpu.update_moments_(*others, projected.mT.contiguous().mT, **ADAM, step=1)
+    expected = counted(cpu.update_moments_)(exp_avgs, exp_avg_sqs, projected, **ADAM, step=1)
+    found = counted(cpu.update_moments_)(*others, projected.mT.contiguous().mT, **ADAM, step=1)
     assert found.is_contiguous() and torch.equal(expected, found)
     assert same(bits(exp_avgs + exp_avg_sqs), bits(others[0] + others[1]))
 
 
-@pytest.mark.parametrize("implementation", ["operator", "Triton"], indirect=True)
+@pytest.mark.parametrize("implementation", ["cpu", "Triton"], indirect=True)
 @pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.bfloat16], ids=["fp64", "bf16"])
 def test_moments_of_another_dtype_are_refused_untouched(implementation, change):
     exp_avgs, exp_avg_sqs, projected = moments()

@@ -1,0 +1,239 @@
+"""A bucket's step by its backend: which one serves it, what is composed, and the CPU implementation against reference.py in fp64."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import tolerances
+import torch
+
+from benchmarks import formulas
+from lowrank_kernels import backends
+from lowrank_kernels.backends import cpu, cuda, reference
+from lowrank_kernels.lifts import BackProjection
+from lowrank_kernels.rules import Rule
+from lowrank_kernels.storage import Plain
+
+step_ = functools.partial(formulas.adamw_step_, run=backends.step)
+HYPER = dict(lr=0.05, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0.25)
+
+
+def bucket(m, n, rank, right, dtype=torch.float32, batch=1, strided=False, scale=1.0, seed=0):
+    """weights, grads (as stored), bases, exp_avgs, exp_avg_sqs of a bucket with some history in its moments."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def stored():
+        matrix = torch.randn(*((n, m) if right else (m, n)), generator=generator)
+        matrix = matrix.to(dtype)
+        return torch.stack([matrix, matrix], dim=-1)[..., 0] if strided else matrix
+
+    weights = [stored() for _ in range(batch)]
+    grads = [stored().mul(scale) for _ in range(batch)]
+    bases = [torch.linalg.qr(torch.randn(m, rank, generator=generator))[0].to(dtype) for _ in range(batch)]
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    exp_avgs = [torch.randn(rank, n, generator=generator, dtype=state) * scale for _ in range(batch)]
+    exp_avg_sqs = [torch.rand(rank, n, generator=generator, dtype=state) * scale**2 for _ in range(batch)]
+    return weights, grads, bases, exp_avgs, exp_avg_sqs
+
+
+def in_fp64(tensors):
+    return [[tensor.double() for tensor in group] for group in tensors]
+
+
+def assert_step_is_right(tensors, step, right, hyper=HYPER, run=None):
+    """Runs `run` on the bucket and compares weights and moments with the reference in fp64, within the derived bounds."""
+    exact = in_fp64([[t.clone() for t in group] for group in tensors])
+    before = in_fp64([[t.clone() for t in group] for group in tensors])
+    formulas.adamw_step_(*exact, **hyper, step=step, right=right)
+    (run or step_)(*tensors, **hyper, step=step, right=right)
+    dtype = tensors[0][0].dtype
+    native = cpu.NATIVE_BF16 and dtype == torch.bfloat16
+    unit = tolerances.UNIT.get(dtype, 2.0**-53)
+    for number in range(len(tensors[0])):
+        weight, grad, basis, exp_avg, exp_avg_sq = (group[number] for group in before)
+        weight, grad = reference.orient(weight, right), reference.orient(grad, right)
+        projected = basis.mT @ grad
+        of_r = tolerances.project_error(basis, grad) + (unit * projected.abs() if native else 0)
+        errors = tolerances.moments_error(exp_avg, exp_avg_sq, projected, hyper["beta1"], hyper["beta2"], of_r)
+        tolerances.assert_within(tensors[3][number], exact[3][number], errors[0], "exp_avg")
+        tolerances.assert_within(tensors[4][number], exact[4][number], errors[1], "exp_avg_sq")
+        adam = {key: hyper[key] for key in ("beta1", "beta2", "eps")}
+        of_n = tolerances.normalised_error(exact[3][number], exact[4][number], errors, **adam, step=step)
+        normalised = formulas.update_moments_(exp_avg.clone(), exp_avg_sq.clone(), projected, **adam, step=step)
+        bound = tolerances.back_project_error(
+            weight.to(dtype),
+            basis,
+            normalised,
+            lr=hyper["lr"],
+            scale=hyper["scale"],
+            weight_decay=hyper["weight_decay"],
+            store=unit,
+            operand_unit=unit if native else 0.0,
+            normalised_error=of_n,
+        )
+        actual, expected = (reference.orient(group[0][number], right) for group in (tensors, exact))
+        tolerances.assert_within(actual, expected, bound, "weight")
+
+
+SHAPES = [(1, 1, 1), (1, 9, 1), (9, 1, 1), (7, 33, 5), (33, 7, 7), (64, 64, 64), (300, 301, 80), (96, 520, 33)]
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("m, n, rank", SHAPES)
+def test_cpu_step_against_fp64(m, n, rank, dtype, right):
+    for case in (dict(), dict(batch=3), dict(strided=True), dict(scale=1e-2)):
+        assert_step_is_right(bucket(m, n, rank, right, dtype, **case), step=3, right=right)
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-15, 1e15])
+def test_cpu_step_at_extreme_scales(scale, right):
+    assert_step_is_right(bucket(40, 60, 8, right, scale=scale), step=1, right=right)
+
+
+def test_cpu_step_takes_the_blas_without_onednn(monkeypatch):
+    monkeypatch.setattr(cpu, "ONEDNN_LINEAR", None)
+    assert_step_is_right(bucket(300, 301, 80, True), step=2, right=True)
+
+
+def test_cpu_step_without_native_bf16(monkeypatch):
+    monkeypatch.setattr(cpu, "NATIVE_BF16", False)
+    for right in (False, True):
+        assert_step_is_right(bucket(96, 120, 16, right, torch.bfloat16), step=2, right=right)
+
+
+def test_cpu_step_of_fp32_weights_with_bf16_bases_and_gradients_keeps_n_in_fp32():
+    weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(96, 120, 16, True, torch.bfloat16)
+    weights = [weight.float() for weight in weights]
+    # One with moments so large that R's own rounding to bf16 does not show beside them.
+    tensors = [weights, [grad * 2.0**-20 for grad in grads], bases, exp_avgs, exp_avg_sqs]
+    exact = in_fp64([[t.clone() for t in group] for group in tensors])
+    before = weights[0].double().clone()
+    formulas.adamw_step_(*exact, **HYPER, step=3, right=True)
+    step_(*tensors, **HYPER, step=3, right=True)
+    # Products and sums in fp32: r + some of its roundings, far under bf16's 2⁻⁹.
+    assert (weights[0].double() - exact[0][0]).norm() <= 1e-5 * (exact[0][0] - before).norm()
+
+
+def test_cpu_step_in_chunks_equals_one_by_one(monkeypatch):
+    together, alone = bucket(40, 60, 8, True, batch=5), bucket(40, 60, 8, True, batch=5)
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 2 * 8 * 60)
+    step_(*together, **HYPER, step=4, right=True)
+    for number in range(5):
+        step_(*([group[number]] for group in alone), **HYPER, step=4, right=True)
+    for a, b in zip(together[0] + together[3] + together[4], alone[0] + alone[3] + alone[4], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_fp64_step_stays_in_fp64():
+    tensors = bucket(20, 30, 4, False, torch.float64)
+    exact = [[t.clone() for t in group] for group in tensors]
+    formulas.adamw_step_(*exact, **HYPER, step=1, right=False)
+    step_(*tensors, **HYPER, step=1, right=False)
+    for a, b in zip(tensors[0] + tensors[3], exact[0] + exact[3], strict=True):
+        assert torch.allclose(a, b, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_parts_compose_to_the_step(right):
+    whole, parts = (bucket(24, 36, 6, right, batch=2) for _ in range(2))
+    step_(*whole, **HYPER, step=2, right=right)
+    weights, grads, bases, exp_avgs, exp_avg_sqs = parts
+    projected = cpu.project(bases, grads, right)
+    counts = [torch.tensor(1.0) for _ in weights]
+    normalised = cpu.update_moments_(exp_avgs, exp_avg_sqs, projected, beta1=0.9, beta2=0.99, eps=1e-8, device_steps=counts)
+    cpu.back_project_(weights, bases, normalised, lr=0.05, scale=0.25, weight_decay=0.1, right=right)
+    for a, b in zip(whole[0] + whole[3] + whole[4], parts[0] + parts[3] + parts[4], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [step_, formulas.adamw_step_])
+def test_found_inf_leaves_every_bit(implementation):
+    tensors = bucket(24, 36, 6, False)
+    tensors[1][0][0, 0] = float("inf")
+    before = [[t.clone() for t in group] for group in tensors]
+    implementation(*tensors, **HYPER, step=1, right=False, found_inf=torch.ones(1))
+    assert all(torch.equal(a, b) for x, y in zip(tensors, before, strict=True) for a, b in zip(x, y, strict=True))
+    tensors[1][0][0, 0] = 1.0
+    implementation(*tensors, **HYPER, step=1, right=False, found_inf=torch.zeros(1))
+    assert not torch.equal(tensors[0][0], before[0][0])
+
+
+def test_a_bucket_says_what_does_not_fit():
+    weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(12, 20, 3, False)
+    with pytest.raises(ValueError, match="must share a shape"):
+        step_(weights, [grads[0].mT], bases, exp_avgs, exp_avg_sqs, **HYPER, right=False)
+    with pytest.raises(ValueError, match="must fit a right weight"):
+        step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **HYPER, right=True)
+
+
+def test_kernels_tell_autograd_that_they_wrote():
+    """As in-place operators do, so that a backward pass through stale weights raises; here what CUDA runs, in the interpreter."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("needs the interpreter, on CPU tensors")
+    whole, hyper = formulas.bucket_of(*bucket(12, 20, 3, False), **HYPER, right=False)
+    version = whole.weights[0]._version
+    cuda.step(whole, hyper)
+    assert whole.weights[0]._version == version + 1
+    cuda.lift(whole, hyper, torch.randn(1, 3, 20))
+    assert whole.weights[0]._version == version + 2
+
+
+class Doubled(Rule):
+    """What no device has in one go."""
+
+    name = "doubled"
+
+    def state(self, rank, n):
+        return {"last": (rank, n)}
+
+    def update(self, projected, state, step):
+        return state["last"].copy_(2 * projected)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "cuda"])
+@pytest.mark.parametrize("right", [False, True])
+def test_what_is_not_fused_is_composed(implementation, right, monkeypatch):
+    if implementation == "cuda":
+        pytest.importorskip("triton")
+        monkeypatch.setitem(backends.BACKENDS, "cpu", backends.BACKENDS["cuda"])
+    weights, grads, bases, _, _ = bucket(12, 20, 3, right, batch=2)
+    exact = [w.double() - 0.05 * reference.orient(2 * p.double() @ p.double().mT @ reference.orient(g.double(), right), right)
+             for w, p, g in zip(weights, bases, grads, strict=True)]  # fmt: skip
+    last, steps = [torch.zeros(3, 20) for _ in range(2)], [torch.zeros(()) for _ in range(2)]
+    made = backends.Bucket(weights, bases, {"last": last}, steps, right, grads=grads)
+    made.check()
+    backends.step(made, backends.Hyper(Doubled(), BackProjection(), Plain(), lr=0.05))
+    assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6) for a, b in zip(weights, exact, strict=True))
+    assert all(tensor.any() for tensor in last) and not any(steps), "whoever keeps the counts raises them"
+
+
+PROBE = """
+import torch
+from lowrank_kernels import backends
+from lowrank_kernels.ops import dispatch
+from lowrank_kernels.backends import cpu
+calls = []
+cpu._product = lambda a, b: calls.append(1) or a @ b
+backends.project(backends.Bucket([torch.randn(4, 5)], [torch.eye(4)], {}, [], False, grads=[torch.randn(4, 5)]))
+print(dispatch.REFERENCE_FORCED, len(calls))
+"""
+
+
+@pytest.mark.parametrize("value, expected", [("1", "True 0"), ("0", "False 1"), (None, "False 1")])
+def test_environment_variable_forces_the_reference(value, expected):
+    environment = {key: text for key, text in os.environ.items() if key != "LOWRANK_KERNELS_REFERENCE"}
+    if value is not None:
+        environment["LOWRANK_KERNELS_REFERENCE"] = value
+    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == expected
+
+
+def test_importing_on_a_cpu_stays_free_of_triton():
+    probe = "import sys, lowrank_kernels; print([m for m in sys.modules if m.startswith('lowrank_kernels.backends.triton')])"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
