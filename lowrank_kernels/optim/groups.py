@@ -69,21 +69,19 @@ def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, in
     return number * gap + offset, number + (offset > 0)
 
 
-def complete(group: dict[str, Any], group_index: int, selection: str | None) -> None:
+def complete(group: dict[str, Any], group_index: int, fixed: dict[str, Any], preferred: dict[str, Any]) -> None:
     """Fills a low-rank group's missing keys with their defaults and raises ValueError or TypeError for what cannot work.
 
-    `selection`, if given, is the one that the optimizer's class stands for. A group without `rank` gets only AdamW's checks.
+    fixed: values that the optimizer's class stands for; preferred: its own defaults. A group without `rank` gets only AdamW's checks.
     """
     where = describe(group, group_index)
     check_names(group, group_index)
     if is_low_rank(group):
-        if selection is not None:
-            group.setdefault("selection", selection)
-        for name, value in keys.defaults((*keys.LOW_RANK, keys.CALLS)).items():
+        for name, value in (keys.defaults((*keys.LOW_RANK, keys.CALLS)) | preferred | fixed).items():
             group.setdefault(name, value)
     elif stray := [name for name in keys.names(keys.LOW_RANK) if name in group]:
         raise ValueError(f"{stray[0]} is set but rank is not ({where}); add rank to project this group, or remove {stray}")
-    check_values(group, group_index, selection)
+    check_values(group, group_index, fixed)
     for param_index in range(len(group["params"]) if is_low_rank(group) else 0):
         check_param(group, group_index, param_index)
 
@@ -101,14 +99,15 @@ def check_names(group: dict[str, Any], group_index: int, own: Iterable[str] = ke
         raise ValueError(f"{where} has {len(group['params'])} parameters and {len(given)} param_names; give each its own, or remove them")
 
 
-def check_values(group: dict[str, Any], group_index: int, selection: str | None) -> None:
+def check_values(group: dict[str, Any], group_index: int, fixed: dict[str, Any]) -> None:
     """Every value of a complete group, also of one that was loaded or changed since; see `complete`."""
     where = describe(group, group_index)
     keys.check_values(group, (keys.CAPTURABLE, *keys.ADAMW, *((*keys.LOW_RANK, keys.CALLS) if is_low_rank(group) else ())), where)
-    if is_low_rank(group) and selection not in (None, group["selection"]):
-        raise ValueError(
-            f"selection is {group['selection']!r} but this optimizer's is {selection!r} ({where}); use LowRankAdamW to choose it by group"
-        )
+    for name, value in fixed.items() if is_low_rank(group) else ():
+        if group[name] != value:
+            raise ValueError(
+                f"{name} is {group[name]!r} but this optimizer's is {value!r} ({where}); use LowRankAdamW to choose it by group"
+            )
 
 
 def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[int, int]]) -> None:

@@ -103,10 +103,10 @@ class LowRankAdamW(LowRankOptimizer):
 class GaLoreAdamW(LowRankAdamW):
     """LowRankAdamW with selection="dominant": the r leading singular vectors of the gradient (GaLore, arXiv 2403.03507)."""
 
-    selection = "dominant"
+    fixed = {"selection": "dominant"}
 
 
 class I3SAdamW(LowRankAdamW):
     """LowRankAdamW with selection="importance": r singular vectors sampled with probability ∝ σ (I3S, arXiv 2502.05790)."""
 
-    selection = "importance"
+    fixed = {"selection": "importance"}

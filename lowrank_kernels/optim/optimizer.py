@@ -53,8 +53,10 @@ class LowRankOptimizer(Optimizer):
     lifts: dict[str, Lift]
     storages: dict[int, Storage]
     """By state_bits."""
-    selection: str | None = None
-    """The selection that the class stands for, or None where each group chooses."""
+    fixed: dict[str, Any] = {}
+    """Values of group keys that the class stands for; a group with another one is refused."""
+    preferred: dict[str, Any] = {}
+    """Defaults of group keys that are the class's own."""
 
     _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
 
@@ -84,7 +86,7 @@ class LowRankOptimizer(Optimizer):
 
     def _complete(self, group: dict[str, Any], index: int) -> None:
         """Fills the group's missing keys with their defaults and raises ValueError or TypeError for what cannot work."""
-        groups.complete(group, index, self.selection)
+        groups.complete(group, index, self.fixed, self.preferred)
         if groups.is_low_rank(group):
             groups.warn_if_clamped(group, index, self._clamp_warned)
 
@@ -139,7 +141,7 @@ class LowRankOptimizer(Optimizer):
 
     def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
         """The group's dense parameters, and its buckets, after every check."""
-        groups.check_values(group, index, self.selection)
+        groups.check_values(group, index, self.fixed)
         if not groups.is_low_rank(group):
             for place, param in enumerate(group["params"]):
                 if param.grad is not None:
@@ -455,7 +457,7 @@ class LowRankOptimizer(Optimizer):
                 "build the groups as they were when it was saved (a checkpoint of another optimizer does not fit)"
             )
         groups.check_names({**saved, "param_names": None}, index)
-        groups.check_values(saved, index, self.selection)
+        groups.check_values(saved, index, self.fixed)
         if not groups.is_low_rank(group) or len(group["params"]) != len(saved["params"]):
             return []
         final = {**group, **saved, "params": group["params"]}
@@ -489,7 +491,7 @@ class LowRankOptimizer(Optimizer):
 
 def warn_without_rank(optimizer: LowRankOptimizer) -> None:
     """Once, where a class that stands for a projection was given nothing to project."""
-    if optimizer.selection is not None and not any(map(groups.is_low_rank, optimizer.param_groups)):
+    if (optimizer.fixed or optimizer.preferred) and not any(map(groups.is_low_rank, optimizer.param_groups)):
         warnings.warn(
             f"{type(optimizer).__name__} has no group with rank and trains every parameter with AdamW; "
             "lowrank_kernels.param_groups(model, rank=…) makes groups that are projected",
