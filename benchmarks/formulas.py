@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lowrank_kernels.backends import Bucket, Hyper, reference
-from lowrank_kernels.lifts import BackProjection
-from lowrank_kernels.rules import AdamW
+from lowrank_kernels.lifts.back_projection import BackProjection
+from lowrank_kernels.rules.adamw import AdamW
 from lowrank_kernels.storage import EightBit, Plain, eight_bit
 
 

@@ -9,14 +9,12 @@ optimizer = lowrank_kernels.RSOAdamW(model.parameters(), lr=1e-3)
 
 from . import ops
 from .nn import SubspaceLinear, to_dense, to_subspace
-from .optim import GaLoreAdamW, I3SAdamW, LowRankAdamW, RSOAdamW, param_groups
+from .optim import RSOAdamW, methods, param_groups
+from .optim.methods import *  # noqa: F403
 from .subspaces import subspace_overlap
 from .version import __version__
 
 __all__ = [
-    "GaLoreAdamW",
-    "I3SAdamW",
-    "LowRankAdamW",
     "RSOAdamW",
     "SubspaceLinear",
     "__version__",
@@ -25,4 +23,5 @@ __all__ = [
     "subspace_overlap",
     "to_dense",
     "to_subspace",
+    *methods.__all__,
 ]

@@ -12,7 +12,7 @@ import torch
 from benchmarks import formulas
 from lowrank_kernels import backends
 from lowrank_kernels.backends import cpu, cuda, reference
-from lowrank_kernels.lifts import BackProjection
+from lowrank_kernels.lifts.back_projection import BackProjection
 from lowrank_kernels.rules import Rule
 from lowrank_kernels.storage import Plain
 

@@ -7,9 +7,9 @@ from tolerances import BIAS_CORRECTION_ERROR, UNIT, assert_within, back_project_
 from benchmarks import formulas
 from lowrank_kernels import backends
 from lowrank_kernels.backends import cpu, reference
-from lowrank_kernels.lifts import BackProjection
+from lowrank_kernels.lifts.back_projection import BackProjection
 from lowrank_kernels.rounding import round_stochastically
-from lowrank_kernels.rules import AdamW
+from lowrank_kernels.rules.adamw import AdamW
 from lowrank_kernels.storage import Plain
 
 pytestmark = pytest.mark.gpu

@@ -1,6 +1,5 @@
 """Lifts: how N (r, n) moves W' (m, n). One file a lift, in plain PyTorch, which is its definition."""
 
-from .back_projection import BackProjection
 from .lift import Lift
 
-__all__ = ["BackProjection", "Lift"]
+__all__ = ["Lift"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..lifts import BackProjection
-from ..rules import AdamW
+from ..lifts.back_projection import BackProjection
+from ..rules.adamw import AdamW
 from ..storage import EightBit, Plain
 from . import keys
 from .optimizer import LowRankOptimizer, warn_without_rank
 
+__all__ = ["GaLoreAdamW", "I3SAdamW", "LowRankAdamW"]
 LIFTS = {lift.name: lift for lift in (BackProjection(),)}
 STORAGES = {32: Plain(), 8: EightBit()}
 

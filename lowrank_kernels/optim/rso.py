@@ -14,9 +14,10 @@ from .. import backends, philox
 from ..backends import Bucket, Hyper
 from ..backends.reference import kept_where
 from ..backends.upload import pack, upload
-from ..lifts import BackProjection
+from ..lifts.back_projection import BackProjection
 from ..nn import layer_of
-from ..rules import SGD, AdamW
+from ..rules.adamw import AdamW
+from ..rules.sgd import SGD
 from ..storage import Plain
 from . import groups, keys, loading, ranks, rso_groups
 from .buckets import Members, check_grad
