@@ -1,4 +1,4 @@
-"""torch.optim wrappers: parameter groups, buckets of equal shapes, the refresh schedule. They know backends, ops and subspaces, never Triton."""
+"""torch.optim wrappers: groups, buckets, the schedule of refreshes. They know backends, ops and subspaces, never Triton."""
 
 from . import methods
 from .methods import *  # noqa: F403
