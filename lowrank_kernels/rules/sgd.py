@@ -18,3 +18,6 @@ class SGD(Rule):
 
     def update(self, projected: Tensor, state: dict[str, Tensor], step: float | Tensor, *, momentum: float) -> Tensor:
         return state["momentum_buffer"].mul_(momentum).add_(projected)
+
+    def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:
+        state["momentum_buffer"].copy_(turn @ state["momentum_buffer"])
