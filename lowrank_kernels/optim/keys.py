@@ -152,7 +152,12 @@ LOW_RANK = (
         choices=("std", "reverse_std", "left", "right"),
     ),
     Choice("selection", "importance", 'how the basis is chosen: I3S, GaLore (`"dominant"`), or `"random"`', choices=tuple(SELECTIONS)),
-    Choice("lift", "back_projection", "how N moves the weight: by P·N", choices=("back_projection",)),
+    Choice(
+        "lift",
+        "back_projection",
+        'how N moves the weight: by P·N; `"residual"` adds what the subspace leaves out of the gradient, scaled like N (Fira)',
+        choices=("back_projection", "residual"),
+    ),
     Choice("moments", "keep", "what a refresh does to them: `keep` leaves them as they are", choices=("keep",)),
     Choice(
         "svd",

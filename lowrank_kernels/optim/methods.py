@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..lifts.back_projection import BackProjection
+from ..lifts.residual import Residual
 from ..rules.adamw import AdamW
 from ..storage import EightBit, Plain
 from . import keys
 from .optimizer import LowRankOptimizer, warn_without_rank
 
-__all__ = ["GaLoreAdamW", "I3SAdamW", "LowRankAdamW"]
-LIFTS = {lift.name: lift for lift in (BackProjection(),)}
+__all__ = ["FiraAdamW", "GaLoreAdamW", "I3SAdamW", "LowRankAdamW"]
+LIFTS = {lift.name: lift for lift in (BackProjection(), Residual())}
 STORAGES = {32: Plain(), 8: EightBit()}
 
 
@@ -53,7 +54,8 @@ class LowRankAdamW(LowRankOptimizer):
             the mean stays, as a function of (seed, the parameter, number of the update, element).
         proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".
         selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).
-        lift: how N moves the weight: "back_projection", by P·N (default).
+        lift: how N moves the weight: "back_projection", by P·N (default), or "residual", by that and what the subspace leaves out of the
+            gradient (Fira; lifts/residual.py has the formula).
         moments: what a refresh does to them: "keep" leaves them as they are (default).
         svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).
         oversample, power_iters: accuracy of the range finder (8, 1).
@@ -111,3 +113,16 @@ class I3SAdamW(LowRankAdamW):
     """LowRankAdamW with selection="importance": r singular vectors sampled with probability ∝ σ (I3S, arXiv 2502.05790)."""
 
     fixed = {"selection": "importance"}
+
+
+class FiraAdamW(LowRankAdamW):
+    """LowRankAdamW with lift="residual": the rest of the gradient moves the weight as well, scaled like N (Fira, arXiv 2410.01623).
+
+        W' = (1 − lr·wd)·W' − lr·α·(P·N + φ·(G' − P·R))          φ: of each column, ‖N‖ / ‖R‖; lifts/residual.py has the limiter
+
+    selection is "dominant" unless the group says otherwise; "importance" gives I3S's bases under Fira. The state has `residual_norm`
+    besides, one fp32 a matrix. No device has it in one go yet: it is composed of project, rule and lift.
+    """
+
+    fixed = {"lift": "residual"}
+    preferred = {"selection": "dominant"}
