@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..rules import Rule
@@ -11,4 +12,24 @@ from ..storage import Storage
 
 
 def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storage: Storage) -> None:
-    """Before state["basis"] becomes `fresh`. "keep": they stay as they are, in the coordinates of the new basis (GaLore, I3S)."""
+    """Before state["basis"] becomes `fresh`, (m, r) or (experts, m, r).
+
+    "keep": they stay as they are, in the coordinates of the new basis (GaLore, I3S). "rotate": turned by C = P_newᵀ·P_old, as the rule says
+    (LDAdam, arXiv 2410.16103). "reset": zero, and the count of updates with them. Where a basis stays, as with a gradient that is not
+    finite, so do they: it is decided on the device, and for each expert alone.
+    """
+    if moments == "keep":
+        return
+    old = state["basis"]
+    changed = (fresh != old).flatten(-2).any(-1)[..., None, None]
+    wide = torch.promote_types(old.dtype, torch.float32)
+    stored = {name: state[name] for name in storage.layout(rule.state(1, 1), wide)}
+    if moments == "rotate":
+        values = storage.load(stored, wide)
+        turn = fresh.mT.to(wide) @ old.to(wide)
+        rule.rotate(values, torch.where(changed, turn, torch.eye(turn.shape[-1], dtype=wide, device=turn.device)))
+        storage.store_(values, stored)
+        return
+    for tensor in stored.values():
+        tensor.copy_(torch.where(changed, 0, tensor))
+    state["step"].copy_(torch.where(changed.any(), 0, state["step"]))

@@ -158,7 +158,12 @@ LOW_RANK = (
         'how N moves the weight: by P·N; `"residual"` adds what the subspace leaves out of the gradient, scaled like N (Fira)',
         choices=("back_projection", "residual"),
     ),
-    Choice("moments", "keep", "what a refresh does to them: `keep` leaves them as they are", choices=("keep",)),
+    Choice(
+        "moments",
+        "keep",
+        'what a refresh does to them: `"rotate"` turns them into the new basis (LDAdam), `"reset"` starts them, and t, anew',
+        choices=("keep", "rotate", "reset"),
+    ),
     Choice(
         "svd",
         "randomized",

@@ -56,7 +56,8 @@ class LowRankAdamW(LowRankOptimizer):
         selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).
         lift: how N moves the weight: "back_projection", by P·N (default), or "residual", by that and what the subspace leaves out of the
             gradient (Fira; lifts/residual.py has the formula).
-        moments: what a refresh does to them: "keep" leaves them as they are (default).
+        moments: what a refresh does to them: "keep" leaves them as they are (default); "rotate" turns them into the new basis, M by
+            C = P_newᵀ·P_old and V by its squares (LDAdam, arXiv 2410.16103); "reset" starts them, and t, from zero.
         svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).
         oversample, power_iters: accuracy of the range finder (8, 1).
         seed: all randomness is a function of (seed, the parameter, number of the refresh, or of the update where it is a rounding) (0). The
