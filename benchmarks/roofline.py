@@ -214,10 +214,10 @@ def over_buckets(buckets: list[tuple[int, int, int]], rank: int, work_of: WorkOf
 
 
 def state_bytes(shape: tuple[int, int], rank: int, dtype: torch.dtype, state_bits: int = 32) -> int:
-    """Of one parameter in a low-rank group: moments, and a basis of its dtype."""
+    """Of one parameter in a low-rank group: moments, a basis of its dtype, and the count of updates."""
     m, n = sorted(shape)
     rank = min(rank, m)
-    return moments_bytes(n, rank, state_bits) + m * rank * dtype.itemsize
+    return moments_bytes(n, rank, state_bits) + m * rank * dtype.itemsize + 4
 
 
 def works(model: str, rank: int, dtype: torch.dtype) -> dict[str, Work]:
