@@ -34,7 +34,7 @@ def test_snippets_run_one_after_another(page, tmp_path, monkeypatch):
     torch.manual_seed(0)
     names = {}
     if page in DOCS:
-        names |= {"lrk": lrk, "model": torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.GELU(), torch.nn.Linear(128, 64))}
+        names |= {"lrk": lrk, "model": torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))}
         names |= {"x": torch.randn(8, 256), "groups": lrk.param_groups(names["model"], rank=16)}
     for number, source in enumerate(snippets(page)):
         code = compile(source, f"{page.name}, snippet {number}", "exec")
