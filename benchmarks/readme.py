@@ -1,15 +1,20 @@
-"""python -m benchmarks readme: writes README's tables of figures, between markers, from the newest results of each device.
+"""python -m benchmarks readme: writes the tables of README and docs/, between markers, from results and declarations.
 
-Every number comes from a file in benchmarks/results; what no file holds is said to be not measured yet. With --check nothing is
-written, and the exit status is 1 where README is not what would be.
+Figures come from the newest results of each device in benchmarks/results; what no file holds is said to be not measured yet. Tables of
+group keys come from lowrank_kernels/optim/keys.py. With --check nothing is written, and the exit status is 1 where a page is not what
+would be written.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from lowrank_kernels.optim import keys
 
 from .iterations import CHECKPOINTED, DENSE, GALORE
 from .provenance import RESULTS, short
@@ -17,7 +22,9 @@ from .records import OURS, Row, folders, newest, title
 from .suites import SUITES
 from .timing import VISIBLE
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+COLUMNS = 110
+"""Of prose; lines of tables are as long as they have to be."""
 EXPECTED = {"nvidia-h100": "H100"}
 """GPUs that the kernels are meant for, by how their results' folder begins: missing ones are named."""
 
@@ -58,6 +65,28 @@ FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matri
 LAST_COLUMN = {"refresh": "spectrum or dtype"}
 
 
+@dataclass(frozen=True)
+class Headline:
+    """A line of README's table: one case, `key` of this package's row and of those of the contenders to compare with."""
+
+    what: str
+    case: str
+    key: str
+    others: tuple[str, ...]
+
+
+FULL_RANK = f"{DENSE}, full rank"
+_60M, _BLOCK = "60m r=128", "60m block at 8x256 tokens r=128"
+HEADLINES = (
+    Headline("optimizer state, MB", f"memory {_60M} float32", "state_mb", ("galore-torch", "AdamW, float32 states")),
+    Headline("a step, ms", f"step {_60M} float32", "p50_ms", ("galore-torch", FULL_RANK)),
+    Headline("a step, ms", f"step {_60M} bfloat16", "p50_ms", ("galore-torch", FULL_RANK)),
+    Headline("a new basis, ms", "refresh 512x1376 r=128 noise", "p50_ms", ("torch.svd_lowrank", "torch.linalg.svd")),
+    Headline("RSO: activations saved, MB", f"rso {_BLOCK} float32", "saved_mb", (DENSE,)),
+    Headline("RSO: a training iteration, ms", f"rso {_BLOCK} float32", "p50_ms", (DENSE,)),
+)
+
+
 def measured(results: Path) -> dict[str, dict[str, list[Row]]]:
     """Rows by suite by device, GPUs first."""
     found = {folder.name: suites for folder in folders(results) if (suites := newest(folder)) and set(suites) & set(SUITES)}
@@ -76,23 +105,52 @@ def methods(results: Path = RESULTS) -> str:
         for name, pretty in METHODS.items():
             if name in rows:
                 lines.append((pretty, *(_megabytes(rows[name][key]) for key in HELD_COLUMNS.values()), short(rows[name]["p50_ms"])))
-        return (
-            f"Measured, MB: forward, backward and step of one {what}, r = {rank}, {dtype}, on `{device}` (`{held[0]['file']}`).\n\n"
-            + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        )
+        about = f"Measured, MB: forward, backward and step of one {what}, r = {rank}, {dtype}, on `{device}` (`{held[0]['file']}`)."
+        return _wrapped(about) + "\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return "Not measured yet."
+
+
+def headlines(results: Path = RESULTS) -> str:
+    """README's table: of each case in HEADLINES what the first device that measured it says."""
+    found = measured(results)
+    lines = [_headline(headline, rows) for headline in HEADLINES if (rows := _rows_of(headline, found))]
+    if not lines:
+        return "Not measured yet."
+    header = ("what", "of", "this", "others", "hardware", "commit")
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ("---",) * len(header), *lines))
+
+
+def _rows_of(headline: Headline, found: dict[str, dict[str, list[Row]]]) -> dict[str, Row]:
+    """By contender, of the first device that has one of this package."""
+    for suites in found.values():
+        rows = [row for suite in suites.values() for row in suite if row["case"] == headline.case and headline.key in row]
+        if by_contender := {str(row["contender"]): row for row in rows if OURS in {other["contender"] for other in rows}}:
+            return by_contender
+    return {}
+
+
+def _headline(headline: Headline, rows: dict[str, Row]) -> tuple[str, ...]:
+    mine = rows[OURS]
+    what, rank, rest = title(mine)
+    others = [f"{name} {short(rows[name][headline.key])}" for name in headline.others if name in rows]
+    link = f"[{mine['commit']}](benchmarks/results/{mine['device']}/{mine['file']})"
+    return headline.what, f"{what}, r = {rank}, {rest}", short(mine[headline.key]), "; ".join(others), f"`{mine['device']}`", link
 
 
 def block(results: Path = RESULTS) -> str:
     """All tables, device by device."""
-    parts = ["Generated from [benchmarks/results](benchmarks/results) by `python -m benchmarks readme`."]
+    parts = ["Generated from the files in `benchmarks/results` by `python -m benchmarks readme`."]
     found = measured(results)
     for device, suites in found.items():
         parts += _device(device, suites)
     for prefix, name in EXPECTED.items():
         if not any(device.startswith(prefix) for device in found):
             parts.append(f"**{name}: not measured yet.**")
-    return "\n\n".join(parts)
+    return "\n\n".join(part if part.startswith("|") else _wrapped(part) for part in parts)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)
 
 
 def _device(device: str, suites: dict[str, list[Row]]) -> list[str]:
@@ -174,34 +232,44 @@ def _megabytes(value: float) -> str:
     return short(value) if value >= 0.01 else "0"
 
 
-def replaced(text: str, name: str, generated: str) -> str:
-    """README with the block between the markers of that name exchanged. ValueError where they do not stand there once, in order."""
+def replaced(text: str, name: str, generated: str, page: Path) -> str:
+    """The page's text with what is between the markers of that name exchanged. ValueError where they do not stand there once, in order."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise ValueError(f"README needs one {begin} and one {end} after it")
+        raise ValueError(f"{page} needs one {begin} and one {end} after it")
     return text.partition(begin)[0] + f"{begin}\n\n{generated}\n\n{end}" + text.partition(end)[2]
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"methods": methods, "benchmarks": block}
-"""By the name in their markers."""
+PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
+    "README.md": {"results": headlines},
+    "docs/benchmarks.md": {"benchmarks": block},
+    "docs/rso.md": {"methods": methods, "keys": lambda _: keys.table(keys.RSO)},
+    "docs/group-keys.md": {
+        "low-rank keys": lambda _: keys.table(keys.LOW_RANK),
+        "adamw keys": lambda _: keys.table((*keys.ADAMW, keys.CAPTURABLE)),
+    },
+}
+"""What is generated, by page and by the name in its markers, from the folder of results."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks readme", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether README is what the results say")
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are what they should be")
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder of README.md and docs/")
     parser.add_argument("--results", type=Path, default=RESULTS)
     settings = parser.parse_args(arguments)
-    text = settings.readme.read_text()
-    wanted = text
-    for name, generate in BLOCKS.items():
-        wanted = replaced(wanted, name, generate(settings.results))
-    if text == wanted:
-        print(f"{settings.readme} is what the results say")
-        return 0
-    if settings.check:
-        print(f"{settings.readme} is not what the results say: run python -m benchmarks readme", file=sys.stderr)
-        return 1
-    settings.readme.write_text(wanted)
-    print(f"wrote {settings.readme}")
-    return 0
+    differing = 0
+    for name, blocks in PAGES.items():
+        page = settings.root / name
+        text = wanted = page.read_text()
+        for marker, generate in blocks.items():
+            wanted = replaced(wanted, marker, generate(settings.results), page)
+        if text == wanted:
+            print(f"{page} is what the results and declarations say")
+        elif settings.check:
+            differing += 1
+            print(f"{page} is not what the results and declarations say: run python -m benchmarks readme", file=sys.stderr)
+        else:
+            page.write_text(wanted)
+            print(f"wrote {page}")
+    return min(differing, 1)

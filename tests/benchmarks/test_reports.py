@@ -1,12 +1,14 @@
 """From results to text and pictures: compare, readme, plot, and which results count."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks import __main__ as command
 from benchmarks import compare, plot, readme, records
 from benchmarks.provenance import short
+from lowrank_kernels.optim import keys
 
 ORIGIN = {
     "device": "cpu-a",
@@ -126,27 +128,33 @@ class TestCompare:
         assert stopped.value.code == 1
 
 
-def markers(name, text, spaced=False):
-    between = f"\n{text}\n" if spaced else text
-    return f"<!-- {name}: begin -->\n{between}\n<!-- {name}: end -->"
+def markers(name, text="old"):
+    return f"<!-- {name}: begin -->\n{text}\n<!-- {name}: end -->"
 
 
-class TestReadme:
+class TestPages:
     @pytest.fixture
-    def text(self, tmp_path):
-        path = tmp_path / "README.md"
-        path.write_text(f"before\n{markers('methods', 'old')}\nbetween\n{markers('benchmarks', 'old')}\nafter\n")
-        return path
+    def root(self, tmp_path):
+        """README and pages of docs/ with nothing but their markers."""
+        for name, blocks in readme.PAGES.items():
+            page = tmp_path / "pages" / name
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text("\nbetween\n".join(["before", *map(markers, blocks), "after\n"]))
+        return tmp_path / "pages"
 
-    def run(self, text, results, *options):
-        return readme.main(["--readme", str(text), "--results", str(results), *options])
+    def run(self, root, results, *options):
+        return readme.main(["--root", str(root), "--results", str(results), *options])
 
-    def test_figures_are_those_of_the_file(self, text, tmp_path):
+    def shown(self, root, results):
+        """docs/benchmarks.md as it is then written, its lines joined."""
+        assert self.run(root, results) == 0
+        return " ".join((root / "docs" / "benchmarks.md").read_text().split())
+
+    def test_figures_are_those_of_the_file(self, root, tmp_path):
         write(tmp_path / "results" / "cpu-a" / "2026-01-02-abc1234.jsonl", timed(), counted())
-        assert self.run(text, tmp_path / "results") == 0
-        found = text.read_text()
-        assert found.startswith(f"before\n{markers('methods', 'Not measured yet.', True)}\nbetween\n<!-- benchmarks: begin -->\n")
-        assert found.endswith("<!-- benchmarks: end -->\nafter\n") and "old" not in found
+        found = self.shown(root, tmp_path / "results")
+        assert found.startswith("before between <!-- benchmarks: begin --> Generated from ") and "old" not in found
+        assert found.endswith("<!-- benchmarks: end --> between after")
         assert "| LLaMA 60M | 128 | fp32 | 10.0 | 12.0 (1.20×) | 20.0 (2.00×) | 30.0 (3.00×) | 5.00 (0.50×) | 50.0 | 5.00 |" in found
         assert "| 28 × 512² | 128 | bf16 | 10.0 (1.00) | 80.0 (1.00) |" in found
         assert readme.table("memory", counted(peak=1e-5)).endswith("| 10.0 (0) | 80.0 (0) |")
@@ -154,15 +162,46 @@ class TestReadme:
         assert "Not measured yet on this device: `kernel`, `refresh`, `rso`, `host`." in found
         assert "**H100: not measured yet.**" in found
 
-    def test_columns_of_ours_come_first_and_versions_are_of_what_is_shown(self, text, tmp_path):
+    def test_readme_has_a_line_a_headline_with_what_it_is_compared_with(self, root, tmp_path):
+        folder = tmp_path / "results" / "cpu-a"
+        write(folder / "2026-01-02-abc1234.jsonl", timed(), timed({"galore-torch": 1.0, "lowrank_kernels": 2.0}, "step 60m r=128 bfloat16"))
+        self.run(root, tmp_path / "results")
+        header, rule, *lines = (line for line in (root / "README.md").read_text().splitlines() if line.startswith("|"))
+        link = "[abc1234](benchmarks/results/cpu-a/2026-01-02-abc1234.jsonl)"
+        assert lines == [
+            f"| a step, ms | LLaMA 60M, r = 128, fp32 | 10.0 | galore-torch 20.0 | `cpu-a` | {link} |",
+            f"| a step, ms | LLaMA 60M, r = 128, bf16 | 2.00 | galore-torch 1.00 | `cpu-a` | {link} |",
+        ]
+        assert len(rule.split("|")) == len(header.split("|")) == len(lines[0].split("|"))
+
+    def test_a_headline_is_of_one_device_a_gpu_first(self, tmp_path):
+        write(tmp_path / "cpu-a" / "x.jsonl", timed())
+        peers = [row for row in timed(device="nvidia-h100-80gb") if row["contender"] != "lowrank_kernels"]
+        write(tmp_path / "nvidia-h100-80gb" / "x.jsonl", peers)
+        assert "`cpu-a`" in readme.headlines(tmp_path), "without a figure of this package there is nothing to compare"
+        write(tmp_path / "nvidia-h100-80gb" / "x.jsonl", timed(device="nvidia-h100-80gb"))
+        assert "`nvidia-h100-80gb`" in readme.headlines(tmp_path) and "cpu-a" not in readme.headlines(tmp_path)
+
+    def test_every_headline_is_measured(self):
+        lines = readme.headlines().splitlines()
+        assert len(lines) == 2 + len(readme.HEADLINES) and len(readme.HEADLINES) <= 6
+        assert all(name in line for line, headline in zip(lines[2:], readme.HEADLINES, strict=True) for name in headline.others)
+
+    def test_tables_of_keys_are_those_of_the_declarations(self, root, tmp_path):
+        self.run(root, tmp_path / "none")
+        page = (root / "docs" / "group-keys.md").read_text()
+        assert keys.table(keys.LOW_RANK) in page and keys.table((*keys.ADAMW, keys.CAPTURABLE)) in page
+        assert keys.table(keys.RSO) in (root / "docs" / "rso.md").read_text()
+
+    def test_columns_of_ours_come_first_and_versions_are_of_what_is_shown(self, root, tmp_path):
         late = timed(TIMES | {"lowrank_kernels, stochastic rounding": 11.0}, case="step 60m r=128 bfloat16")
         versions = {"galore-torch": "1.0", "bitsandbytes": "9", "triton": "3"}
         write(tmp_path / "results" / "cpu-a" / "x.jsonl", [row | {"versions": versions} for row in timed() + late])
-        self.run(text, tmp_path / "results")
-        assert "| this | this, 8-bit states | this, stochastic rounding | galore-torch |" in text.read_text()
-        assert "torch 2.13.0, galore-torch 1.0; measured" in text.read_text()
+        found = self.shown(root, tmp_path / "results")
+        assert "| this | this, 8-bit states | this, stochastic rounding | galore-torch |" in found
+        assert "torch 2.13.0, galore-torch 1.0; measured" in found
 
-    def test_what_has_no_figure_is_in_no_table(self, text, tmp_path):
+    def test_what_has_no_figure_is_in_no_table(self, root, tmp_path):
         """Neither a contender that failed, nor a suite that another file measured."""
         folder = tmp_path / "results" / "cpu-a"
         late = {"time": "2026-01-02T12:00:00+00:00", "case": "step 60m r=128 float32"}
@@ -170,8 +209,7 @@ class TestReadme:
         skipped = ORIGIN | late | {"case": "step 7b r=128 float32", "contender": "galore-torch", "skipped": "no module"}
         write(folder / "a.jsonl", timed(), counted())
         write(folder / "b.jsonl", [failed, skipped])
-        self.run(text, tmp_path / "results")
-        found = text.read_text()
+        found = self.shown(root, tmp_path / "results")
         assert "20.0 (2.00×)" in found and "`a.jsonl`" in found and "b.jsonl" not in found and "7B" not in found
 
     def test_times_with_the_hosts_launches_in_them_say_so(self):
@@ -179,50 +217,52 @@ class TestReadme:
         assert "20.0 (2.00×) with launches" in readme.table("kernel", [row | {"launches": "visible"} for row in rows])
         assert "launches" not in readme.table("kernel", [row | {"launches": "hidden"} for row in rows])
 
-    def test_without_results_it_says_so(self, text, tmp_path):
-        assert self.run(text, tmp_path / "none") == 0
-        assert "**H100: not measured yet.**" in text.read_text() and "|" not in text.read_text()
+    def test_without_results_it_says_so(self, root, tmp_path):
+        found = self.shown(root, tmp_path / "none")
+        assert "**H100: not measured yet.**" in found and "|" not in found
+        for name, block in (("README.md", "results"), ("docs/rso.md", "methods")):
+            assert markers(block, "\nNot measured yet.\n") in (root / name).read_text()
 
-    def test_a_gpu_comes_first_and_is_then_measured(self, text, tmp_path):
+    def test_a_gpu_comes_first_and_is_then_measured(self, root, tmp_path):
         write(tmp_path / "results" / "cpu-a" / "x.jsonl", timed())
         write(tmp_path / "results" / "nvidia-h100-80gb" / "x.jsonl", timed(device="nvidia-h100-80gb"))
-        self.run(text, tmp_path / "results")
-        found = text.read_text()
+        found = self.shown(root, tmp_path / "results")
         assert found.index("nvidia-h100-80gb") < found.index("cpu-a") and "H100: not" not in found
 
-    def test_each_suite_is_of_the_file_that_measured_it_last(self, text, tmp_path):
+    def test_each_suite_is_of_the_file_that_measured_it_last(self, root, tmp_path):
         folder = tmp_path / "results" / "cpu-a"
         late = {"time": "2026-01-02T12:00:00+00:00"}
         write(folder / "2026-01-02-fff.jsonl", timed(), counted())
         write(folder / "2026-01-02-aaa.jsonl", timed(TIMES | {"galore-torch": 44.0}, **late))  # later, though its name is before
-        self.run(text, tmp_path / "results")
-        assert "44.0 (4.40×)" in text.read_text() and "`2026-01-02-fff.jsonl`" in text.read_text()
+        found = self.shown(root, tmp_path / "results")
+        assert "44.0 (4.40×)" in found and "`2026-01-02-fff.jsonl`" in found
 
     @pytest.mark.parametrize("fields", [{"quick": True}, {"commit": "abc1234-dirty"}])
-    def test_quick_runs_and_uncommitted_code_do_not_count(self, text, tmp_path, fields):
+    def test_quick_runs_and_uncommitted_code_do_not_count(self, root, tmp_path, fields):
         folder = tmp_path / "results" / "cpu-a"
         write(folder / "a.jsonl", timed())
         write(folder / "b.jsonl", timed(TIMES | {"galore-torch": 44.0}, time="2027-01-02T12:00:00+00:00", **fields))
-        self.run(text, tmp_path / "results")
-        assert "20.0 (2.00×)" in text.read_text() and "44.0" not in text.read_text()
+        found = self.shown(root, tmp_path / "results")
+        assert "20.0 (2.00×)" in found and "44.0" not in found
 
-    def test_check_writes_nothing_and_fails_where_text_is_old(self, text, tmp_path, capsys):
+    @pytest.mark.parametrize("name", readme.PAGES)
+    def test_check_writes_nothing_and_fails_where_a_page_is_old(self, root, tmp_path, capsys, name):
         write(tmp_path / "results" / "cpu-a" / "x.jsonl", timed())
-        before = text.read_text()
-        assert self.run(text, tmp_path / "results", "--check") == 1
-        assert text.read_text() == before and "python -m benchmarks readme" in capsys.readouterr().err
-        self.run(text, tmp_path / "results")
-        assert self.run(text, tmp_path / "results", "--check") == 0
-        text.write_text(text.read_text().replace("10.0", "9.0"))
-        assert self.run(text, tmp_path / "results", "--check") == 1
+        self.run(root, tmp_path / "results")
+        assert self.run(root, tmp_path / "results", "--check") == 0
+        page = root / name
+        old = page.read_text().replace(" | ", " | 9", 1)
+        page.write_text(old)
+        assert self.run(root, tmp_path / "results", "--check") == 1
+        assert page.read_text() == old and f"{page} is not what" in capsys.readouterr().err
 
     @pytest.mark.parametrize("broken", ["nothing", "{end}{begin}", "{begin}{end}{end}"])
     def test_markers_that_are_missing_or_crossed_are_an_error(self, broken):
         text = broken.format(begin="<!-- methods: begin -->", end="<!-- methods: end -->")
-        with pytest.raises(ValueError, match="README needs one"):
-            readme.replaced(text, "methods", "x")
+        with pytest.raises(ValueError, match="page.md needs one"):
+            readme.replaced(text, "methods", "x", Path("page.md"))
 
-    def test_the_readme_is_what_the_results_say(self):
+    def test_the_pages_are_what_the_results_and_declarations_say(self):
         assert readme.main(["--check"]) == 0
 
     def test_every_result_in_the_repository_can_be_shown(self):

@@ -1,18 +1,11 @@
 """The declarations of group keys, and what is made from them."""
 
 import inspect
-from pathlib import Path
 
 import pytest
 
 import lowrank_kernels as lrk
 from lowrank_kernels.optim import keys
-
-README = (Path(__file__).parents[2] / "README.md").read_text()
-
-
-def test_the_readme_has_the_table_of_the_declarations():
-    assert keys.table(keys.LOW_RANK) in README
 
 
 @pytest.mark.parametrize("declared", [keys.LOW_RANK, keys.ADAMW, keys.RSO, keys.POSITION])
