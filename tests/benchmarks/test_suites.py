@@ -2,6 +2,7 @@
 
 import builtins
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -391,21 +392,17 @@ def refused(rows, contender, complaint):
     assert row["contender"] == contender and re.match(f"WrongResult: {complaint}", row["failure"])
 
 
-def with_scale(step_, factor):
-    """adamw_step_ whose update is `factor` times as long."""
-
-    def wrong(*arguments, scale, **options):
-        step_(*arguments, scale=factor * scale, **options)
-
-    return wrong
+def with_scale(step, factor):
+    """A step whose update is `factor` times as long."""
+    return lambda bucket, hyper: step(bucket, dataclasses.replace(hyper, scale=factor * hyper.scale))
 
 
-def with_spoilt_moment(step_):
-    """adamw_step_ that leaves M as it should not be; W is right."""
+def with_spoilt_moment(step):
+    """A step that leaves M as it should not be; W is right."""
 
-    def wrong(*arguments, **options):
-        step_(*arguments, **options)
-        for exp_avg in arguments[3]:
+    def wrong(bucket, hyper):
+        step(bucket, hyper)
+        for exp_avg in bucket.states["exp_avg"]:
             exp_avg.copy_(exp_avg * 1.01 if exp_avg.is_floating_point() else exp_avg ^ 3)
 
     return wrong
@@ -415,7 +412,7 @@ def with_spoilt_moment(step_):
 @pytest.mark.parametrize("spoil, complaint", [(lambda right: with_scale(right, 1.05), "the update of"), (with_spoilt_moment, "M of")])
 def test_a_wrong_step_is_refused(monkeypatch, no_clock, variant, spoil, complaint):
     monkeypatch.setattr(contenders, "STEP", {variant: contenders.STEP[variant]})
-    monkeypatch.setattr(lrk.ops, "run_adamw_step_", spoil(lrk.ops.run_adamw_step_))
+    monkeypatch.setattr(lrk.backends, "step", spoil(lrk.backends.step))
     refused(step.run(step.StepCase("tiny", 8, HALF), HERE), variant, f"{complaint} .* not timed")
 
 
@@ -445,7 +442,7 @@ def test_a_wrong_step_of_the_kernel_suite_is_refused(monkeypatch, no_clock, bits
     case = kernel.KernelCase("step", 2, 24, 80, 8, SINGLE, bits)
     for spoil, complaint in ((lambda right: with_scale(right, 1.05), "ΔW"), (with_spoilt_moment, "M")):
         with monkeypatch.context() as patch:
-            patch.setattr(kernel.cpu, "adamw_step_", spoil(kernel.cpu.adamw_step_))
+            patch.setattr(kernel.cpu, "step", spoil(kernel.cpu.step))
             refused(kernel.run(case, HERE), "lowrank_kernels", f"{complaint} is off")
 
 
