@@ -11,6 +11,20 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the full matrix: also the tests marked slow, and every kernel configuration")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, the tests marked slow are left out, but for those that are named one by one."""
+    if config.getoption("--all") or any("::" in str(argument) for argument in config.args):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
 @pytest.fixture(scope="session")
 def setup_module():
     """setup.py as a module; importing it builds nothing."""

@@ -170,7 +170,7 @@ class TestPlan:
         assert registered[-1] == "--registered"
         [(tests, environment)] = self.argv("tests", files)
         text = " ".join(tests)
-        assert "-m gpu" in text and "-n 14 --dist worksteal" in text and " -x " not in text and "--junitxml=" in text
+        assert "--all -v -m gpu" in text and "-n 14 --dist worksteal" in text and " -x " not in text and "--junitxml=" in text
         assert environment["OMP_NUM_THREADS"] == "1"
         [(fuzz, _)] = self.argv("fuzz", files)
         assert fuzz[-4:] == ["--cases", "150", "--workers", "12"]
