@@ -37,3 +37,34 @@ def pairwise(*axes):
         pytest.param(*(axis[i] for axis, i in zip(axes, case, strict=True)), marks=() if case in kept else pytest.mark.slow)
         for case in combinations
     ]
+
+
+def mark_repetitions(items, parameter, values):
+    """Where every test runs for each of a parameter's values, whatever else it is about, mark most of that slow: of the values that are
+    possible here, each combination of a test's other parameters keeps one, and each value of each other parameter keeps all."""
+    tests = {}
+    for item in items:
+        call = getattr(item, "callspec", None)
+        if call and parameter in call.params:
+            others = frozenset((name, repr(value)) for name, value in call.params.items() if name != parameter) or frozenset({()})
+            tests.setdefault(item.nodeid.partition("[")[0], {}).setdefault(others, {})[call.params[parameter]] = item
+    for cases in tests.values():
+        missing = {(value, other) for others in cases for other in others for value in values}
+        kept = set()
+        used = dict.fromkeys(values, 0)
+
+        def keep(value, others, kept=kept, used=used, missing=missing):
+            kept.add((value, others))
+            used[value] += 1
+            missing -= {(value, other) for other in others}
+
+        for others in cases:
+            keep(max(values, key=lambda value: (len({(value, other) for other in others} & missing), -used[value])), others)
+        for others in cases:
+            for value in values:
+                if any((value, other) in missing for other in others):
+                    keep(value, others)
+        for others, case in cases.items():
+            for value, item in case.items():
+                if (value, others) not in kept:
+                    item.add_marker(pytest.mark.slow)
