@@ -3,7 +3,8 @@
 # make gpu-dry: the tests marked gpu up to the launch of each kernel, which is compiled for GPUs that need not be here and not run.
 # make cuda-build: the CUDA part against a CUDA build of torch, in a virtual environment of its own that takes 6 GB; needs nvcc, no GPU.
 # make gpu-ir: every kernel executed from the compiler's IR, in the same environment with a Triton of its own.
-# make test-all: make test, and a sample of make gpu-ir.
+# make test: a representative part of the tests, in minutes. make test-all: all of them, with every kernel configuration compiled, and a
+# sample of make gpu-ir; without the latter: make test ARGS=--all.
 # make gpu: runs with the Python given as PYTHON, as it is: no virtual environment, nothing installed.
 # LOWRANK_KERNELS_BUILD=0 | 1: without the extension, or with it or not at all; setup.py has the details.
 
@@ -43,7 +44,8 @@ demo: $(VENV)/.extra-demo
 test: $(VENV)/.extra-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-all: test $(IR_FOLDER)/.installed
+test-all: $(VENV)/.extra-test $(IR_FOLDER)/.installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --all -n $(WORKERS) --dist worksteal $(ARGS)
 	$(IR_RUN) -m benchmarks.ir --sample --workers $(WORKERS)
 
 lint: $(VENV)/.lint
@@ -64,7 +66,7 @@ aot: $(VENV)/.extra-test
 
 gpu-dry: $(VENV)/.extra-test
 	$(foreach arch,$(ARCHS),OMP_NUM_THREADS=1 $(RUN) -m pytest -q -n $(WORKERS) --dist worksteal -p tests.dry_lane --dry-arch $(arch) \
-		$(ARGS) &&) true
+		--all $(ARGS) &&) true
 
 # Random cases of the step against the reference: CASES of them, from SEED on (default: a random one, which is printed).
 fuzz: $(VENV)/.extra-test
@@ -76,7 +78,7 @@ sanitize: PRELOAD = $(shell gcc -print-file-name=libasan.so) $(shell gcc -print-
 sanitize: $(VENV)/.extra-test
 	LOWRANK_KERNELS_BUILD=1 CXX=g++ $(RUN) setup.py --quiet build_ext --sanitize --build-lib build/sanitize
 	LOWRANK_KERNELS_LIBRARY=build/sanitize/lowrank_kernels/_C.so LD_PRELOAD="$(PRELOAD)" ASAN_OPTIONS=detect_leaks=0 \
-		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(RUN) -m pytest --capture=no $(SANITIZE_TESTS) $(ARGS)
+		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 $(RUN) -m pytest --all --capture=no $(SANITIZE_TESTS) $(ARGS)
 
 cuda-build: $(CUDA_VENV)/.torch
 	$(CUDA_VENV)/bin/python -m benchmarks.cuda_build --workers $(WORKERS) $(ARGS)

@@ -3,6 +3,7 @@
     python -m benchmarks.aot                # a table of all configurations
     python -m benchmarks.aot --out FILE     # the same in a file
     python -m benchmarks.aot --json FILE    # the reports as JSON, for tests/kernels/test_aot.py to judge
+    python -m benchmarks.aot --sample       # of a few cases
 
 The launchers run for real on unfilled CPU tensors, as dry.py says. The disassembler is the one in Triton's wheel.
 """
@@ -116,6 +117,20 @@ def cases() -> list[Case]:
             case = dataclasses.replace(case, config=configs.MOMENTS_8BIT, options=("8-bit",))
             found += [case, dataclasses.replace(case, options=("8-bit", "on device")), dataclasses.replace(case, wide=False)]
     return single_pass_cases() + found  # what takes longest goes first
+
+
+def sample() -> list[Case]:
+    """Of the cases for sm_90 one of each kernel and kind of dot, of narrow accesses and of 8-bit moments: with the most options at once, of
+    the smallest tile, on either side in turn."""
+    groups = {}
+    for case in cases():
+        if case.arch == 90:
+            groups.setdefault((case.kernel, case.kind if case.wide else "narrow", "8-bit" in case.options), []).append(case)
+    found = []
+    for group in groups.values():
+        turn = [case for case in group if case.right == bool(len(found) % 2)] or group
+        found.append(max(turn, key=lambda case: (len(case.options), case.found_inf, case.normalised != "fp32", -case.rank)))
+    return found
 
 
 def single_pass_cases() -> list[Case]:
@@ -265,20 +280,23 @@ def _worker(cache: str) -> None:
     os.environ["TRITON_CACHE_DIR"] = cache
 
 
-def compile_all(workers: int = 2) -> list[Report]:
-    """Compiles every case afresh: the cache of compiled kernels is a folder that goes away with the call."""
+def compile_all(chosen: list[Case], workers: int = 2) -> list[Report]:
+    """Compiles the cases afresh: the cache of compiled kernels is a folder that goes away with the call."""
     with tempfile.TemporaryDirectory() as cache:
+        if workers == 1:
+            _worker(cache)
+            return [compile_case(case) for case in chosen]
         spawn = multiprocessing.get_context("spawn")
         with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn, initializer=_worker, initargs=(cache,)) as pool:
-            return list(pool.map(compile_case, cases(), chunksize=4))
+            return list(pool.map(compile_case, chosen, chunksize=4))
 
 
-def compile_all_in_subprocess() -> list[Report]:
-    """compile_all where this process may have imported the kernels for the interpreter."""
+def compile_in_subprocess(*options: str) -> list[Report]:
+    """The reports of `python -m benchmarks.aot`, where this process may have imported the kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "reports.json")
-        command = [sys.executable, "-m", "benchmarks.aot", "--json", str(path)]
+        command = [sys.executable, "-m", "benchmarks.aot", "--json", str(path), *options]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-8000:]}")
@@ -348,11 +366,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every kernel configuration ahead of time and print what it uses.")
     parser.add_argument("--json", type=Path, help="write the reports to this file as JSON")
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
+    parser.add_argument("--sample", action="store_true", help="a few cases instead of all")
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     if dry.interpreted():
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
-    reports = compile_all(arguments.workers)
+    reports = compile_all(sample() if arguments.sample else cases(), arguments.workers)
     if arguments.json:
         write(reports, arguments.json)
     print(text(reports), end="")

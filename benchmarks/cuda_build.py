@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 def steps(workers: int) -> list[Step]:
     python, built = sys.executable, {"LOWRANK_KERNELS_LIBRARY": str(LIBRARY)}
-    pytest, parallel = [python, "-m", "pytest", "-q"], ["-n", str(workers), "--dist", "worksteal"]
+    pytest, parallel = [python, "-m", "pytest", "--all", "-q"], ["-n", str(workers), "--dist", "worksteal"]
     table = f"benchmarks/results/aot/triton-{version('triton')}.txt"
     build = [python, "setup.py", "--quiet", "build_ext", "--build-lib", str(FOLDER)]
     compile_rows = [python, "-m", "benchmarks.aot", "--workers", str(workers), "--json", str(REPORTS), "--out", table]

@@ -3,12 +3,36 @@ import os
 import sys
 from pathlib import Path
 
+import matrix
 import pytest
 import torch
 from lost_gpu import pytest_runtest_makereport, pytest_runtest_protocol  # noqa: F401
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="the full matrix: also the tests marked slow, and every kernel configuration")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Without --all, the tests marked slow are left out, but for those that are named one by one."""
+    if config.getoption("--all") or any("::" in str(argument) for argument in config.args):
+        return
+    matrix.mark_repetitions(items, "refresh_implementation", _refresh_implementations_here())
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def _refresh_implementations_here():
+    from lowrank_kernels import extension
+
+    if not extension.loaded():
+        return ["operators"]
+    return [way for way in REFRESH_IMPLEMENTATIONS if way != "as on a GPU" or not torch.cuda.is_available()]
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +47,10 @@ def setup_module():
     del sys.modules[spec.name]
 
 
-@pytest.fixture(params=["operators", "as on a GPU", "PyTorch"])
+REFRESH_IMPLEMENTATIONS = ["operators", "as on a GPU", "PyTorch"]
+
+
+@pytest.fixture(params=REFRESH_IMPLEMENTATIONS)
 def refresh_implementation(request, monkeypatch):
     """What ops.range_finder and its like run: the operators, which are the extension's where it is built; the extension's way through
     a batch without looking at results, which is a GPU's; the defaults in PyTorch."""

@@ -96,7 +96,7 @@ def _benchmark(settings: Settings, name: str, weight: float, options: str) -> St
 
 def _tests(settings: Settings, workers: int, files: list[str]) -> Command:
     """Those marked `gpu`, side by side where pytest-xdist is there. A worker that loses the GPU ends alone (tests/lost_gpu.py)."""
-    options = ["-v", "-m", "gpu", "--tb=short", "-o", "junit_logging=no", f"--junitxml={settings.files.path(evidence.JUNIT)}"]
+    options = ["--all", "-v", "-m", "gpu", "--tb=short", "-o", "junit_logging=no", f"--junitxml={settings.files.path(evidence.JUNIT)}"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "200"]
     return _python("-m", "pytest", *options, *files, **ONE_THREAD)

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
+from benchmarks import __main__ as benchmarks_command
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import evidence, runner, smoke, stages
 from benchmarks.gpu.runner import Command, Stage
@@ -170,7 +171,7 @@ class TestPlan:
         assert registered[-1] == "--registered"
         [(tests, environment)] = self.argv("tests", files)
         text = " ".join(tests)
-        assert "-m gpu" in text and "-n 14 --dist worksteal" in text and " -x " not in text and "--junitxml=" in text
+        assert "--all -v -m gpu" in text and "-n 14 --dist worksteal" in text and " -x " not in text and "--junitxml=" in text
         assert environment["OMP_NUM_THREADS"] == "1"
         [(fuzz, _)] = self.argv("fuzz", files)
         assert fuzz[-4:] == ["--cases", "150", "--workers", "12"]
@@ -182,6 +183,8 @@ class TestPlan:
         for name in ("headline", "step", "refresh", "host", "full"):
             [(argv, _)] = self.argv(name, files, commit="abc", wheels=tmp_path)
             assert argv[-4:] == ["--commit", "abc", "--wheels", str(tmp_path)] and argv[argv.index("--seconds") + 1] == "{seconds}"
+            understood = benchmarks_command.parse([word.replace("{seconds}", "3") for word in argv[argv.index("benchmarks") + 1 :]])
+            assert understood.commit == "abc" and understood.wheels == tmp_path
         [(full, _)] = self.argv("full", files)
         assert not {"--suite", "--models", "--quick"} & set(full)
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
@@ -264,6 +267,7 @@ def dry(folder, *options, **popen):
     return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True, **popen)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run is for machines without a GPU")
 def test_a_dry_run_walks_all_stages_past_one_that_fails_and_one_that_hangs(tmp_path):
     """Those that cost most are replaced here; `python -m benchmarks.gpu --dry` runs them."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrix import pairwise
 
 import lowrank_kernels as lrk
 from benchmarks import __main__ as command
@@ -364,6 +365,7 @@ def test_galore_keeps_what_it_would_keep_of_an_svd_without_taking_one(monkeypatc
 @pytest.mark.skipif(
     not (shutil.which("c++") and Path(sysconfig.get_path("include"), "Python.h").exists()), reason="nothing to compile with"
 )
+@pytest.mark.slow
 def test_the_compiled_formulas_are_the_formulas():
     params = {name: contenders.make_params([(12, 20), (20, 12)], SINGLE, "cpu") for name in ("plain", "compiled")}
     torch.manual_seed(0)
@@ -464,13 +466,13 @@ def test_a_bad_basis_is_refused(monkeypatch, no_clock):
 # The pieces.
 
 
-@pytest.mark.parametrize("shape", [(48, 80), (96, 64)])
-@pytest.mark.parametrize("dtype", [SINGLE, HALF])
-@pytest.mark.parametrize(
-    "op, bits", [*((part, 32) for part in kernel.PARTS), *((path, bits) for path in ("two_pass", "single_pass") for bits in (32, 8))]
-)
-def test_the_launchers_that_a_gpu_runs_pass_the_check(op, bits, dtype, shape):
+RUNS = [*((part, 32) for part in kernel.PARTS), *((path, bits) for path in ("two_pass", "single_pass") for bits in (32, 8))]
+
+
+@pytest.mark.parametrize("of, dtype, shape", pairwise(RUNS, [SINGLE, HALF], [(48, 80), (96, 64)]))
+def test_the_launchers_that_a_gpu_runs_pass_the_check(of, dtype, shape):
     """In Triton's interpreter, which the suite never uses."""
+    op, bits = of
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the suite itself runs them here")

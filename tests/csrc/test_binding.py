@@ -29,9 +29,21 @@ def includes(tmp_path_factory):
 SOURCES = sorted(path.relative_to(CSRC).as_posix() for path in CSRC.rglob("*.cpp") if "LOWRANK_KERNELS_CUDA" in path.read_text())
 
 
-@pytest.mark.parametrize("source", ["cuda/binding.cpp", *SOURCES])
-def test_compiles_for_a_torch_with_cuda(includes, source):
+def check(includes, source):
     flags = ["-std=c++20", "-fsyntax-only", "-Wall", "-DLOWRANK_KERNELS_CUDA", *(f"-isystem{folder}" for folder in includes)]
-    done = subprocess.run(["g++", *flags, str(CSRC / source)], capture_output=True, text=True)
+    done = subprocess.run(["g++", *flags, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "warning" not in done.stderr, done.stderr
+
+
+def test_all_sources_compile_for_a_torch_with_cuda(includes, tmp_path):
+    """In one translation unit, which reads torch's headers once."""
+    unit = tmp_path / "unit.cpp"
+    unit.write_text("".join(f'#include "{CSRC / source}"\n' for source in ["cuda/binding.cpp", *SOURCES]))
+    check(includes, unit)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["cuda/binding.cpp", *SOURCES])
+def test_each_source_compiles_by_itself(includes, source):
+    check(includes, CSRC / source)

@@ -209,9 +209,9 @@ def test_a_flipped_byte_anywhere_in_a_checkpoint_is_found(tmp_path):
     [
         lambda path: flip(path, path.stat().st_size // 2),
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
-        lambda path: path.write_bytes(path.read_bytes()[:100_000]),
+        pytest.param(lambda path: path.write_bytes(path.read_bytes()[:100_000]), marks=pytest.mark.slow),
         lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"garbage " * 1000),
+        pytest.param(lambda path: path.write_bytes(b"garbage " * 1000), marks=pytest.mark.slow),
     ],
     ids=["flipped", "a-byte-short", "truncated", "empty", "garbage"],
 )

@@ -9,6 +9,7 @@ import text
 import torch
 import training
 from checkpoints import Damaged, Metrics, read_metrics, write_atomically
+from matrix import representative
 from pretrain_runs import arithmetic
 from settings import Settings
 
@@ -167,8 +168,17 @@ def test_bf16_weights_train(tmp_path):
     assert rows[-2]["val_loss"] < rows[0]["loss"] - 1
 
 
-@pytest.mark.parametrize(("method", "dtype"), [("adamw", "fp32"), ("galore", "bf16"), ("i3s", "fp32"), ("rso", "fp32"), ("rso", "bf16")])
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
+RUNS = [("adamw", "fp32"), ("galore", "bf16"), ("i3s", "fp32"), ("rso", "fp32"), ("rso", "bf16")]
+TOGETHER = {("adamw", "fp32"): (2,), ("galore", "bf16"): (1, 2), ("i3s", "fp32"): (3,), ("rso", "fp32"): (2, 3), ("rso", "bf16"): (1,)}
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "stop_after"),
+    representative(
+        [(*method, step) for method in RUNS for step in (1, 2, 3)],
+        lambda method, dtype, stop_after: stop_after in TOGETHER[method, dtype],
+    ),
+)
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, method, dtype, stop_after):
     """Refreshes fall on steps 1 and 3, RSO's on 2, so the parts meet after a refresh, before one and between."""
     corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
@@ -220,7 +230,7 @@ def test_metrics_forget_what_came_after_a_position(tmp_path):
         Metrics(path, position=10_000)
 
 
-@pytest.mark.parametrize("method", ["galore", "i3s"])
+@pytest.mark.parametrize("method", ["galore", pytest.param("i3s", marks=pytest.mark.slow)])
 def test_8_bit_states_learn_as_32_bit_ones_do(tmp_path, method):
     """Held-out loss within a percent after two refreshes; longer runs stand in benchmarks/results/learning/state-bits.jsonl."""
     corpus = text.load(None)

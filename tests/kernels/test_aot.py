@@ -18,13 +18,20 @@ MATRIX_UNITS = {80: "HMMA", 90: "HGMMA", 100: "UTC", 120: "HMMA"}
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def complete(request):
+    """All cases are judged, not a sample: with --all, or of the file that AOT_REPORTS names."""
+    return "AOT_REPORTS" in os.environ or request.config.getoption("--all")
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory, complete):
     """Of the file that AOT_REPORTS names, which `python -m benchmarks.aot --json` wrote. Else compiled once a session: with several
     workers of pytest-xdist the first one to get here does it, the others wait for its file."""
     if path := os.environ.get("AOT_REPORTS"):
         return aot.read(Path(path))
+    options = [] if complete else ["--sample", "--workers", "1"]
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        return aot.compile_all_in_subprocess()
+        return aot.compile_in_subprocess(*options)
     shared = tmp_path_factory.getbasetemp().parent
     result, unfinished = shared / "aot.json", shared / f"aot-{os.getpid()}.json"
     try:
@@ -36,7 +43,7 @@ def reports(tmp_path_factory):
             time.sleep(0.5)
     else:
         try:
-            aot.write(aot.compile_all_in_subprocess(), unfinished)
+            aot.write(aot.compile_in_subprocess(*options), unfinished)
         except BaseException as error:
             unfinished.write_text(json.dumps(f"{type(error).__name__}: {error}"))
             raise
@@ -55,8 +62,19 @@ def failures(reports, is_bad):
     ]
 
 
-def test_every_case_has_a_report(reports):
-    assert len(reports) == len(aot.cases()) > 100
+def test_every_case_has_a_report(reports, complete):
+    assert len(reports) == len(aot.cases() if complete else aot.sample())
+    assert len(aot.cases()) > 100
+
+
+def test_the_sample_has_what_each_kernel_can_do():
+    for kernel in ("project", "moments", "back_project", "single_pass"):
+        all_cases, sample = ([case for case in cases if case.kernel == kernel] for cases in (aot.cases(), aot.sample()))
+        assert 3 <= len(sample) <= 4 and set(sample) < set(all_cases)
+        for what in ("kind", "wide", "right"):
+            found = {getattr(case, what) for case in sample}
+            assert found == {getattr(case, what) for case in all_cases if case.arch == 90}, (kernel, what)
+        assert {option for case in sample for option in case.options} == {option for case in all_cases for option in case.options}
 
 
 def test_every_configuration_is_compiled():
