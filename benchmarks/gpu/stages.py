@@ -35,7 +35,7 @@ class Settings:
 def all_stages(settings: Settings) -> list[Stage]:
     """Weights are seconds of nine minutes; of a dry run what stages take on a CPU, in proportion."""
     plan = _dry_stages(settings) if settings.dry else _stages(settings)
-    nothing_to_tune = "print('There is no tuner yet: the tile shapes are those of lowrank_kernels/kernels/configs.py.')"
+    nothing_to_tune = "print('There is no tuner yet: the tile shapes are those of lowrank_kernels/backends/triton/configs.py.')"
     return [*plan, Stage("tune", 1, evidence.MACHINE, [_python("-c", nothing_to_tune)]), _benchmark(settings, "full", 540, "")]
 
 

@@ -95,7 +95,7 @@ def judge(before, after, index, right, scalars, *, seed=None, counted_on_device=
     """One matrix after a step against the reference on what it was before, within the bounds of the step's parts chained: an error of R
     grows into one of N and that into one of W.
 
-    seed: (1,) int64 where W is rounded stochastically. on_cpu_path: of kernels/cpu.py, which rounds nothing but what it stores, and
+    seed: (1,) int64 where W is rounded stochastically. on_cpu_path: of backends/cpu.py, which rounds nothing but what it stores, and
     where the CPU is `native` in bf16 also R and N of such bases.
     """
     w, g, p = (before[name][index].double() for name in NAMES[:3])

@@ -86,7 +86,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_mask_left_out(copy, mask):
     kernel, old, new = MASKS[mask]
-    root = copy(f"lowrank_kernels/kernels/{kernel}.py", old, new)
+    root = copy(f"lowrank_kernels/backends/triton/{kernel}.py", old, new)
     done = lane("--sample", "--kernels", kernel, "--stages", "sanitize", "--workers", "1", root=root)
     assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-4000:]
     assert "sanitize FAULT" in done.stdout

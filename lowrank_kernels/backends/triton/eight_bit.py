@@ -1,4 +1,4 @@
-"""8-bit moments on tiles: the format of lowrank_kernels/eight_bit.py, 64 neighbours along n to an fp32 scale.
+"""8-bit moments on tiles: the format of lowrank_kernels/storage/eight_bit.py, 64 neighbours along n to an fp32 scale.
 
     M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋             m = s·sign(c − 128)·((c − 128)/127)²
     V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0       v = s·(c/255)⁴

@@ -102,7 +102,7 @@ def _advance_4(
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """In four; a function for each depth, because Triton 3.2 knows neither recursion nor lists."""
+    """In four; a function for each depth, because Triton up to 3.4 does not end its look at a function that calls itself."""
     left, right = _halves(r)
     upper = _advance_2(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
