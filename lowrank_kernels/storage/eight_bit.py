@@ -72,6 +72,8 @@ class EightBit(Storage):
     name = "eight_bit"
 
     def layout(self, shapes: dict[str, tuple[int, int]], wide: torch.dtype) -> Layout:
+        if set(shapes) != set(MOMENTS):
+            raise ValueError(f"state_bits=8 codes AdamW's moments, and this rule keeps {', '.join(shapes)}; use state_bits=32")
         codes = {name: (shape, torch.uint8) for name, shape in shapes.items()}
         return codes | {f"{name}_scale": (scales_shape(shape), torch.float32) for name, shape in shapes.items()}
 
