@@ -2,7 +2,7 @@
 
 from .convert import to_dense, to_subspace
 from .linear import SubspaceLayer, SubspaceLinear
-from .registry import changes, layer_of
+from .owner import layer_of
 from .subspace import Subspace
 
-__all__ = ["Subspace", "SubspaceLayer", "SubspaceLinear", "changes", "layer_of", "to_dense", "to_subspace"]
+__all__ = ["Subspace", "SubspaceLayer", "SubspaceLinear", "layer_of", "to_dense", "to_subspace"]

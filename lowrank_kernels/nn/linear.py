@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .registry import register, unregister
+from .owner import claim, release
 from .subspace import Subspace
 
 
@@ -60,11 +60,11 @@ class SubspaceLayer(nn.Module):
         self.coordinates = nn.Parameter(self.weight.new_zeros(subspace.rank, self.out_features))
         self.subspace = subspace
         subspace.layers += 1
-        register(self)
+        claim(self)
 
     def _leave(self) -> None:
         """Back to what the layer was, in place; the weight is what it is."""
-        unregister(self)
+        release(self)
         self.subspace.layers -= 1
         del self.coordinates, self.subspace
         self.weight.requires_grad_(True)
@@ -99,12 +99,12 @@ class SubspaceLayer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        register(self)
+        claim(self)
 
     @contextmanager
     def _changing_parameters(self) -> Iterator[None]:
         """Around what may give the parameters other memory, dtypes or devices, or make others of them."""
-        unregister(self)  # torch.utils.swap_tensors, by which some of it goes, refuses tensors with weak references
+        release(self)
         try:
             yield
         finally:
@@ -114,7 +114,7 @@ class SubspaceLayer(nn.Module):
             else:
                 coordinates.data.zero_()  # to_empty leaves what was in the memory
             self.subspace.keep_only(weight.device, weight.dtype)
-            register(self)
+            claim(self)
 
 
 class SubspaceLinear(SubspaceLayer, nn.Linear):

@@ -10,7 +10,7 @@ from nn.layers import Block
 from torch import nn
 
 import lowrank_kernels as lrk
-from lowrank_kernels.nn import registry
+from lowrank_kernels.nn import layer_of
 
 OPTIMIZERS = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.1),
@@ -100,22 +100,6 @@ def test_what_is_not_converted_may_have_any_optimizer():
     assert not torch.equal(model.q_proj.weight, before["q_proj.weight"])
 
 
-def test_an_optimizer_of_another_model_is_looked_through_once_for_each_conversion(monkeypatch):
-    looked_at = []
-    layer_of = registry.layer_of
-    lrk.to_subspace(Block(), rank=4)
-    model = Block(dtype=torch.float32)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monkeypatch.setattr(registry, "layer_of", lambda p: looked_at.append(p) or layer_of(p))
-    for _ in range(3):
-        optimizer.step()
-    assert len(looked_at) == len(list(model.parameters()))
-    lrk.to_subspace(nn.Linear(3, 3), rank=2)
-    looked_at.clear()
-    optimizer.step()
-    assert len(looked_at) == len(list(model.parameters()))
-
-
 def test_a_compiled_step_of_another_model():
     lrk.to_subspace(Block(), rank=4)
     model, twin = nn.Linear(4, 4), nn.Linear(4, 4)
@@ -160,4 +144,4 @@ def test_dead_layers_are_forgotten():
     layer = lrk.SubspaceLinear(6, 4, rank=2)
     coordinates, weight = layer.coordinates, layer.weight
     del layer
-    assert registry.layer_of(coordinates) is None and registry.layer_of(weight) is None
+    assert layer_of(coordinates) is None and layer_of(weight) is None

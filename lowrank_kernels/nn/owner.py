@@ -1,4 +1,4 @@
-"""Which converted layer a parameter belongs to; and no optimizer but RSOAdamW trains one without effect."""
+"""Which converted layer a parameter belongs to, and that no optimizer but RSOAdamW trains one without effect."""
 
 from __future__ import annotations
 
@@ -7,57 +7,62 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
     from .linear import SubspaceLayer
 
-_layers = WeakTensorKeyDictionary()
-"""Weight or coordinates → weak reference to the layer."""
-_changes = 0
+ATTRIBUTE = "_lowrank_kernels_layer"
+"""Of a weight and of coordinates: their Owner."""
 
 
-def changes() -> int:
-    """Grows whenever parameters begin or cease to belong to a layer: who has looked need not look again before."""
-    return _changes
+class Owner:
+    """A weak reference to a layer. A pickle holds it empty: a layer that is loaded claims its parameters."""
+
+    def __init__(self, layer: SubspaceLayer | None = None) -> None:
+        self._layer = (lambda: None) if layer is None else weakref.ref(layer)
+
+    def __call__(self) -> SubspaceLayer | None:
+        return self._layer()
+
+    def __reduce__(self) -> tuple[type[Owner], tuple[()]]:
+        return Owner, ()
 
 
 def layer_of(parameter: Tensor) -> SubspaceLayer | None:
     """The converted layer whose weight or coordinates this is."""
-    found = _layers.get(parameter)
-    layer = None if found is None else found()
+    owner = getattr(parameter, ATTRIBUTE, None)
+    layer = None if owner is None else owner()
     # A parameter that was replaced belongs to none.
     return layer if layer is not None and (parameter is layer.coordinates or parameter is layer.weight) else None
 
 
-def register(layer: SubspaceLayer) -> None:
+def claim(layer: SubspaceLayer) -> None:
+    _guard()
     for parameter in (layer.weight, layer.coordinates):
         if layer_of(parameter) is None:  # a shallow copy has the parameters of the original
-            _layers[parameter] = weakref.ref(layer)
-    _note_change()
+            setattr(parameter, ATTRIBUTE, Owner(layer))
 
 
-def unregister(layer: SubspaceLayer) -> None:
+def release(layer: SubspaceLayer) -> None:
     for parameter in (layer.weight, layer.coordinates):
         if layer_of(parameter) is layer:
-            del _layers[parameter]
-    _note_change()
+            delattr(parameter, ATTRIBUTE)
 
 
-def _note_change() -> None:
-    global _changes
-    if not _changes:
+_guarded = False
+
+
+def _guard() -> None:
+    """From the first conversion on every optimizer's step is looked at."""
+    global _guarded
+    if not _guarded:
+        _guarded = True
         register_optimizer_step_pre_hook(_refuse_others)
-    _changes += 1
-
-
-_examined: weakref.WeakKeyDictionary[Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 
 
 def _refuse_others(optimizer: Optimizer, *_: object) -> None:
-    """Another optimizer would move coordinates, which stay zero, or nothing at all. Looks again only where something has changed."""
-    seen = _changes, len(optimizer.param_groups)
-    if _examined.get(optimizer) == seen or getattr(optimizer, "moves_coordinates", False):
+    """Another optimizer would move coordinates, which stay zero, or nothing at all."""
+    if getattr(optimizer, "moves_coordinates", False):
         return
     name = type(optimizer).__name__
     held = [(parameter, layer_of(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
@@ -73,4 +78,3 @@ def _refuse_others(optimizer: Optimizer, *_: object) -> None:
                 f"{name} has the weight of {layer} and would not move it: the layer was converted after this optimizer was built. "
                 "Build RSOAdamW(model.parameters()) instead, or call to_dense(model)"
             )
-    _examined[optimizer] = seen
