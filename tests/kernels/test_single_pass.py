@@ -1,7 +1,6 @@
 """The whole step in one launch. Its parts are tested beside the launches of two passes, tile functions by themselves."""
 
 import gc
-import itertools
 import weakref
 
 import pytest
@@ -11,6 +10,7 @@ from buckets import DEVICE, DTYPES, LAYOUTS, OVER, SHAPES, bits, frames_intact, 
 from coded import code_frames_intact
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrix import pairwise
 from steps import NAMES, STEP, bucket, copy, prepare, same
 from steps import check as check_step
 from steps import run as run_step
@@ -47,9 +47,7 @@ def seeds(count, dtype):
     return philox.seed_tensor([philox.derive_seed(7, index) for index in range(count)], DEVICE) if dtype == torch.bfloat16 else None
 
 
-@SIDES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("coded", "on_device"), list(itertools.product([False, True], repeat=2)), ids=str)
+@pytest.mark.parametrize(("coded", "on_device", "dtype", "right"), pairwise([False, True], [False, True], DTYPES, [False, True]), ids=str)
 def test_against_the_reference(coded, on_device, dtype, right):
     """bf16 weights are rounded stochastically where moments are 8-bit on the left side and fp32 on the right, to nearest elsewhere."""
     lists, device_lr = bucket(3, 70, 130, 17, right, dtype, coded), None
@@ -122,8 +120,14 @@ def test_no_access_outside_of_the_matrices(shape, coded, right, monkeypatch):
     assert sum(seen) >= sum(tensor.numel() for tensors in lists.values() for tensor in tensors)
 
 
-@SIDES
-@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.SINGLE_PASS), ids=str)
+@pytest.mark.parametrize(
+    ("kind", "row", "wide", "right"),
+    [
+        pytest.param(*row, right, marks=() if number % 2 == right else pytest.mark.slow, id=f"{number}-{'right' if right else 'left'}")
+        for number, row in enumerate(rows_of_this_machine(configs.SINGLE_PASS))
+        for right in (False, True)
+    ],
+)
 def test_every_row(kind, row, wide, right, monkeypatch):
     """Over the edge of every tile."""
     monkeypatch.setattr(configs, "single_pass_config", lambda *args: row)

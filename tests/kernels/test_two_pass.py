@@ -1,12 +1,12 @@
 """The three launches chained, with every option of a step; what each launch does alone is tested beside it."""
 
 import gc
-import itertools
 import weakref
 
 import pytest
 import torch
 from buckets import DEVICE, DTYPES, stored
+from matrix import pairwise
 from steps import NAMES, STEP, bucket, copy, prepare, same
 from steps import check as check_step
 from steps import run as run_step
@@ -29,9 +29,7 @@ def check(lists, right, device_lr=None, rounding_seeds=None):
     check_step(two_pass, lists, right, device_lr, rounding_seeds)
 
 
-@SIDES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("coded", "on_device"), list(itertools.product([False, True], repeat=2)), ids=str)
+@pytest.mark.parametrize(("coded", "on_device", "dtype", "right"), pairwise([False, True], [False, True], DTYPES, [False, True]), ids=str)
 def test_against_the_reference(coded, on_device, dtype, right, poisoned_empty):
     lists, device_lr = bucket(3, 70, 130, 9, right, dtype, coded), None
     if on_device:
