@@ -1,13 +1,14 @@
 """Every key of a parameter group, once: its default, what it may be, and what it means.
 
-Checks, error messages, and the tables of the docstrings and the README come from these declarations.
+Checks, error messages, the lists in the docstrings and docs/group-keys.md come from these declarations.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -273,6 +274,19 @@ def table(keys: Iterable[Key]) -> str:
     """In Markdown: key, default, meaning."""
     rows = [f"| `{key.name}` | {'required' if key.default is REQUIRED else f'`{_shown(key.default)}`'} | {key.meaning} |" for key in keys]
     return "\n".join(("| key | default | meaning |", "|---|---|---|", *rows))
+
+
+def documented(title: str, keys: Iterable[Key]) -> Callable[[type], type]:
+    """Appends the keys to a class's docstring."""
+
+    def append(cls: type) -> type:
+        wrapper = textwrap.TextWrapper(100, initial_indent=8 * " ", subsequent_indent=12 * " ")
+        default = {key.name: "required" if key.default is REQUIRED else _shown(key.default) for key in keys}
+        entries = (wrapper.fill(f"{key.name} ({default[key.name]}): {key.meaning}") for key in keys)
+        cls.__doc__ = "\n".join((cls.__doc__.rstrip(), "", f"    {title}:", *entries, "    "))
+        return cls
+
+    return append
 
 
 def _shown(value: Any) -> str:

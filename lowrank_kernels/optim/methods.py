@@ -17,6 +17,7 @@ LIFTS = {lift.name: lift for lift in (BackProjection(), Residual())}
 STORAGES = {32: Plain(), 8: EightBit()}
 
 
+@keys.documented("Keys of a low-rank group", keys.LOW_RANK)
 class LowRankAdamW(LowRankOptimizer):
     """AdamW on R = PᵀG; W moves by α·P·N.
 
@@ -34,35 +35,11 @@ class LowRankAdamW(LowRankOptimizer):
         betas: β1, β2 in [0, 1).
         eps: ε ≥ 0, added to the root of the bias-corrected second moment.
         weight_decay: wd ≥ 0, decoupled, applied before the update.
-        capturable: step() may be part of a CUDA graph (False). state["step"] is then a tensor on the parameter's device, and lr may be
-            one, which kernels read at each replay; an lr that is not, betas, eps, weight_decay and scale are in the graph as they were
-            when it was captured, and so are the addresses of states, which load_state_dict replaces. `refresh` says how bases come
-            into it.
+        capturable: step() may be part of a CUDA graph (False). lr may then be a tensor on the GPU, which kernels read at each replay. A
+            graph keeps betas, eps, weight_decay, scale and an lr that is a number as they were when it was captured, and the addresses
+            of states, which load_state_dict replaces. `refresh` says how bases come into it.
 
-    Keys of a low-rank group:
-        rank: r ≥ 1, required; clamped to the shorter side of each matrix with one warning a shape.
-        update_proj_gap: steps between refreshes of the basis (200).
-        stagger: False, all matrices of the group refresh together (GaLore's rule, default), or True, they take turns: of k
-            parameters, parameter i refreshes where step mod gap is ⌊i·gap / k⌋, at most ⌈k / gap⌉ of them at a step. The first
-            step gives every one its first basis, so its first period is the shorter one.
-        scale: α on the back-projected update (0.25).
-        state_bits: 32, or 8 for moments as codes of one byte with an fp32 scale for each block of 64 (format: eight_bit.py): the state
-            has exp_avg_scale and exp_avg_sq_scale besides, and takes 2·r·(n + 4·⌈n/64⌉) bytes and a basis. Codes are the nearest
-            ones: an element of V whose share of its block's largest changes by less than half a code at each step, 0.8 % and more,
-            keeps that share. Where gradients drift that is felt at β2 = 0.999, little at 0.99.
-        rounding: of the weight when it is stored: "nearest" (default), or for bf16 parameters "stochastic", up or down at random so that
-            the mean stays, as a function of (seed, the parameter, number of the update, element).
-        proj_type: the projected side: "std" the shorter one, a square matrix's right (default); "reverse_std"; "left"; "right".
-        selection: "importance" (I3S: sampled ∝ σ, default), "dominant" (GaLore: the top r), "random" (orthonormal, gradient-free).
-        lift: how N moves the weight: "back_projection", by P·N (default), or "residual", by that and what the subspace leaves out of the
-            gradient (Fira; lifts/residual.py has the formula).
-        moments: what a refresh does to them: "keep" leaves them as they are (default); "rotate" turns them into the new basis, M by
-            C = P_newᵀ·P_old and V by its squares (LDAdam, arXiv 2410.16103); "reset" starts them, and t, from zero.
-        svd: "randomized" (range finder, default) or "exact" (full SVD: the papers' definition; slow, for checking).
-        oversample, power_iters: accuracy of the range finder (8, 1).
-        seed: all randomness is a function of (seed, the parameter, number of the refresh, or of the update where it is a rounding) (0). The
-            parameter is known by its name, where the group has `param_names` or `param_groups` has seen the model, else by its index in
-            the optimizer. A checkpoint keeps what it was made with.
+    What a low-rank group holds besides is declared in optim/keys.py; help(LowRankAdamW) and docs/group-keys.md list it.
 
     Where torch.distributed is initialised the first step compares seeds and other settings of all processes, in one small all-gather,
     and raises RuntimeError where they differ for the same parameters. A matrix whose gradients have been all zero waits with its basis for
