@@ -48,9 +48,10 @@ test-all: $(VENV)/.extra-test $(IR_FOLDER)/.installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --all -n $(WORKERS) --dist worksteal $(ARGS)
 	$(IR_RUN) -m benchmarks.ir --sample --workers $(WORKERS)
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint $(VENV)/.torch
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # The pages of docs/ as a site in build/site; a broken link or name is an error.
 docs: $(VENV)/.extra-docs
@@ -131,5 +132,5 @@ $(VENV)/.extra-%: pyproject.toml setup.py $(CSRC) $(VENV)/.torch $(VENV)/.mode
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python
-	$(PIP) "$$(sed -n 's/.*"\(ruff[^"]*\)".*/\1/p' pyproject.toml)"
+	$(PIP) $$(sed -n 's/^dev = .*"\(ruff[^"]*\)".*"\(mypy[^"]*\)".*/"\1" "\2"/p' pyproject.toml | tr -d '"')
 	touch $@
