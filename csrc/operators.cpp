@@ -70,40 +70,32 @@ InRange in_range(const at::Tensor& stored) {
 
 bool is_finite(const InRange& matrix) { return std::isfinite(matrix.peak.item<double>()); }
 
-std::tuple<at::Tensor, at::Tensor> range_finder_of_one(const at::Tensor& grad, int64_t rank, const Accuracy& accuracy,
-                                                       const std::optional<at::Tensor>& start) {
+std::tuple<at::Tensor, at::Tensor> range_finder_of_one(const at::Tensor& grad, int64_t rank, const Accuracy& accuracy) {
     const InRange matrix = in_range(grad);
-    const Spectrum found = is_finite(matrix) ? leading(Gradients(matrix.grad), rank, accuracy, start, matrix.peak)
+    const Spectrum found = is_finite(matrix) ? leading(Gradients(matrix.grad), rank, accuracy, matrix.peak)
                                              : of_nothing(matrix.grad, rank, accuracy.seed);
     return {found.vectors.mT().clone(at::MemoryFormat::Contiguous), times_power_of_two(found.sigma, matrix.exponent)};
 }
 
-std::optional<at::Tensor> as_rows(const std::optional<at::Tensor>& basis, at::ScalarType dtype) {
-    if (!basis) return std::nullopt;
-    return basis->mT().to(dtype, /*non_blocking=*/false, /*copy=*/false, at::MemoryFormat::Contiguous);
-}
-
 std::tuple<at::Tensor, at::Tensor> range_finder_of_batch(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
-                                                         int64_t seed, const std::optional<at::Tensor>& start) {
+                                                         int64_t seed) {
     const OutsideTraining guard;
     const Gradients batch(multipliable(grad));
     const at::Tensor peak = batch.peak();
-    const auto [vectors, sigma] = leading(batch, rank, {oversample, power_iters, seed}, as_rows(start, basis_dtype(grad)), peak);
+    const auto [vectors, sigma] = leading(batch, rank, {oversample, power_iters, seed}, peak);
     return {vectors.mT().clone(at::MemoryFormat::Contiguous), at::where(at::isfinite(peak).unsqueeze(-1), sigma, std::nan(""))};
 }
 
 // One by one: each matrix takes what its own spectrum needs, and nothing is copied together.
 std::tuple<at::Tensor, at::Tensor> range_finder_on_cpu(const at::Tensor& grad, int64_t rank, int64_t oversample, int64_t power_iters,
-                                                       int64_t seed, const std::optional<at::Tensor>& start) {
+                                                       int64_t seed) {
     const OutsideTraining guard;
     const Accuracy accuracy{oversample, power_iters, seed};
-    const auto starts = as_rows(start, basis_dtype(grad));
-    if (grad.dim() == 2) return range_finder_of_one(grad, rank, accuracy, starts);
+    if (grad.dim() == 2) return range_finder_of_one(grad, rank, accuracy);
     const at::Tensor grads = grad.flatten(0, -3);
     std::vector<at::Tensor> bases, sigmas;
     for (int64_t i = 0; i < grads.size(0); ++i) {
-        const auto its_start = starts ? std::optional(starts->flatten(0, -3).select(0, i)) : std::nullopt;
-        auto [basis, sigma] = range_finder_of_one(grads.select(0, i), rank, accuracy, its_start);
+        auto [basis, sigma] = range_finder_of_one(grads.select(0, i), rank, accuracy);
         bases.push_back(std::move(basis));
         sigmas.push_back(std::move(sigma));
     }
@@ -220,7 +212,7 @@ TORCH_LIBRARY_IMPL(lowrank_kernels, CUDA, library) {
 
 // The way that a GPU takes, open to any device, so that tests can walk it on a CPU: one way for a whole batch, nothing looked at.
 TORCH_LIBRARY_FRAGMENT(lowrank_kernels, library) {
-    library.def("_range_finder_of_batch(Tensor grad, int rank, int oversample, int power_iters, int seed, Tensor? start) -> (Tensor, Tensor)",
+    library.def("_range_finder_of_batch(Tensor grad, int rank, int oversample, int power_iters, int seed) -> (Tensor, Tensor)",
                 lowrank_kernels::range_finder_of_batch);
     library.def(
         "_choose_bases_of_batch(Tensor[] grads, Tensor[] previous, int rank, bool right, str selection, str svd, int oversample, "

@@ -23,7 +23,7 @@ Spectrum exact(const Gradients& grad, const at::Tensor& peak) {
 }
 
 Spectrum known_directions(const Gradients& grad, int64_t count, const Method& method, const at::Tensor& peak) {
-    if (method.svd != "exact") return leading(grad, count, method.accuracy, std::nullopt, peak);
+    if (method.svd != "exact") return leading(grad, count, method.accuracy, peak);
     const Spectrum all = exact(grad, peak);
     return {all.vectors.narrow(-2, 0, count), all.sigma.narrow(-1, 0, count)};
 }
@@ -66,7 +66,7 @@ at::Tensor importance(const Gradients& grad, int64_t rank, const Method& method,
         return left_vectors(grad, pick(vectors, sample(sigma, rank, seeds)), method.accuracy.seed);
     }
     const Accuracy accuracy{0, method.accuracy.power_iters, method.accuracy.seed};
-    const auto [directions, sigma] = leading(grad, known, accuracy, std::nullopt, peak);
+    const auto [directions, sigma] = leading(grad, known, accuracy, peak);
     const int64_t unknown = short_side - known, columns = std::min(std::max(rank, LEAST_BLOCK), unknown);
     const at::Tensor omega = normal(method.accuracy.seed, {columns, grad.columns()}, philox::TAIL, grad.options());
     const at::Tensor block = clear(directions, grad.image(omega));

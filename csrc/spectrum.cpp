@@ -54,18 +54,6 @@ at::Tensor sketch(int64_t l, int64_t length, const Accuracy& accuracy, const at:
     return normal(accuracy.seed, {l, length}, philox::SKETCH, options);
 }
 
-// The sketch with `start` in the place of its first rows, but for rows of it that are zero or not finite.
-at::Tensor started(const at::Tensor& sketch, const std::optional<at::Tensor>& start) {
-    if (!start) return sketch;
-    const int64_t given = start->size(-2);
-    std::vector<int64_t> shape = start->sizes().vec();
-    shape[shape.size() - 2] = sketch.size(-2) - given;
-    const at::Tensor length = at::linalg_vector_norm(*start, std::numeric_limits<double>::infinity(), at::IntArrayRef{-1}, true);
-    const at::Tensor usable = at::isfinite(length).logical_and_(length > 0);
-    const at::Tensor head = at::where(usable, *start / at::where(usable, length, 1), sketch.narrow(-2, 0, given));
-    return at::cat({cholesky_pass(head), sketch.narrow(-2, given, shape[shape.size() - 2]).expand(shape)}, -2);
-}
-
 // G seen from its short side: `to_long` multiplies rows over the short side into rows over the long one.
 struct ShortSide {
     explicit ShortSide(const Gradients& grad) : grad(grad), tall(grad.rows() > grad.columns()) {}
@@ -112,8 +100,7 @@ at::Tensor half_left_out(const at::Tensor& sum, const at::Tensor& all, const at:
 //
 // An fp32 Gram matrix knows no σ under about 1e-3·σ₁. Where the spectrum is that steep one more half-step with G itself, and Rayleigh
 // and Ritz in fp64, restore it. A CPU looks; a GPU, which cannot without stalling, always does so.
-Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
-                         const at::Tensor& peak) {
+Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy, const at::Tensor& peak) {
     const ShortSide side(grad);
     at::Tensor matrix = side.matrix();
     const bool may_look = one_on_cpu(matrix);
@@ -133,7 +120,7 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         trace = squares.trace();
         energy = squared_norm(squares);
     }
-    at::Tensor rows = started(sketch(l, side.size(), accuracy, grad.options()), start && side.tall ? std::optional(grad.coimage(*start)) : start);
+    at::Tensor rows = sketch(l, side.size(), accuracy, grad.options());
     const auto multiply = [&squares](const at::Tensor& thin) { return full_times_transposed(thin, squares); };
     // On a CPU: two products to an orthonormalisation while that is safe, then one, then shifted passes and the half-step below.
     bool steep = !may_look, pairs = may_look;
@@ -174,11 +161,8 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
     return side.left(rayleigh_ritz(rows, side.to_long(rows), count), accuracy.seed);
 }
 
-Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy,
-                             const std::optional<at::Tensor>& start) {
-    const auto given = start ? std::optional(grad.coimage(*start)) : start;
-    // Straight in the dtype of the product, unless it is still to be worked on.
-    at::Tensor image = grad.image(started(sketch(l, grad.columns(), accuracy, given ? grad.options() : grad.product_options()), given));
+Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy) {
+    at::Tensor image = grad.image(sketch(l, grad.columns(), accuracy, grad.product_options()));
     for (int64_t iteration = 0; iteration < accuracy.power_iters; ++iteration) {
         image = grad.image(cholesky_pass(grad.coimage(cholesky_pass(image))));
     }
@@ -214,12 +198,11 @@ at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_
     return one_on_cpu(vectors) ? polish(vectors.to(at::kDouble)).to(vectors.scalar_type()) : vectors;
 }
 
-Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
-                 const at::Tensor& peak) {
+Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const at::Tensor& peak) {
     const int64_t l = count + accuracy.oversample;
     if (l >= std::min(grad.rows(), grad.columns())) return whole_spectrum(grad, count, accuracy);
-    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, start, peak);
-    return iterate_on_products(grad, count, l, accuracy, start);
+    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, peak);
+    return iterate_on_products(grad, count, l, accuracy);
 }
 
 }  // namespace lowrank_kernels

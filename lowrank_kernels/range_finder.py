@@ -95,34 +95,30 @@ def multiply(grad: Tensor, factor: Tensor) -> Tensor:
         return (grad @ factor.to(grad.dtype)).to(factor.dtype)
 
 
-def range_finder(
-    grad: Tensor, rank: int, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def range_finder(grad: Tensor, rank: int, oversample: int = 8, power_iters: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors and values of G, approximately: (…, m, n) → basis (…, m, r), sigma (…, r) descending.
 
     With l = r + oversample, by shape alone: l ≥ min(m, n), the whole spectrum from the Gram matrix of the short side;
     5·l ≥ min(m, n), subspace iteration on that matrix; else the products above. One Ω, a function of `seed` alone, serves the whole
-    batch; `start`, (…, m, s) with s ≤ l, takes the place of as many of its columns. Output is fp32 (fp64 for fp64 input). The basis
-    is orthonormal to 1e-5 for every input; sigma is NaN for a matrix that is not finite, whose basis is then random.
+    batch. Output is fp32 (fp64 for fp64 input). The basis is orthonormal to 1e-5 for every input; sigma is NaN for a matrix that is not
+    finite, whose basis is then random.
     """
     if grad.device.type == "cpu" and grad.dim() > 2:  # one by one: each takes what its own spectrum needs
         batch = grad.shape[:-2]
-        starts = [None] * batch.numel() if start is None else start.flatten(0, -3)
-        found = [range_finder(g, rank, oversample, power_iters, seed, s) for g, s in zip(grad.flatten(0, -3), starts, strict=True)]
+        found = [range_finder(g, rank, oversample, power_iters, seed) for g in grad.flatten(0, -3)]
         basis, sigma = (torch.stack(parts).unflatten(0, batch) for parts in zip(*found, strict=True))
         return basis, sigma
     m, n = grad.shape[-2:]
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     peak = peak_of(grad)
     grad, exponent = _in_range(multipliable(grad), peak)
-    start = None if start is None else start.to(dtype)
     columns = rank + oversample
     if columns >= min(m, n):
         basis, sigma = _whole_spectrum(grad.to(dtype), seed)
     elif SQUARE_FROM * columns >= min(m, n):
-        basis, sigma = _iterate_on_gram(grad, peak, rank, columns, power_iters, seed, dtype, start)
+        basis, sigma = _iterate_on_gram(grad, peak, rank, columns, power_iters, seed, dtype)
     else:
-        basis, sigma = _iterate_on_products(grad, columns, power_iters, seed, dtype, start)
+        basis, sigma = _iterate_on_products(grad, columns, power_iters, seed, dtype)
     sigma = torch.where(torch.isfinite(peak)[..., None], _times_power_of_two(sigma, exponent), torch.nan)
     return basis[..., :rank].contiguous(), sigma[..., :rank].contiguous()
 
@@ -155,23 +151,9 @@ def _sketch(grad: Tensor, columns: int, length: int, seed: int, dtype: torch.dty
     return philox.normal(philox.seed_tensor([seed], grad.device), (columns, length), philox.SKETCH, dtype)[0].mT
 
 
-def _started(sketch: Tensor, start: Tensor | None) -> Tensor:
-    """The sketch with `start` in the place of its first columns, but for columns of it that are zero or not finite."""
-    if start is None:
-        return sketch
-    given = start.shape[-1]
-    length = torch.linalg.vector_norm(start, math.inf, dim=-2, keepdim=True)
-    usable = torch.isfinite(length) & (length > 0)
-    head = torch.where(usable, start / torch.where(usable, length, 1), sketch[..., :given])
-    rest = sketch[..., given:]
-    return torch.cat([_cholesky_pass(head), rest.expand(*start.shape[:-1], rest.shape[-1])], dim=-1)
-
-
-def _iterate_on_products(
-    grad: Tensor, columns: int, power_iters: int, seed: int, dtype: torch.dtype, start: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _iterate_on_products(grad: Tensor, columns: int, power_iters: int, seed: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     sketch = _sketch(grad, columns, grad.shape[-1], seed, dtype)
-    image = multiply(grad, _started(sketch, None if start is None else multiply(grad.mT, start)))
+    image = multiply(grad, sketch)
     for _ in range(power_iters):
         image = multiply(grad, _cholesky_pass(multiply(grad.mT, _cholesky_pass(image))))
     basis = orthonormalise(image, seed)
@@ -185,7 +167,7 @@ def _rayleigh_ritz(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _iterate_on_gram(
-    grad: Tensor, peak: Tensor, rank: int, columns: int, power_iters: int, seed: int, dtype: torch.dtype, start: Tensor | None
+    grad: Tensor, peak: Tensor, rank: int, columns: int, power_iters: int, seed: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """A = G·Gᵀ on the short side;  Y = A·Ω;  3·q times: Y = (A − s·I)·orth(Y), s about half the largest eigenvalue left out.
 
@@ -195,7 +177,6 @@ def _iterate_on_gram(
     """
     tall = grad.shape[-2] > grad.shape[-1]
     if tall:
-        start = None if start is None else multiply(grad.mT, start)
         grad = grad.mT
     matrix = grad.to(dtype)
     on_cpu = matrix.device.type == "cpu"
@@ -207,7 +188,7 @@ def _iterate_on_gram(
     mean = squares.diagonal(dim1=-2, dim2=-1).mean(-1).item() or 1.0 if on_cpu else 1.0
     squares = squares / mean  # of which products stay in range
     trace, energy = squares.diagonal(dim1=-2, dim2=-1).sum(-1), squares.square().sum(dim=(-2, -1))
-    basis = _started(_sketch(grad, columns, short, seed, dtype), start)
+    basis = _sketch(grad, columns, short, seed, dtype)
     image, shift, steep = full_precision_product(squares, basis), None, not on_cpu
     left = 1 + GRAM_STEPS * power_iters
     while True:

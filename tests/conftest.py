@@ -46,8 +46,7 @@ def refresh_implementation(request, monkeypatch):
 
 
 def _range_finder_of_batch(grad, *settings):
-    *numbers, start = settings
     if grad.dim() > 2:
-        return torch.ops.lowrank_kernels._range_finder_of_batch(grad, *numbers, start)
-    found = torch.ops.lowrank_kernels._range_finder_of_batch(grad[None], *numbers, None if start is None else start[None])
+        return torch.ops.lowrank_kernels._range_finder_of_batch(grad, *settings)
+    found = torch.ops.lowrank_kernels._range_finder_of_batch(grad[None], *settings)
     return tuple(part[0] for part in found)

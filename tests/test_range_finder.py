@@ -436,30 +436,6 @@ def test_sums_that_all_err_alike(m, dtype):
         assert defect(ops.orthonormalise(grad[:, :rank])) <= ORTHONORMAL
 
 
-def test_start_takes_the_place_of_random_columns():
-    torch.manual_seed(0)
-    grad = with_spectrum(60, 200, torch.arange(1, 61.0) ** -0.25).cpu()
-    exact = torch.linalg.svd(grad)
-    best = exact.S[:8].square().sum()
-
-    def energy(start, power_iters=0):
-        basis, _ = ops.range_finder(grad, 8, oversample=0, power_iters=power_iters, start=start)
-        return ((basis.mT @ grad).square().sum() / best).item()
-
-    without = energy(None)
-    assert energy(exact.U[:, :8]) > 0.9999 > without
-    assert energy(exact.U[:, :8].half()) > 0.999, "in the dtype of a parameter, and orthonormal to its rounding"
-    for useless in (torch.zeros(60, 8), torch.full((60, 8), torch.nan)):
-        assert energy(useless) == pytest.approx(without, abs=0.05)
-    assert energy(exact.U[:, :1].expand(60, 8)) > 0
-
-
-@pytest.mark.parametrize("start", [torch.randn(60, 9), torch.randn(59, 3), torch.randn(2, 60, 3), torch.ones(60, 3, dtype=torch.int32)])
-def test_bad_starts(start):
-    with pytest.raises(ValueError, match="start must"):
-        ops.range_finder(torch.randn(60, 200), 8, start=start)
-
-
 def test_threads_leave_the_precision_as_it_was():
     matmul = torch.backends.mkldnn.matmul
     if not hasattr(matmul, "fp32_precision"):

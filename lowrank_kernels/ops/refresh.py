@@ -23,9 +23,7 @@ def _orthonormalise_fake(matrix: Tensor, seed: int) -> Tensor:
     return torch.empty_like(matrix, memory_format=torch.contiguous_format)
 
 
-def _range_finder_fake(
-    grad: Tensor, rank: int, oversample: int, power_iters: int, seed: int, start: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _range_finder_fake(grad: Tensor, rank: int, oversample: int, power_iters: int, seed: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     return grad.new_empty(*grad.shape[:-1], rank, dtype=dtype), grad.new_empty(*grad.shape[:-2], rank, dtype=dtype)
 
@@ -37,7 +35,7 @@ def _sample_importance_fake(sigma: Tensor, rank: int, seeds: Sequence[int]) -> T
 _orthonormalise = dispatch.define("orthonormalise", "(Tensor matrix, int seed) -> Tensor", _orthonormalise_fake, algorithms.orthonormalise)
 _range_finder = dispatch.define(
     "range_finder",
-    "(Tensor grad, int rank, int oversample, int power_iters, int seed, Tensor? start) -> (Tensor, Tensor)",
+    "(Tensor grad, int rank, int oversample, int power_iters, int seed) -> (Tensor, Tensor)",
     _range_finder_fake,
     algorithms.range_finder,
 )
@@ -84,9 +82,7 @@ def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
 
 
 @dispatch.outside_training
-def range_finder(
-    grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors and values of G, by a randomized range finder (Halko, Martinsson, Tropp 2011).
 
         Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  basis = Q·W
@@ -101,8 +97,6 @@ def range_finder(
             is computed from the Gram matrix of the short side.
         power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying spectrum.
         seed: any int; one Ω serves a whole batch.
-        start: (…, m, s), s ≤ r, near the wanted directions, such as an earlier basis; it takes the place of as many columns of Ω, and
-            directions far from the wanted ones do worse than none.
 
     Returns:
         basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The right basis is that
@@ -120,17 +114,7 @@ def range_finder(
     for name, value in (("oversample", oversample), ("power_iters", power_iters)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} must be an int ≥ 0, got {value!r}")
-    if start is not None:
-        _check_start(start, grad, rank)
-    return _range_finder(grad, rank, min(oversample, max(grad.shape[-2:])), power_iters, philox.signed64(seed), start)
-
-
-def _check_start(start: Tensor, grad: Tensor, rank: int) -> None:
-    fits = start.dim() == grad.dim() and start.shape[:-1] == grad.shape[:-1] and 1 <= start.shape[-1] <= rank
-    if not fits:
-        raise ValueError(f"start must have shape (…, m, s) with 1 ≤ s ≤ rank {rank} for grad {tuple(grad.shape)}, got {tuple(start.shape)}")
-    if not start.is_floating_point() or start.device != grad.device:
-        raise ValueError(f"start must be real floating-point on {grad.device}, got {start.dtype} on {start.device}")
+    return _range_finder(grad, rank, min(oversample, max(grad.shape[-2:])), power_iters, philox.signed64(seed))
 
 
 @dispatch.outside_training
