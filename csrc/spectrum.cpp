@@ -172,8 +172,6 @@ Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, co
 
 }  // namespace
 
-bool works_on_gram(int64_t m, int64_t n, int64_t l) { return SQUARE_FROM * l >= std::min(m, n); }
-
 Spectrum short_side_spectrum(const Gradients& grad, int64_t count) {
     const ShortSide side(grad);
     const at::Tensor matrix = side.matrix();
@@ -192,16 +190,10 @@ Spectrum short_side_spectrum(const Gradients& grad, int64_t count) {
     return {exact.to(matrix.scalar_type()), lengths.to(matrix.scalar_type())};
 }
 
-at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_t seed) {
-    const ShortSide side(grad);
-    if (side.tall) return orthonormalise(grad.image(vectors), seed);
-    return one_on_cpu(vectors) ? polish(vectors.to(at::kDouble)).to(vectors.scalar_type()) : vectors;
-}
-
 Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const at::Tensor& peak) {
     const int64_t l = count + accuracy.oversample;
     if (l >= std::min(grad.rows(), grad.columns())) return whole_spectrum(grad, count, accuracy);
-    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, peak);
+    if (SQUARE_FROM * l >= std::min(grad.rows(), grad.columns())) return iterate_on_gram(grad, count, l, accuracy, peak);
     return iterate_on_products(grad, count, l, accuracy);
 }
 

@@ -14,7 +14,7 @@ struct Accuracy {
     int64_t oversample, power_iters, seed;
 };
 
-// The leading `count` left ones: count ≤ min(m, n). `peak` is what `grad.peak()` gives.
+// The leading `count` left ones: count ≤ min(m, n). `peak` is `peak_of` G, and only needed of a batch.
 //
 // With l = count + oversample, one of three ways, by shape alone:
 //   l ≥ min(m, n):      the whole spectrum, from the Gram matrix of the short side;
@@ -22,16 +22,11 @@ struct Accuracy {
 //   else:               Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W.
 Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const at::Tensor& peak);
 
-// Whether the first or second way is taken, which form the Gram matrix and may copy G.
-bool works_on_gram(int64_t m, int64_t n, int64_t l);
-
 // All k = min(m, n) values and singular vectors (…, k, k) on the short side, those nearly orthonormal, of which `count` are wanted.
 //
 // One matrix on a CPU: from a Gram matrix in the dtype of G. In fp32 that knows no σ under 3e-4·σ₁, but its vectors are good to a rounding
 // error of σ₁, so that σ = ‖Gᵀu‖ is: of values that the Gram matrix cannot tell apart those are averages, of their squares. Where fewer
 // than 2·count values stand out of rounding, and in a batch always, from one in fp64.
 Spectrum short_side_spectrum(const Gradients& grad, int64_t count);
-// The left singular vectors (…, r, m), orthonormal to 1e-5, from r of those vectors (…, r, k).
-at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_t seed);
 
 }  // namespace lowrank_kernels

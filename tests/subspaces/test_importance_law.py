@@ -7,9 +7,7 @@ import torch
 
 import lowrank_kernels as lrk
 from benchmarks import sampling
-from lowrank_kernels import extension
 from lowrank_kernels.ops import refresh
-from lowrank_kernels.subspaces import choose_bases
 from lowrank_kernels.subspaces.tail import tail_weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,23 +116,6 @@ def test_no_tail_where_nothing_is_left_out():
         assert torch.equal(tail_weights(block, torch.ones(1, 16), 34, 12), torch.zeros(1, 34))
     one = tail_weights(torch.ones(1, 50, 1), torch.ones(1, 49), 1, 12)
     assert one.shape == (1, 1) and one > 0
-
-
-@pytest.mark.skipif(not extension.loaded(), reason="the extension is not built")
-@pytest.mark.parametrize("way", ["choose_bases", "_choose_bases_of_batch"])
-@pytest.mark.parametrize("shape", [(144, 320), (320, 144)])
-def test_the_compiled_tail_is_that_of_the_pytorch_version(way, shape):
-    """On a spectrum with gaps, whose known directions are the same to rounding: so are the tail's, and what is drawn."""
-    torch.manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(side, 144, dtype=torch.float64))[0] for side in shape)
-    sigma = torch.cat([0.9 ** torch.arange(24), torch.full((120,), 0.03)]).double()
-    grads = [((left * sigma) @ right.mT).float()] * 40
-    settings = (8, False, "importance", "randomized", 8, 1, 7, list(range(40)), torch.float32, None)
-    drawn = 0
-    for ours, theirs in zip(getattr(torch.ops.lowrank_kernels, way)(grads, [], *settings), choose_bases(grads, [], *settings), strict=True):
-        assert lrk.subspace_overlap(ours, theirs) > 0.99
-        drawn += (1 - (left[:, :24].float().mT @ ours).square().sum(0)).sum().item()
-    assert drawn > 40, "nothing to see: the tail was hardly drawn"
 
 
 @pytest.mark.gpu
