@@ -129,12 +129,13 @@ def measure(law: Law, bases: Iterator[tuple[int, Tensor]]) -> dict:
     return {"refreshes": count} | {key: float(f"{value:.6g}") for key, value in values.items()}
 
 
-def refreshes(grad: Tensor, rank: int, count: int, choose: Callable[..., list[Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """As an optimizer of seed 0 refreshes its first parameter, the numbers 0 … count − 1."""
-    for number in range(count):
-        sketch, own = (philox.signed64(philox.derive_seed(0, number, *place)) for place in ((), (0, 0)))
-        settings = (rank, False, "importance", "randomized", OVERSAMPLE, POWER_ITERS, sketch, [own], torch.float32, None)
-        yield own, choose([grad], [], *settings)[0]
+def refreshes(grad: Tensor, rank: int, count: int, choose: Callable[..., list[Tensor]], together: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """As an optimizer of seed 0 refreshes its first parameter, the numbers 0 … count − 1; `together` of them at once, with one sketch."""
+    for first in range(0, count, together):
+        sketch = philox.signed64(philox.derive_seed(0, first))
+        own = [philox.signed64(philox.derive_seed(0, number, 0, 0)) for number in range(first, min(first + together, count))]
+        settings = (rank, False, "importance", "randomized", OVERSAMPLE, POWER_ITERS, sketch, own, torch.float32, None)
+        yield from zip(own, choose([grad] * len(own), [], *settings), strict=True)
 
 
 def _as_on_a_gpu(*arguments: object) -> list[Tensor]:
