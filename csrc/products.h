@@ -31,7 +31,7 @@ at::Tensor peak_of(const at::Tensor& grad);
 // One matrix (m, n), a batch (batch, m, n), or a list of matrices that are multiplied where they lie instead of being copied together.
 // fp32, fp64, or bf16 on a GPU.
 class Gradients {
-   public:
+ public:
     explicit Gradients(at::Tensor matrices) : together_(std::move(matrices)) {}
     explicit Gradients(at::TensorList grads);  // one batch, or matrices
 
@@ -50,7 +50,7 @@ class Gradients {
     // All in one tensor (…, m, n) of `dtype()`.
     at::Tensor joined() const;
 
-   private:
+ private:
     const at::Tensor& first() const { return apart_.empty() ? together_ : apart_.front(); }
     at::Tensor multiply(const at::Tensor& xt, bool transposed) const;
     at::Tensor together_;

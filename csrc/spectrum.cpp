@@ -20,8 +20,8 @@ constexpr int64_t GRAM_STEPS = 3;
 constexpr int64_t STEEP_STEPS = 1;
 // λ_r / λ₁ under which eigenvalues of a Gram matrix formed in fp32 no longer give σ to 1 %: a few rounding errors of λ₁ over 2 %.
 constexpr double STEEP = 0x1p-13;
-// Of σ₁: what the lengths of images of vectors of an fp32 Gram matrix are known to, the root of fp32's rounding. Measured at 512 × 1280, where
-// the values are below 1e-8: lengths up to 1.7e-4.
+// Of σ₁: what the lengths of images of vectors of an fp32 Gram matrix are known to, the root of fp32's rounding. Measured at 512 × 1280,
+// where the values are below 1e-8: lengths up to 1.7e-4.
 constexpr double FLOOR = 0x1p-12;
 
 // All k left singular vectors, as rows, and values of B (…, k, n), k ≤ n. The Gram matrix and its eigenproblem are fp64: in fp32 all
@@ -89,8 +89,8 @@ at::Tensor squared_norm(const at::Tensor& t) { return at::linalg_vector_norm(t, 
 // Half of Σλ² / Σλ over the eigenvalues that a basis leaves out, which is less than half the largest of them, and so a safe shift. Zero
 // where the sums are rounding errors of those they are the difference of.
 at::Tensor half_left_out(const at::Tensor& sum, const at::Tensor& all, const at::Tensor& squares, const at::Tensor& all_squares) {
-    const double noise = 64 * (sum.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                                : std::numeric_limits<float>::epsilon());
+    const double noise =
+        64 * (sum.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
     const at::Tensor real = (sum > noise * all).logical_and_(squares > noise * all_squares);
     return at::where(real, squares.div(at::where(real, sum, 1.0)).mul_(0.5), 0.0);
 }
