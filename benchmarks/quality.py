@@ -92,7 +92,7 @@ class Bar:
     judged_only: bool = True
 
 
-DECAYING = ("decaying", "stepped", "rank-deficient", "scale", "gradients", "gradients, warm start")
+DECAYING = ("decaying", "stepped", "rank-deficient", "scale", "gradients")
 BARS = [
     Bar("captured energy, decaying spectra", "captured_energy", 0.99, True, DECAYING),
     Bar("captured energy, flat spectra", "captured_energy", 0.95, True, ("flat",)),
@@ -228,14 +228,13 @@ def overlap(basis: Tensor, truth: Truth) -> float | None:
     return (basis.double().mT @ truth.vectors[:, :count]).square().sum().item() / count if count else None
 
 
-def measure(matrix: Matrix, setting: Setting, truth: Truth, start: Tensor | None = None) -> tuple[dict, Tensor]:
-    """One call of the range finder: the row of its results, and its basis."""
+def measure(matrix: Matrix, setting: Setting, truth: Truth) -> dict:
+    """One call of the range finder: the row of its results."""
     rank = RANKS[setting.rank](min(matrix.grad.shape))
     oversample = rank if setting.oversample is None else setting.oversample
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    options = {} if start is None else {"start": start}
     basis, sigma = lrk.ops.range_finder(
-        matrix.grad.to(device), rank, oversample=oversample, power_iters=setting.power_iters, seed=matrix.seed, **options
+        matrix.grad.to(device), rank, oversample=oversample, power_iters=setting.power_iters, seed=matrix.seed
     )
     of_sigma, under_floor = sigma_errors(sigma.cpu(), truth)
     values = {
@@ -245,7 +244,7 @@ def measure(matrix: Matrix, setting: Setting, truth: Truth, start: Tensor | None
         "sigma_error_under_floor": under_floor,
         "overlap": overlap(basis.cpu(), truth),
     }
-    row = {
+    return {
         "family": matrix.family,
         "spectrum": matrix.spectrum,
         "rows": matrix.grad.shape[0],
@@ -258,7 +257,6 @@ def measure(matrix: Matrix, setting: Setting, truth: Truth, start: Tensor | None
         "judged": setting == JUDGED,
         **{key: value if value is None else float(f"{value:.6g}") for key, value in values.items()},
     }
-    return row, basis
 
 
 def study(matrices: Iterable[Matrix], settings: Callable[[Matrix], Sequence[Setting]]) -> Iterator[dict]:
@@ -266,21 +264,7 @@ def study(matrices: Iterable[Matrix], settings: Callable[[Matrix], Sequence[Sett
     for matrix in matrices:
         truth = Truth.of(matrix.grad)
         for setting in settings(matrix):
-            yield measure(matrix, setting, truth)[0]
-
-
-def warm_starts(captured: dict[str, dict[int, Tensor]]) -> Iterator[dict]:
-    """Each weight's gradients in turn, from the basis of the one before; nothing where the range finder takes no `start`."""
-    if "start" not in inspect.signature(lrk.ops.range_finder).parameters:
-        return
-    for name, by_step in captured.items():
-        for setting in (JUDGED, Setting(power_iters=0)):
-            basis = None
-            for step, grad in by_step.items():
-                matrix = Matrix("gradients, warm start", f"step {step}: {name}", grad)
-                row, basis = measure(matrix, setting, Truth.of(grad), basis)
-                if step != next(iter(by_step)):
-                    yield row
+            yield measure(matrix, setting, truth)
 
 
 def label(row: dict) -> str:
@@ -309,7 +293,6 @@ def all_rows(quick: bool) -> Iterator[dict]:
         yield from study(group, settings_of)
     gradients = (Matrix("gradients", f"step {step}: {name}", grad) for name, by_step in captured.items() for step, grad in by_step.items())
     yield from study(gradients, settings_of)
-    yield from warm_starts(captured)
 
 
 def print_rows(rows: list[dict], title: str, labels: Callable[[dict], tuple[str, ...]], columns: tuple[str, ...]) -> None:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import lowrank_kernels as lrk
-from lowrank_kernels import extension, philox
+from lowrank_kernels import extension, philox, range_finder, subspaces
 
 from . import provenance
 
@@ -128,19 +129,24 @@ def measure(law: Law, bases: Iterator[tuple[int, Tensor]]) -> dict:
     return {"refreshes": count} | {key: float(f"{value:.6g}") for key, value in values.items()}
 
 
-def refreshes(grad: Tensor, rank: int, count: int, choose: Callable[..., list[Tensor]]) -> Iterator[tuple[int, Tensor]]:
-    """As an optimizer of seed 0 refreshes its first parameter, the numbers 0 … count − 1."""
-    for number in range(count):
-        sketch, own = (philox.signed64(philox.derive_seed(0, number, *place)) for place in ((), (0, 0)))
-        settings = (rank, False, "importance", "randomized", OVERSAMPLE, POWER_ITERS, sketch, [own], torch.float32, None)
-        yield own, choose([grad], [], *settings)[0]
+def refreshes(grad: Tensor, rank: int, count: int, choose: Callable[..., list[Tensor]], together: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """As an optimizer of seed 0 refreshes its first parameter, the numbers 0 … count − 1; `together` of them at once, with one sketch."""
+    for first in range(0, count, together):
+        sketch = philox.signed64(philox.derive_seed(0, first))
+        own = [philox.signed64(philox.derive_seed(0, number, 0, 0)) for number in range(first, min(first + together, count))]
+        settings = (rank, False, "importance", "randomized", OVERSAMPLE, POWER_ITERS, sketch, own, torch.float32, None)
+        yield from zip(own, choose([grad] * len(own), [], *settings), strict=True)
+
+
+def _as_on_a_gpu(*arguments: object) -> list[Tensor]:
+    with mock.patch.object(range_finder, "may_look", lambda tensor: False):
+        return subspaces.choose_bases(*arguments)
 
 
 def ways() -> dict[str, Callable[..., list[Tensor]]]:
-    """The operator, and on a CPU the way of a batch on a GPU, too."""
-    operators = torch.ops.lowrank_kernels
-    batch = {"as on a GPU": operators._choose_bases_of_batch} if extension.loaded() and not torch.cuda.is_available() else {}
-    return {"operator": operators.choose_bases} | batch
+    """As a refresh does it, and on a CPU the way of a batch on a GPU, too."""
+    batch = {"as on a GPU": _as_on_a_gpu} if extension.loaded() and not torch.cuda.is_available() else {}
+    return {"operator": subspaces.choose_bases} | batch
 
 
 def rows(quick: bool) -> Iterator[dict]:

@@ -87,19 +87,4 @@ at::Tensor polish(const at::Tensor& rows) {
     return full_times_transposed(correction, rows.mT());
 }
 
-at::Tensor clear(const at::Tensor& directions, const at::Tensor& rows) {
-    const at::Tensor inside = full_times_transposed(rows, directions);  // (…, t, h)
-    return rows - full_times_transposed(inside, directions.mT());
-}
-
-at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed) {
-    // Twice is enough; the second time also clears what completion put in. A seed of its own each time: U may itself be completed, and
-    // the same draws again would lie in it.
-    for (uint64_t again = 0; again < 2; ++again) {
-        const auto own_seed = static_cast<int64_t>(philox::derive_seed(static_cast<uint64_t>(seed), again));
-        candidates = orthonormalise(clear(directions, candidates), own_seed);
-    }
-    return clear(directions, candidates);
-}
-
 }  // namespace lowrank_kernels

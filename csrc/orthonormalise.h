@@ -29,10 +29,4 @@ at::Tensor orthonormalise(const at::Tensor& rows, int64_t seed);
 // U ← (3/2·I − 1/2·U·Uᵀ)·U, which squares the defect of nearly orthonormal rows.
 at::Tensor polish(const at::Tensor& rows);
 
-// Yt·(I − UᵀU) for orthonormal rows U: (…, h, m) and (…, t, m) → (…, t, m).
-at::Tensor clear(const at::Tensor& directions, const at::Tensor& rows);
-
-// Orthonormal rows of Yt·(I − UᵀU) for orthonormal rows U: (…, h, m) and (…, t, m), h + t ≤ m → (…, t, m).
-at::Tensor complement(const at::Tensor& directions, at::Tensor candidates, int64_t seed);
-
 }  // namespace lowrank_kernels

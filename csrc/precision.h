@@ -63,7 +63,7 @@ struct Bf16Sums {
 // The settings are the whole process's: the first of several threads in here changes them, the last one puts them back.
 template <typename Settings>
 class Full {
-   public:
+ public:
     Full() {
         const std::lock_guard lock(mutex());
         if (users() == 0) {
@@ -79,7 +79,7 @@ class Full {
     Full(const Full&) = delete;
     Full& operator=(const Full&) = delete;
 
-   private:
+ private:
     static std::mutex& mutex() {
         static std::mutex instance;
         return instance;

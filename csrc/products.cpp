@@ -16,8 +16,6 @@ namespace {
 
 // Flops from which oneDNN beats the BLAS behind at::matmul, in spite of its dearer call (benchmarks/NOTES.md).
 constexpr int64_t ONEDNN_FROM_FLOPS = 1 << 20;
-// Elements from which a list of matrices is multiplied one by one on a GPU; smaller ones are copied into one batch.
-constexpr int64_t APART_FROM_ELEMENTS = 1 << 20;
 
 // a·bᵀ of two fp32 matrices by oneDNN, where this torch has it. The same operator that kernels/cpu.py calls.
 std::optional<at::Tensor> onednn(const at::Tensor& a, const at::Tensor& b) {
@@ -130,13 +128,11 @@ at::Tensor peak_of(const at::Tensor& grad) {
     return at::linalg_vector_norm(grad, std::numeric_limits<double>::infinity(), at::IntArrayRef{-2, -1}).to(at::kDouble);
 }
 
-Gradients::Gradients(std::vector<at::Tensor> matrices) {
-    if (matrices.size() == 1) {
-        together_ = matrices.front().unsqueeze(0);
-    } else if (matrices.front().numel() < APART_FROM_ELEMENTS) {
-        together_ = at::stack(matrices);
+Gradients::Gradients(at::TensorList grads) {
+    if (grads.size() > 1) {
+        apart_ = grads.vec();
     } else {
-        apart_ = std::move(matrices);
+        together_ = grads[0].dim() > 2 ? grads[0] : grads[0].unsqueeze(0);
     }
 }
 
@@ -157,25 +153,6 @@ at::Tensor Gradients::multiply(const at::Tensor& xt, bool transposed) const {
 at::Tensor Gradients::image(const at::Tensor& xt) const { return multiply(xt, false); }
 
 at::Tensor Gradients::coimage(const at::Tensor& qt) const { return multiply(qt, true); }
-
-template <typename Function>
-at::Tensor Gradients::of_each(Function&& function) const {
-    if (apart_.empty()) return function(together_);
-    std::vector<at::Tensor> values;
-    for (const auto& matrix : apart_) values.push_back(function(matrix));
-    return at::stack(values);
-}
-
-at::Tensor Gradients::peak() const { return of_each(peak_of); }
-
-at::Tensor Gradients::squares(const at::Tensor& peak) const {
-    // Lengths of rows first: their squares keep to the range of fp32 far longer than a sum of all squares, which is taken in fp64.
-    const at::Tensor usable = at::isfinite(peak).logical_and_(peak > 0);
-    const at::Tensor lengths = of_each([this](const at::Tensor& grad) {
-        return at::linalg_vector_norm(grad, 2, at::IntArrayRef{-1}, false, dtype()).to(at::kDouble);
-    });
-    return at::where(usable, lengths.square_().sum(-1), 0.0);
-}
 
 at::Tensor Gradients::joined() const { return (apart_.empty() ? together_ : at::stack(apart_)).to(dtype()); }
 

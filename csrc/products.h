@@ -31,9 +31,9 @@ at::Tensor peak_of(const at::Tensor& grad);
 // One matrix (m, n), a batch (batch, m, n), or a list of matrices that are multiplied where they lie instead of being copied together.
 // fp32, fp64, or bf16 on a GPU.
 class Gradients {
-   public:
+ public:
     explicit Gradients(at::Tensor matrices) : together_(std::move(matrices)) {}
-    explicit Gradients(std::vector<at::Tensor> matrices);
+    explicit Gradients(at::TensorList grads);  // one batch, or matrices
 
     // (G·X)ᵀ: (…, l, n) → (…, l, m), at G's precision with fp32 sums, in `dtype()`. Xt may lack the batch dimension: one for all.
     at::Tensor image(const at::Tensor& xt) const;
@@ -47,15 +47,10 @@ class Gradients {
     at::TensorOptions options() const { return first().options().dtype(dtype()); }
     // Of the operands of products with G.
     at::TensorOptions product_options() const { return first().options(); }
-    at::Tensor peak() const;
-    // ‖G‖²_F, (…) fp64, for a G of that peak.
-    at::Tensor squares(const at::Tensor& peak) const;
     // All in one tensor (…, m, n) of `dtype()`.
     at::Tensor joined() const;
 
-   private:
-    template <typename Function>
-    at::Tensor of_each(Function&& function) const;
+ private:
     const at::Tensor& first() const { return apart_.empty() ? together_ : apart_.front(); }
     at::Tensor multiply(const at::Tensor& xt, bool transposed) const;
     at::Tensor together_;

@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <tuple>
 
@@ -87,6 +88,16 @@ at::Tensor gumbel(at::IntArrayRef seeds, int64_t count, uint32_t stream, const a
 #endif
     at::Tensor unit = uniform<philox::unit32>(seeds, count, stream);
     return unit.clamp_max_(1.0 - 0x1p-24).neg_().log1p_().neg_().log_().neg_().to(device);
+}
+
+at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArrayRef seeds) {
+    constexpr double tiny = std::numeric_limits<double>::min();
+    const at::Tensor weights = sigma.to(at::kDouble);
+    const at::Tensor keys = weights.div(weights.amax(-1, true).clamp_min_(tiny)).clamp_min_(tiny).log_();
+    const at::Tensor noisy = keys + gumbel(seeds, sigma.size(-1), philox::GUMBEL, sigma.device());
+    const at::Tensor chosen = std::get<0>(std::get<1>(noisy.topk(rank, -1)).sort(-1));
+    const at::Tensor order = std::get<1>(sigma.gather(-1, chosen).sort(/*stable=*/true, -1, /*descending=*/true));
+    return chosen.gather(-1, order);
 }
 
 }  // namespace lowrank_kernels

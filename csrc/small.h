@@ -26,4 +26,8 @@ at::Tensor normal(int64_t seed, at::IntArrayRef shape, uint32_t stream, const at
 // Standard Gumbel (seeds, count) in fp32: philox.gumbel.
 at::Tensor gumbel(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::Device& device);
 
+// Successive sampling without replacement, P(i) ∝ σᵢ: (batch, k) → (batch, r) int64 indices, sorted by σ, descending. The top r of
+// log σ + Gumbel noise (Efraimidis, Spirakis, Inf. Process. Lett. 97, 2006). One seed a row.
+at::Tensor sample_importance(const at::Tensor& sigma, int64_t rank, at::IntArrayRef seeds);
+
 }  // namespace lowrank_kernels

@@ -20,8 +20,8 @@ constexpr int64_t GRAM_STEPS = 3;
 constexpr int64_t STEEP_STEPS = 1;
 // λ_r / λ₁ under which eigenvalues of a Gram matrix formed in fp32 no longer give σ to 1 %: a few rounding errors of λ₁ over 2 %.
 constexpr double STEEP = 0x1p-13;
-// Of σ₁: what the lengths of images of vectors of an fp32 Gram matrix are known to, the root of fp32's rounding. Measured at 512 × 1280, where
-// the values are below 1e-8: lengths up to 1.7e-4.
+// Of σ₁: what the lengths of images of vectors of an fp32 Gram matrix are known to, the root of fp32's rounding. Measured at 512 × 1280,
+// where the values are below 1e-8: lengths up to 1.7e-4.
 constexpr double FLOOR = 0x1p-12;
 
 // All k left singular vectors, as rows, and values of B (…, k, n), k ≤ n. The Gram matrix and its eigenproblem are fp64: in fp32 all
@@ -52,18 +52,6 @@ Spectrum rayleigh_ritz(const at::Tensor& basis, const at::Tensor& projected, int
 
 at::Tensor sketch(int64_t l, int64_t length, const Accuracy& accuracy, const at::TensorOptions& options) {
     return normal(accuracy.seed, {l, length}, philox::SKETCH, options);
-}
-
-// The sketch with `start` in the place of its first rows, but for rows of it that are zero or not finite.
-at::Tensor started(const at::Tensor& sketch, const std::optional<at::Tensor>& start) {
-    if (!start) return sketch;
-    const int64_t given = start->size(-2);
-    std::vector<int64_t> shape = start->sizes().vec();
-    shape[shape.size() - 2] = sketch.size(-2) - given;
-    const at::Tensor length = at::linalg_vector_norm(*start, std::numeric_limits<double>::infinity(), at::IntArrayRef{-1}, true);
-    const at::Tensor usable = at::isfinite(length).logical_and_(length > 0);
-    const at::Tensor head = at::where(usable, *start / at::where(usable, length, 1), sketch.narrow(-2, 0, given));
-    return at::cat({cholesky_pass(head), sketch.narrow(-2, given, shape[shape.size() - 2]).expand(shape)}, -2);
 }
 
 // G seen from its short side: `to_long` multiplies rows over the short side into rows over the long one.
@@ -101,8 +89,8 @@ at::Tensor squared_norm(const at::Tensor& t) { return at::linalg_vector_norm(t, 
 // Half of Σλ² / Σλ over the eigenvalues that a basis leaves out, which is less than half the largest of them, and so a safe shift. Zero
 // where the sums are rounding errors of those they are the difference of.
 at::Tensor half_left_out(const at::Tensor& sum, const at::Tensor& all, const at::Tensor& squares, const at::Tensor& all_squares) {
-    const double noise = 64 * (sum.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon()
-                                                                : std::numeric_limits<float>::epsilon());
+    const double noise =
+        64 * (sum.scalar_type() == at::kDouble ? std::numeric_limits<double>::epsilon() : std::numeric_limits<float>::epsilon());
     const at::Tensor real = (sum > noise * all).logical_and_(squares > noise * all_squares);
     return at::where(real, squares.div(at::where(real, sum, 1.0)).mul_(0.5), 0.0);
 }
@@ -112,8 +100,7 @@ at::Tensor half_left_out(const at::Tensor& sum, const at::Tensor& all, const at:
 //
 // An fp32 Gram matrix knows no σ under about 1e-3·σ₁. Where the spectrum is that steep one more half-step with G itself, and Rayleigh
 // and Ritz in fp64, restore it. A CPU looks; a GPU, which cannot without stalling, always does so.
-Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
-                         const at::Tensor& peak) {
+Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy, const at::Tensor& peak) {
     const ShortSide side(grad);
     at::Tensor matrix = side.matrix();
     const bool may_look = one_on_cpu(matrix);
@@ -133,7 +120,7 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
         trace = squares.trace();
         energy = squared_norm(squares);
     }
-    at::Tensor rows = started(sketch(l, side.size(), accuracy, grad.options()), start && side.tall ? std::optional(grad.coimage(*start)) : start);
+    at::Tensor rows = sketch(l, side.size(), accuracy, grad.options());
     const auto multiply = [&squares](const at::Tensor& thin) { return full_times_transposed(thin, squares); };
     // On a CPU: two products to an orthonormalisation while that is safe, then one, then shifted passes and the half-step below.
     bool steep = !may_look, pairs = may_look;
@@ -174,11 +161,8 @@ Spectrum iterate_on_gram(const Gradients& grad, int64_t count, int64_t l, const 
     return side.left(rayleigh_ritz(rows, side.to_long(rows), count), accuracy.seed);
 }
 
-Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy,
-                             const std::optional<at::Tensor>& start) {
-    const auto given = start ? std::optional(grad.coimage(*start)) : start;
-    // Straight in the dtype of the product, unless it is still to be worked on.
-    at::Tensor image = grad.image(started(sketch(l, grad.columns(), accuracy, given ? grad.options() : grad.product_options()), given));
+Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, const Accuracy& accuracy) {
+    at::Tensor image = grad.image(sketch(l, grad.columns(), accuracy, grad.product_options()));
     for (int64_t iteration = 0; iteration < accuracy.power_iters; ++iteration) {
         image = grad.image(cholesky_pass(grad.coimage(cholesky_pass(image))));
     }
@@ -187,8 +171,6 @@ Spectrum iterate_on_products(const Gradients& grad, int64_t count, int64_t l, co
 }
 
 }  // namespace
-
-bool works_on_gram(int64_t m, int64_t n, int64_t l) { return SQUARE_FROM * l >= std::min(m, n); }
 
 Spectrum short_side_spectrum(const Gradients& grad, int64_t count) {
     const ShortSide side(grad);
@@ -208,18 +190,11 @@ Spectrum short_side_spectrum(const Gradients& grad, int64_t count) {
     return {exact.to(matrix.scalar_type()), lengths.to(matrix.scalar_type())};
 }
 
-at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_t seed) {
-    const ShortSide side(grad);
-    if (side.tall) return orthonormalise(grad.image(vectors), seed);
-    return one_on_cpu(vectors) ? polish(vectors.to(at::kDouble)).to(vectors.scalar_type()) : vectors;
-}
-
-Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
-                 const at::Tensor& peak) {
+Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const at::Tensor& peak) {
     const int64_t l = count + accuracy.oversample;
     if (l >= std::min(grad.rows(), grad.columns())) return whole_spectrum(grad, count, accuracy);
-    if (works_on_gram(grad.rows(), grad.columns(), l)) return iterate_on_gram(grad, count, l, accuracy, start, peak);
-    return iterate_on_products(grad, count, l, accuracy, start);
+    if (SQUARE_FROM * l >= std::min(grad.rows(), grad.columns())) return iterate_on_gram(grad, count, l, accuracy, peak);
+    return iterate_on_products(grad, count, l, accuracy);
 }
 
 }  // namespace lowrank_kernels

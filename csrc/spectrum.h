@@ -1,8 +1,6 @@
 // Leading left singular vectors and values of a gradient: the randomized range finder (Halko, Martinsson, Tropp, SIAM Review 53, 2011).
 #pragma once
 
-#include <optional>
-
 #include "products.h"
 
 namespace lowrank_kernels {
@@ -16,18 +14,13 @@ struct Accuracy {
     int64_t oversample, power_iters, seed;
 };
 
-// The leading `count` left ones: count ≤ min(m, n). `start`, if given, holds rows (…, s, m) near the wanted ones, such as the basis
-// before: they take the place of as many random ones. `peak` is what `grad.peak()` gives.
+// The leading `count` left ones: count ≤ min(m, n). `peak` is `peak_of` G, and only needed of a batch.
 //
 // With l = count + oversample, one of three ways, by shape alone:
 //   l ≥ min(m, n):      the whole spectrum, from the Gram matrix of the short side;
 //   5·l ≥ min(m, n):    subspace iteration on that Gram matrix, which costs less than four products with G, and more of it is nearly free;
 //   else:               Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W.
-Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const std::optional<at::Tensor>& start,
-                 const at::Tensor& peak);
-
-// Whether the first or second way is taken, which form the Gram matrix and may copy G.
-bool works_on_gram(int64_t m, int64_t n, int64_t l);
+Spectrum leading(const Gradients& grad, int64_t count, const Accuracy& accuracy, const at::Tensor& peak);
 
 // All k = min(m, n) values and singular vectors (…, k, k) on the short side, those nearly orthonormal, of which `count` are wanted.
 //
@@ -35,7 +28,5 @@ bool works_on_gram(int64_t m, int64_t n, int64_t l);
 // error of σ₁, so that σ = ‖Gᵀu‖ is: of values that the Gram matrix cannot tell apart those are averages, of their squares. Where fewer
 // than 2·count values stand out of rounding, and in a batch always, from one in fp64.
 Spectrum short_side_spectrum(const Gradients& grad, int64_t count);
-// The left singular vectors (…, r, m), orthonormal to 1e-5, from r of those vectors (…, r, k).
-at::Tensor left_vectors(const Gradients& grad, const at::Tensor& vectors, int64_t seed);
 
 }  // namespace lowrank_kernels

@@ -19,8 +19,8 @@ from .source_digest import digest
 
 _PACKAGE = Path(__file__).resolve().parent
 _OVERRIDE = "LOWRANK_KERNELS_LIBRARY"
-OPERATORS = ("range_finder", "orthonormalise", "sample_importance", "choose_bases")
-"""Those of ops/refresh.py, all of which the extension implements on a CPU and, with its CUDA part, on a CUDA GPU."""
+OPERATORS = ("leading", "short_side_spectrum", "orthonormalise", "sample_importance", "multiply", "peaks", "normal")
+"""Those of ops/parts.py, all of which the extension implements on a CPU and, with its CUDA part, on a CUDA GPU."""
 _SLOWER = "the subspace refresh runs in PyTorch (slower)"
 
 

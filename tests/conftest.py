@@ -52,29 +52,18 @@ REFRESH_IMPLEMENTATIONS = ["operators", "as on a GPU", "PyTorch"]
 
 @pytest.fixture(params=REFRESH_IMPLEMENTATIONS)
 def refresh_implementation(request, monkeypatch):
-    """What ops.range_finder and its like run: the operators, which are the extension's where it is built; the extension's way through
-    a batch without looking at results, which is a GPU's; the defaults in PyTorch."""
-    from lowrank_kernels import extension, range_finder, subspaces
-    from lowrank_kernels.ops import refresh
+    """What a refresh is made of: the operators, which are the extension's where it is built; the extension's way through a batch without
+    looking at results, which is a GPU's; the defaults in PyTorch."""
+    from lowrank_kernels import extension, range_finder
+    from lowrank_kernels.ops import parts
 
     if request.param != "operators" and not extension.loaded():
         pytest.skip("without the extension the operators are the defaults in PyTorch")
     if request.param == "as on a GPU":
         if torch.cuda.is_available():
             pytest.skip("the operators take that way here")
-        monkeypatch.setattr(refresh, "_range_finder", _range_finder_of_batch)
-        monkeypatch.setattr(refresh, "_choose_bases", torch.ops.lowrank_kernels._choose_bases_of_batch)
+        monkeypatch.setattr(range_finder, "may_look", lambda tensor: False)
     if request.param == "PyTorch":
-        for module in (range_finder, subspaces):
-            for name in ("orthonormalise", "range_finder", "sample_importance", "choose_bases"):
-                if hasattr(module, name):
-                    monkeypatch.setattr(refresh, f"_{name}", getattr(module, name))
+        for name in extension.OPERATORS:
+            monkeypatch.setattr(parts, name, getattr(range_finder, name))
     return request.param
-
-
-def _range_finder_of_batch(grad, *settings):
-    *numbers, start = settings
-    if grad.dim() > 2:
-        return torch.ops.lowrank_kernels._range_finder_of_batch(grad, *numbers, start)
-    found = torch.ops.lowrank_kernels._range_finder_of_batch(grad[None], *numbers, None if start is None else start[None])
-    return tuple(part[0] for part in found)

@@ -72,13 +72,19 @@ def contenders(grads: list[Tensor], rank: int, exact: bool) -> dict[str, Callabl
     """Each returns a basis (…, m, r) for each of the gradients (…, m, n). A full SVD only where `exact`: a model takes it an hour."""
     found = {
         OURS: lambda grad: lrk.ops.range_finder(grad, rank, oversample=OVERSAMPLE, power_iters=POWER_ITERS),
-        "PyTorch version": lambda grad: range_finder.range_finder(grad, rank, OVERSAMPLE, POWER_ITERS),
+        "PyTorch version": lambda grad: pytorch_version(grad, rank),
         "torch.svd_lowrank": lambda grad: torch.svd_lowrank(grad.float(), q=rank, niter=POWER_ITERS),  # it takes no bf16
         "torch.linalg.svd": lambda grad: torch.linalg.svd(grad.float(), full_matrices=False),
     }
     if not exact:
         del found["torch.linalg.svd"]
     return {name: lambda find=find: [find(grad)[0][..., :rank] for grad in grads] for name, find in found.items()}
+
+
+def pytorch_version(grad: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """What runs where the extension is not built."""
+    basis, sigma = range_finder.leading([grad], range_finder.peaks([grad]), rank, OVERSAMPLE, POWER_ITERS, 0)
+    return (basis, sigma) if grad.dim() > 2 else (basis[0], sigma[0])
 
 
 def make_gradients(case: RefreshCase, device: str) -> list[Tensor]:

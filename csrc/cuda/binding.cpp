@@ -85,10 +85,17 @@ at::Tensor normal(at::IntArrayRef seeds, int64_t count, uint32_t stream, const a
         C10_CUDA_CHECK(normal(values, count, keys.const_data_ptr<int64_t>(), rows, stream, stream_of(options.device())));
     };
     switch (out.scalar_type()) {
-        case at::kDouble: fill(out.mutable_data_ptr<double>()); break;
-        case at::kFloat: fill(out.mutable_data_ptr<float>()); break;
-        case at::kBFloat16: fill(static_cast<__nv_bfloat16*>(out.mutable_data_ptr())); break;
-        default: TORCH_CHECK(false, "a sketch is fp64, fp32 or bf16, got ", out.scalar_type());
+        case at::kDouble:
+            fill(out.mutable_data_ptr<double>());
+            break;
+        case at::kFloat:
+            fill(out.mutable_data_ptr<float>());
+            break;
+        case at::kBFloat16:
+            fill(static_cast<__nv_bfloat16*>(out.mutable_data_ptr()));
+            break;
+        default:
+            TORCH_CHECK(false, "a sketch is fp64, fp32 or bf16, got ", out.scalar_type());
     }
     return out;
 }

@@ -35,7 +35,7 @@ constexpr int MAX_WARPS = 32;
 
 // Expects blockDim = (a multiple of 32, 1, 1).
 class DeviceBlock {
-public:
+ public:
     template <typename T>
     using Array = T*;
 
@@ -92,7 +92,7 @@ public:
 enum class Order { ASCENDING, DESCENDING, SHUFFLED };
 
 class HostBlock {
-public:
+ public:
     static constexpr int EVERY_THREAD = -1;
 
     HostBlock(int threads, Order order, uint64_t seed) : threads_(threads), order_(order), engine_(seed), turns_(threads) {
@@ -102,9 +102,9 @@ public:
     // Memory that several threads may touch; size elements at data.
     template <typename T>
     class Array {
-    public:
+     public:
         class Cell {
-        public:
+         public:
             Cell(Array& array, int64_t index) : array_(array), index_(index) {}
             operator T() const { return array_.read(index_); }
             Cell& operator=(T value) {
@@ -113,7 +113,7 @@ public:
             }
             Cell& operator=(const Cell& other) { return *this = static_cast<T>(other); }
 
-        private:
+         private:
             Array& array_;
             int64_t index_;
         };
@@ -121,7 +121,7 @@ public:
         Array(HostBlock& block, T* data, int64_t size) : block_(&block), data_(data), history_(size) {}
         Cell operator[](int64_t index) const { return {const_cast<Array&>(*this), index}; }
 
-    private:
+     private:
         struct Access {
             int64_t read_epoch = -1, write_epoch = -1;
             int reader = 0, writer = 0;
@@ -164,7 +164,7 @@ public:
 
     template <typename T, int N>
     class Locals {
-    public:
+     public:
         explicit Locals(HostBlock& block) : block_(&block), values_(static_cast<size_t>(block.threads_) * N) {}
         // A thread with two indices of a phase would find the values of the other one here.
         T* mine() {
@@ -172,7 +172,7 @@ public:
             return values_.data() + static_cast<size_t>(std::max(block_->thread_, 0)) * N;
         }
 
-    private:
+     private:
         HostBlock* block_;
         std::vector<T> values_;
     };
@@ -223,7 +223,7 @@ public:
 
     int64_t faults() const { return faults_; }
 
-private:
+ private:
     int threads_;
     Order order_;
     std::mt19937_64 engine_;

@@ -1,8 +1,7 @@
-#include "cholesky_inverse.h"
-
 #include <climits>
 
 #include "cholesky_inverse.cuh"
+#include "cholesky_inverse.h"
 
 namespace lowrank_kernels::cuda {
 

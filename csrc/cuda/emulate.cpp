@@ -102,8 +102,7 @@ int64_t jacobi_f32(float* vectors, int l, int64_t rows, int64_t batch, int* flag
     return jacobi(vectors, l, rows, batch, flags, max_sweeps, threads, order, seed);
 }
 
-int64_t jacobi_f64(double* vectors, int l, int64_t rows, int64_t batch, int* flags, int max_sweeps, int threads, int order,
-                   uint64_t seed) {
+int64_t jacobi_f64(double* vectors, int l, int64_t rows, int64_t batch, int* flags, int max_sweeps, int threads, int order, uint64_t seed) {
     return jacobi(vectors, l, rows, batch, flags, max_sweeps, threads, order, seed);
 }
 

@@ -1,8 +1,7 @@
-#include "jacobi.h"
-
 #include <climits>
 
 #include "jacobi.cuh"
+#include "jacobi.h"
 
 namespace lowrank_kernels::cuda {
 

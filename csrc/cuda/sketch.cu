@@ -1,11 +1,10 @@
-#include "sketch.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 
 #include "sketch.cuh"
+#include "sketch.h"
 
 namespace lowrank_kernels::cuda {
 
@@ -26,8 +25,7 @@ constexpr int64_t MAX_BLOCKS = 1 << 20;  // along a row; a thread goes on with t
 constexpr int64_t MAX_ROWS = 65535;      // the limit of gridDim.y; a block goes on with the next row
 
 template <typename Values, typename Out>
-__global__ void __launch_bounds__(THREADS)
-    fill_kernel(Out* out, int64_t count, const int64_t* seeds, int64_t batch, uint32_t stream_id) {
+__global__ void __launch_bounds__(THREADS) fill_kernel(Out* out, int64_t count, const int64_t* seeds, int64_t batch, uint32_t stream_id) {
     const int64_t groups = group_count(count);
     const int64_t stride = static_cast<int64_t>(gridDim.x) * THREADS;
     for (int64_t row = blockIdx.y; row < batch; row += gridDim.y) {

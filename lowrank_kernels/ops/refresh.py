@@ -1,8 +1,6 @@
-"""The refresh's operators: orthonormalise, range_finder, sample_importance, choose_bases.
+"""The refresh in checked functions: orthonormalise, range_finder, sample_importance, choose_bases.
 
-The defaults (range_finder.py, subspaces/) run on every device; csrc/ has the same algorithms in C++ for CPUs and CUDA GPUs. The public
-functions check their arguments and give the operators positional ones. Nothing here is differentiable, and autocast does not
-reach in.
+Out of the operators of parts.py and the selections of subspaces/. Nothing here is differentiable, and autocast does not reach in.
 """
 
 from __future__ import annotations
@@ -14,39 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import extension, philox, subspaces
+from .. import extension, philox
 from .. import range_finder as algorithms
-from . import dispatch
+from . import dispatch, parts
 
 
-def _orthonormalise_fake(matrix: Tensor, seed: int) -> Tensor:
-    return torch.empty_like(matrix, memory_format=torch.contiguous_format)
+def _choose_bases_default(*arguments: object) -> list[Tensor]:
+    from .. import subspaces  # which is made of operators
 
-
-def _range_finder_fake(
-    grad: Tensor, rank: int, oversample: int, power_iters: int, seed: int, start: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    return grad.new_empty(*grad.shape[:-1], rank, dtype=dtype), grad.new_empty(*grad.shape[:-2], rank, dtype=dtype)
-
-
-def _sample_importance_fake(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:
-    return sigma.new_empty(sigma.shape[0], rank, dtype=torch.int64)
-
-
-_orthonormalise = dispatch.define("orthonormalise", "(Tensor matrix, int seed) -> Tensor", _orthonormalise_fake, algorithms.orthonormalise)
-_range_finder = dispatch.define(
-    "range_finder",
-    "(Tensor grad, int rank, int oversample, int power_iters, int seed, Tensor? start) -> (Tensor, Tensor)",
-    _range_finder_fake,
-    algorithms.range_finder,
-)
-_sample_importance = dispatch.define(
-    "sample_importance", "(Tensor sigma, int rank, int[] seeds) -> Tensor", _sample_importance_fake, algorithms.sample_importance
-)
+    return subspaces.choose_bases(*arguments)
 
 
 def _choose_bases_fake(grads: list[Tensor], previous: list[Tensor], rank: int, right: bool, *args: object) -> list[Tensor]:
+    from .. import subspaces
+
     dtype = args[-2]
     shapes = [grad.shape[::-1] if right else grad.shape for grad in grads]
     return [subspaces.own_memory(grad.new_empty(m, rank, dtype=dtype)) for grad, (m, _) in zip(grads, shapes, strict=True)]
@@ -57,8 +36,9 @@ _choose_bases = dispatch.define(
     "(Tensor[] grads, Tensor[] previous, int rank, bool right, str selection, str svd, int oversample, int power_iters, int seed, "
     "int[] seeds, ScalarType dtype, Tensor? found_inf) -> Tensor[]",
     _choose_bases_fake,
-    subspaces.choose_bases,
+    _choose_bases_default,
 )
+"""An operator so that a compiler does not look inside."""
 
 
 def _check_rank(rank: int, limit: int, shape: torch.Size) -> None:
@@ -80,13 +60,11 @@ def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
         raise ValueError(f"matrix must have shape (…, m, l) with 1 ≤ l ≤ m, got {tuple(matrix.shape)}")
     if matrix.dtype not in (torch.float32, torch.float64):
         matrix = matrix.to(torch.float32)
-    return _orthonormalise(matrix, philox.signed64(seed))
+    return parts.orthonormalise_each(matrix, philox.signed64(seed)).contiguous()
 
 
 @dispatch.outside_training
-def range_finder(
-    grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0, start: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors and values of G, by a randomized range finder (Halko, Martinsson, Tropp 2011).
 
         Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  basis = Q·W
@@ -101,8 +79,6 @@ def range_finder(
             is computed from the Gram matrix of the short side.
         power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying spectrum.
         seed: any int; one Ω serves a whole batch.
-        start: (…, m, s), s ≤ r, near the wanted directions, such as an earlier basis; it takes the place of as many columns of Ω, and
-            directions far from the wanted ones do worse than none.
 
     Returns:
         basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The right basis is that
@@ -120,17 +96,18 @@ def range_finder(
     for name, value in (("oversample", oversample), ("power_iters", power_iters)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise ValueError(f"{name} must be an int ≥ 0, got {value!r}")
-    if start is not None:
-        _check_start(start, grad, rank)
-    return _range_finder(grad, rank, min(oversample, max(grad.shape[-2:])), power_iters, philox.signed64(seed), start)
-
-
-def _check_start(start: Tensor, grad: Tensor, rank: int) -> None:
-    fits = start.dim() == grad.dim() and start.shape[:-1] == grad.shape[:-1] and 1 <= start.shape[-1] <= rank
-    if not fits:
-        raise ValueError(f"start must have shape (…, m, s) with 1 ≤ s ≤ rank {rank} for grad {tuple(grad.shape)}, got {tuple(start.shape)}")
-    if not start.is_floating_point() or start.device != grad.device:
-        raise ValueError(f"start must be real floating-point on {grad.device}, got {start.dtype} on {start.device}")
+    grads = algorithms.multipliable(grad).reshape(-1, *grad.shape[-2:])
+    grads, look = [grads], algorithms.may_look(grads)
+    if look:  # each takes what its own spectrum needs
+        grads = list(grads[0])
+    peak = parts.peaks(grads)
+    finite = torch.isfinite(peak)[:, None]
+    grads, peak, exponents = algorithms.in_range(grads, peak) if look else (grads, peak, [])
+    basis, sigma = parts.leading(grads, peak, rank, min(oversample, max(grad.shape[-2:])), power_iters, philox.signed64(seed))
+    if any(exponents):
+        sigma = torch.stack([algorithms.times_power_of_two(*each) for each in zip(sigma, exponents, strict=True)])
+    sigma = torch.where(finite, sigma, torch.nan)
+    return basis.reshape(*grad.shape[:-1], rank).contiguous(), sigma.reshape(*grad.shape[:-2], rank)
 
 
 @dispatch.outside_training
@@ -158,7 +135,7 @@ def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) ->
     seeds = [philox.derive_seed(seed, row) for row in range(len(rows))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(rows):
         raise ValueError(f"seed must be an int or hold one int for each of the {len(rows)} rows of sigma, got {len(seeds)}")
-    chosen = _sample_importance(rows, rank, [philox.signed64(s) for s in seeds])
+    chosen = parts.sample_importance(rows, rank, [philox.signed64(s) for s in seeds])
     return chosen.reshape(*sigma.shape[:-1], rank)
 
 
@@ -191,6 +168,8 @@ def choose_bases(
         places: (number of the parameter, expert) of each matrix. All draws are functions of (seed, place, refresh_number); the sketch is
             one of (seed, refresh_number) and shared.
     """
+    from .. import subspaces  # which is made of operators
+
     _check_lists(grads, previous, places)
     for name, value, choices in (("selection", selection, tuple(subspaces.SELECTIONS)), ("svd", svd, subspaces.SVDS)):
         if value not in choices:

@@ -1,8 +1,5 @@
-"""How a basis is chosen, in plain PyTorch: one file a selection, each `(grad, rank, Spectrum, seeds) → basis`, and the refresh; and
-the random projections of RSO, which no gradient chooses.
-
-The default behind ops.choose_bases; csrc/selection.cpp is the same in C++.
-"""
+"""How a basis is chosen: one file a selection, each `(Spectrum, rank, seeds) → basis`, and the refresh, made of the operators of
+ops/parts.py; and the random projections of RSO, which no gradient chooses."""
 
 from .distributions import DISTRIBUTIONS, draw_projection
 from .overlap import subspace_overlap

@@ -9,7 +9,7 @@ from torch import Tensor
 from .spectrum import Spectrum
 
 
-def dominant(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]) -> Tensor:
-    """(batch, m, n) → (batch, m, r)."""
-    basis, _ = spectrum.leading(grad, rank)
+def dominant(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
+    """(batch, m, r)."""
+    basis, _ = spectrum.leading(rank, spectrum.oversample)
     return basis

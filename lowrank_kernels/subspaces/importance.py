@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import philox
-from ..range_finder import clear, complement, multiply, sample_importance
+from .. import range_finder as algorithms
+from ..ops import parts
 from .spectrum import Spectrum
 from .tail import tail_weights
 
@@ -16,31 +17,55 @@ LEAST_BLOCK = 8
 """Columns of the block that the tail is measured by, where fewer than that may be drawn from it."""
 
 
-def importance(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]) -> Tensor:
-    """(batch, m, n) → (batch, m, r), columns sorted by σ.
+def importance(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
+    """(batch, m, r), columns sorted by σ.
 
     Where all k = min(m, n) values are known, exactly the paper's law. Else the leading l = 2r + oversample are, and the k − l others get
     weights of their sum and their energy, as far as those can be told: tail.py. One that is drawn becomes a random direction of
-    (I − UUᵀ)·G·ω, orthonormalised: among themselves those come ∝ σ², not σ. Nothing depends on how many are drawn, so there is no
-    host sync.
+    (I − UUᵀ)·G·ω, orthonormalised: among themselves those come ∝ σ², not σ. On a GPU nothing depends on how many are drawn, so nothing
+    waits.
     """
-    if spectrum.whole_is_cheaper(grad, rank):
-        vectors, sigma = spectrum.whole(grad)
-        chosen = sample_importance(sigma, rank, seeds)
-        return spectrum.left(grad, vectors.gather(-1, chosen[..., None, :].expand(-1, vectors.shape[-2], -1)))
+    if spectrum.whole_is_cheaper(rank):
+        vectors, sigma = spectrum.whole(rank)
+        return spectrum.left(_pick(vectors, parts.sample_importance(sigma, rank, seeds)))
     known = 2 * rank + spectrum.oversample
-    directions, sigma = spectrum.leading(grad, known, oversample=0)
-    unknown = min(grad.shape[-2:]) - known
-    block = _outside(grad, directions, min(max(rank, LEAST_BLOCK), unknown), spectrum.seed)
-    chosen = sample_importance(torch.cat([sigma, tail_weights(block, sigma, unknown, rank + rank // 2)], dim=-1), rank, seeds)
-    directions = torch.cat([directions, complement(directions, block[..., :rank], spectrum.seed)], dim=-1)
-    # Tail directions are interchangeable: the first one drawn takes the first of them.
+    directions, sigma = spectrum.leading(known, oversample=0)
+    unknown = min(spectrum.shape) - known
+    block = spectrum.outside(directions, min(max(rank, LEAST_BLOCK), unknown))
+    weights = tail_weights(block, sigma, unknown, rank + rank // 2)
+    chosen = parts.sample_importance(torch.cat([sigma, weights], dim=-1), rank, seeds)
     tail = chosen >= known
-    column = torch.where(tail, known + tail.cumsum(dim=-1) - 1, chosen)
-    return directions.gather(-1, column[..., None, :].expand(-1, directions.shape[-2], -1))
+    outside = _drawn(directions, block[..., : min(rank, unknown)], tail, spectrum.seed)
+    # Tail directions are interchangeable: the first one drawn takes the first of them.
+    columns = torch.where(tail, known + tail.cumsum(dim=-1) - 1, chosen)
+    return _pick(torch.cat([directions.mT, outside.mT], dim=-2).mT, columns)
 
 
-def _outside(grad: Tensor, directions: Tensor, count: int, seed: int) -> Tensor:
-    """(I − UUᵀ)·G·Ω (batch, m, count), with an Ω of its own."""
-    omega = philox.normal(philox.seed_tensor([seed], grad.device), (count, grad.shape[-1]), philox.TAIL, directions.dtype)[0].mT
-    return clear(directions, multiply(grad, omega))
+def _pick(vectors: Tensor, columns: Tensor) -> Tensor:
+    """Columns (batch, r) of vectors (batch, m, k)."""
+    return vectors.mT.gather(-2, columns[..., None].expand(-1, -1, vectors.shape[-2])).mT
+
+
+def _drawn(directions: Tensor, block: Tensor, tail: Tensor, seed: int) -> Tensor:
+    """The complement for as many columns of the block as may be drawn; on a CPU for as many of each matrix as are."""
+    if not algorithms.may_look(tail):
+        return complement(directions, block, seed)
+    counts = tail.sum(dim=-1).tolist()
+    rows = block.new_zeros(len(block), max(counts), block.shape[-2])
+    with algorithms.full_precision():
+        for own, candidates, out, count in zip(directions, block, rows, counts, strict=True):
+            if count:
+                out[:count] = complement(own, candidates[:, :count], seed).mT
+    return rows.mT
+
+
+def complement(directions: Tensor, block: Tensor, seed: int) -> Tensor:
+    """Orthonormal columns of the span of Y = (I − UUᵀ)·Z for orthonormal U: (…, m, h) and (…, m, t) with h + t ≤ m → (…, m, t).
+
+    Twice is enough; the second time also clears what completion put into U. A seed of its own each time: U may itself be completed,
+    and the same draws again would lie in it.
+    """
+    for again in range(2):
+        basis = parts.orthonormalise(block, philox.signed64(philox.derive_seed(seed, again)))
+        block = algorithms.clear(directions, basis)
+    return block

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from .. import philox
-from ..range_finder import orthonormalise
+from ..ops import parts
 from .spectrum import Spectrum
 
 
-def random(grad: Tensor, rank: int, spectrum: Spectrum, seeds: Sequence[int]) -> Tensor:
-    """(batch, m, n) → (batch, m, r), a function of each matrix's seed alone."""
-    dtype = torch.promote_types(grad.dtype, torch.float32)
-    gaussian = philox.normal(philox.seed_tensor(seeds, grad.device), (grad.shape[-2], rank), philox.BASIS, dtype)
-    return orthonormalise(gaussian)
+def random(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
+    """(batch, m, r), a function of each matrix's seed alone."""
+    m, _ = spectrum.shape
+    return parts.orthonormalise_each(parts.normal(spectrum.grads[0], (m, rank), seeds, philox.BASIS), 0)

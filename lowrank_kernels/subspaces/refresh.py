@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..range_finder import multipliable, peak_of
+from .. import range_finder as algorithms
+from ..ops import parts
 from .dominant import dominant
 from .importance import importance
 from .random import random
 from .spectrum import Spectrum
 
-SELECTIONS: dict[str, Callable[[Tensor, int, Spectrum, Sequence[int]], Tensor]] = {
+SELECTIONS: dict[str, Callable[[Spectrum, int, Sequence[int]], Tensor]] = {
     "importance": importance,
     "dominant": dominant,
     "random": random,
 }
 SVDS = ("randomized", "exact")
 
-STACK_ELEMENTS = 2**25
-"""Gradients are copied into one batch for the refresh, this many elements (128 MiB in fp32) or one matrix at a time."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
+"""Elements of the largest intermediate of the matrices that are worked on together. In fp32 they take 16 MiB and, on a GPU, 512 MiB, of
+which some four are held at a time."""
+APART_FROM_ELEMENTS = 2**20
+"""From so many on, matrices on a GPU are multiplied one by one where they lie; smaller ones are copied into one batch."""
 
 
 def choose_bases(
@@ -38,27 +43,60 @@ def choose_bases(
     dtype: torch.dtype,
     found_inf: Tensor | None = None,
 ) -> list[Tensor]:
-    """The default of the operator of that name, see ops.choose_bases: `seed` draws the sketch, `seeds` what is each matrix's own."""
-    choose = SELECTIONS[selection]
-    spectrum = Spectrum(svd, oversample, power_iters, seed)
-    chunk = max(1, STACK_ELEMENTS // grads[0].numel())
+    """What ops.choose_bases runs, see there: `seed` draws the sketch, `seeds` what is each matrix's own."""
+    choose, method = SELECTIONS[selection], (svd, oversample, power_iters, seed)
+    grads = [grad.mT if right else grad for grad in grads]
+    m, n = grads[0].shape
+    columns = min(2 * rank + oversample, m, n)
+    copied = svd == "exact" or algorithms.SQUARE_FROM * columns >= min(m, n)
+    chunk = max(1, CHUNK_ELEMENTS.get(grads[0].device.type, 2**25) // max((m + n) * columns, m * n if copied else 0))
     bases: list[Tensor] = []
     for start in range(0, len(grads), chunk):
-        stop = start + chunk
-        stacked = multipliable(torch.stack(tuple(grads[start:stop])))
-        stacked = stacked.mT if right else stacked
-        fresh = choose(stacked, rank, spectrum, seeds[start:stop]).to(dtype)
-        peak = peak_of(stacked)
-        some = torch.ones_like(peak, dtype=torch.bool) if selection == "random" else peak != 0
-        if previous:
-            usable = torch.isfinite(peak) & some
-            if found_inf is not None:
-                usable = usable & (found_inf.to(usable.device) == 0)
-            fresh = torch.where(usable[:, None, None], fresh, torch.stack(tuple(previous[start:stop])).to(dtype))
-        else:
-            fresh = torch.where(some[:, None, None], fresh, 0)
-        bases.extend(map(own_memory, fresh.unbind()))
+        part = slice(start, start + chunk)
+        chosen = _choose_chunk(grads[part], previous[part], rank, choose, method, seeds[part], dtype, found_inf)
+        bases.extend(map(own_memory, chosen))
     return bases
+
+
+def _choose_chunk(
+    grads: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    rank: int,
+    choose: Callable[[Spectrum, int, Sequence[int]], Tensor],
+    method: tuple[str, int, int, int],
+    seeds: Sequence[int],
+    dtype: torch.dtype,
+    found_inf: Tensor | None,
+) -> Sequence[Tensor]:
+    """(m, r) of `dtype` for each of a few oriented gradients, not in memory of its own."""
+    matrices = [algorithms.multipliable(grad) for grad in grads]
+    look = algorithms.may_look(grads[0])
+    if not look and matrices[0].numel() < APART_FROM_ELEMENTS:
+        matrices = [torch.stack(matrices)]
+    peak = parts.peaks(matrices)
+    if not look:
+        taken = torch.ones_like(peak, dtype=torch.bool) if choose is random else peak != 0
+        if previous:
+            taken = taken & torch.isfinite(peak)
+            if found_inf is not None:
+                taken = taken & (found_inf.to(peak.device) == 0)
+        fresh = choose(Spectrum(matrices, peak, *method), rank, seeds).to(dtype)
+        return torch.where(taken[:, None, None], fresh, torch.stack(tuple(previous)).to(dtype) if previous else 0).unbind()
+    # No work for a basis that is not taken.
+    skipped = bool(previous) and found_inf is not None and found_inf.item() != 0
+    chosen = list(previous) or [grads[0].new_zeros(grads[0].shape[0], rank, dtype=dtype)] * len(grads)
+    wanted = [
+        number
+        for number, value in enumerate(peak.tolist())
+        if (value != 0 or choose is random) and not (skipped or (previous and not math.isfinite(value)))
+    ]
+    if wanted:
+        if len(wanted) < len(grads):
+            matrices, peak, seeds = [matrices[number] for number in wanted], peak[wanted], [seeds[number] for number in wanted]
+        matrices, peak, _ = algorithms.in_range(matrices, peak)
+        for number, basis in zip(wanted, choose(Spectrum(matrices, peak, *method), rank, seeds).to(dtype), strict=True):
+            chosen[number] = basis
+    return chosen
 
 
 def own_memory(basis: Tensor) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..range_finder import left_vectors, peak_of, polish, range_finder, short_side_spectrum
+from .. import philox
+from .. import range_finder as algorithms
+from ..ops import parts
 
 WHOLE_FROM = 5
 """On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it where 5·r ≥ min(m, n)."""
@@ -17,53 +20,58 @@ WHOLE_TO = 128
 
 @dataclass(frozen=True)
 class Spectrum:
-    """svd = "randomized" (range finder with `oversample` and `power_iters`) or "exact" (full SVD). `seed` draws the sketch."""
+    """svd = "randomized" (range finder with `oversample` and `power_iters`) or "exact" (full SVD, for which a GPU waits).
 
+    `grads` as the operators take them, `peak` (batch,) what parts.peaks gives for them; `seed` draws the sketch.
+    """
+
+    grads: Sequence[Tensor]
+    peak: Tensor
     svd: str
     oversample: int
     power_iters: int
     seed: int
 
-    def leading(self, grad: Tensor, count: int, oversample: int | None = None) -> tuple[Tensor, Tensor]:
-        """(batch, m, n) → the leading `count` left singular vectors (batch, m, count) and values (batch, count), descending."""
-        if self.svd == "exact":
-            vectors, sigma = _exact(grad)
-            return vectors[..., :count], sigma[..., :count]
-        oversample = self.oversample if oversample is None else oversample
-        return range_finder(grad, count, oversample, self.power_iters, self.seed)
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return self.grads[0].shape[-2:]
 
-    def whole_is_cheaper(self, grad: Tensor, rank: int) -> bool:
+    def leading(self, count: int, oversample: int) -> tuple[Tensor, Tensor]:
+        """The leading `count` left singular vectors (batch, m, count) and values (batch, count), descending."""
+        if self.svd == "exact":
+            vectors, sigma = self._exact()
+            return vectors[..., :count], sigma[..., :count]
+        return parts.leading(self.grads, self.peak, count, oversample, self.power_iters, self.seed)
+
+    def whole_is_cheaper(self, rank: int) -> bool:
         """Whether to know the whole spectrum, of which r directions are sampled, rather than 2r directions and a block beside them."""
-        short = min(grad.shape[-2:])
+        short = min(self.shape)
         if self.svd == "exact" or 2 * rank + self.oversample >= short:
             return True
-        return grad.device.type == "cpu" and (WHOLE_FROM * rank >= short or short <= WHOLE_TO)
+        return algorithms.may_look(self.peak) and (WHOLE_FROM * rank >= short or short <= WHOLE_TO)
 
-    def whole(self, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def whole(self, rank: int) -> tuple[Tensor, Tensor]:
         """All k = min(m, n) values (batch, k), in no order, and what `left` makes left singular vectors of: (batch, m or k, k)."""
-        if self.svd == "exact":
-            return _exact(grad)
-        return short_side_spectrum(_over_peak(grad)[0])
+        return self._exact() if self.svd == "exact" else parts.short_side_spectrum(self.grads, rank)
 
-    def left(self, grad: Tensor, vectors: Tensor) -> Tensor:
+    def left(self, vectors: Tensor) -> Tensor:
         """The left singular vectors (batch, m, r), orthonormal, of some of the vectors of `whole`."""
-        return vectors if self.svd == "exact" else left_vectors(_over_peak(grad)[0], vectors, self.seed)
+        m, n = self.shape
+        if self.svd == "exact":
+            return vectors
+        return parts.orthonormalise_each(parts.multiply(self.grads, vectors), self.seed) if m > n else algorithms.polish(vectors)
 
+    def outside(self, directions: Tensor, count: int) -> Tensor:
+        """(I − UUᵀ)·G·Ω (batch, m, count), with an Ω of its own."""
+        omega = parts.normal(directions, (count, self.shape[1]), [self.seed], philox.TAIL)[0].mT
+        return algorithms.clear(directions, parts.multiply(self.grads, omega))
 
-def _over_peak(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """G over its largest element, zero where that is not finite; and that element, or 1: (batch,)."""
-    matrix = grad.to(torch.promote_types(grad.dtype, torch.float32))
-    peak = peak_of(matrix)
-    unit = torch.where(torch.isfinite(peak) & (peak > 0), peak, 1.0).to(matrix.dtype)[..., None]
-    return torch.nan_to_num(matrix / unit[..., None], posinf=0.0, neginf=0.0), unit
+    def _exact(self) -> tuple[Tensor, Tensor]:
+        """Left singular vectors (batch, m, k) and values (batch, k), k = min(m, n), by a full SVD.
 
-
-def _exact(grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors (batch, m, k) and values (batch, k) of (batch, m, n), k = min(m, n), by a full SVD.
-
-    Of G over its peak, for cuSOLVER does not scale as LAPACK does. fp32 vectors of either are orthonormal to some 2e-5 only, and where
-    many elements are equal the rounding errors of a polish in fp32 add up to as much.
-    """
-    matrix, unit = _over_peak(grad)
-    vectors, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return polish(vectors.double()).to(matrix.dtype), sigma * unit
+        Of G over its peak, for cuSOLVER does not scale as LAPACK does. fp32 vectors of either are orthonormal to some 2e-5 only.
+        """
+        matrix = algorithms.over_peak(self.grads, self.peak)
+        vectors, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
+        return algorithms.polish(vectors), sigma * self.peak[:, None].to(sigma.dtype)

@@ -259,7 +259,7 @@ class TestSmoke:
         monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda name, key: "orthonormalise" not in name)
         assert not smoke.registered()
         printed = capsys.readouterr().out
-        assert "orthonormalise NO" in printed and "!!!!!" in printed and "range_finder yes" in printed
+        assert "orthonormalise NO" in printed and "!!!!!" in printed and "leading yes" in printed
 
 
 def dry(folder, *options, **popen):
@@ -283,7 +283,7 @@ def test_a_dry_run_walks_all_stages_past_one_that_fails_and_one_that_hangs(tmp_p
         "smoke": "FAILED (exit status 3)", "memcheck": sanitizer, "racecheck": "TIME OUT",
         "facts": "ok" if shutil.which("nvidia-smi") else "missing",
     }  # fmt: skip
-    assert found["build"][2].startswith("kernels for CPU: range_finder") and "passed in" in found["tests"][2]
+    assert found["build"][2].startswith("kernels for CPU: leading") and "passed in" in found["tests"][2]
     left = {path.name.split("-abc1234-")[1]: path for path in tmp_path.iterdir()}
     assert set(left) == set(evidence.ALL_FILES)
     assert printed.endswith(left["summary.txt"].read_text())

@@ -162,22 +162,6 @@ def test_captured_gradients_are_those_of_the_projected_weights(gradients):
         assert not torch.equal(by_step[0], by_step[2])
 
 
-def test_warm_starts_pass_the_previous_basis_on(monkeypatch, gradients):
-    sound, starts = lrk.ops.range_finder, []
-
-    def warm(grad, rank, *, oversample=8, power_iters=1, seed=0, start=None):
-        starts.append(start)
-        return sound(grad, rank, oversample=oversample, power_iters=power_iters, seed=seed)
-
-    if "start" not in quality.DEFAULTS:
-        assert list(quality.warm_starts(gradients)) == []
-    monkeypatch.setattr(lrk.ops, "range_finder", warm)
-    rows = list(quality.warm_starts(gradients))
-    assert len(rows) == 2 * len(gradients)  # the first gradient of each weight starts cold and is not counted
-    assert [start is None for start in starts] == [True, False] * (2 * len(gradients))
-    assert {row["family"] for row in rows} == {"gradients, warm start"}
-
-
 def small_case(rank=None):
     sigma = 1 / torch.arange(1.0, 25)
     return sampling.Case("1/i", quality.with_spectrum(24, 40, sigma[:rank], torch.Generator().manual_seed(0)), rank)
