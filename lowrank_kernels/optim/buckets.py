@@ -147,8 +147,8 @@ def _check_state(state: dict[str, Any], expected: dict[str, tuple[int, ...]], gr
     if state["basis"].shape != expected["basis"]:
         raise ValueError(
             f"the state's basis is {tuple(state['basis'].shape)} but rank={group['rank']}, proj_type={group['proj_type']!r} need "
-            f"{expected['basis']} ({where}); they cannot change after the first step: restore them, or delete optimizer.state[param] to "
-            "restart it"
+            f"{tuple(expected['basis'])} ({where}); they cannot change after the first step: restore them, or delete "
+            "optimizer.state[param] to restart it"
         )
     if ("exp_avg_scale" in state) != (group["state_bits"] == 8):
         raise ValueError(
@@ -163,8 +163,8 @@ def _check_state(state: dict[str, Any], expected: dict[str, tuple[int, ...]], gr
             )
         if state[name].shape != shape:
             raise ValueError(
-                f"{name} must be {shape}, got {tuple(state[name].shape)} ({where}); the state is of a parameter of another shape, or of "
-                "another rank"
+                f"{name} must be {tuple(shape)}, got {tuple(state[name].shape)} ({where}); the state is of a parameter of another shape, "
+                "or of another rank"
             )
 
 
