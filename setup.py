@@ -3,12 +3,12 @@
 LOWRANK_KERNELS_BUILD
     unset   build what can be built here; where nothing can be, install without it and say why
     0       build nothing, and remove from the source folder what an earlier build left there
-    1       what cannot be built is an error; only a torch with CUDA beside no nvcc at all still gets the C++ part alone
+    1       what cannot be built is an error; a torch with CUDA beside no nvcc at all still gets the C++ part
     cuda    as 1, and the CUDA part must be built too
 CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean for every PyTorch extension.
 
-The library knows nothing of Python: lowrank_kernels/extension.py loads it with torch.ops.load_library, so one file serves every version of
-Python. What was built, and why not, stands beside it in _build.json.
+The library knows nothing of Python: lowrank_kernels/extension.py loads it with torch.ops.load_library, so one
+file serves every version of Python. What was built, and why not, stands beside it in _build.json.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ REINSTALL = "Then reinstall, in the source folder: pip install --no-build-isolat
 
 
 class NotBuilt(Exception):
-    """Why the extension, or its CUDA part, cannot be built here, and what to do: half a sentence for the user."""
+    """Why the extension, or its CUDA part, cannot be built here, and what to do: half a sentence for the
+    user."""
 
 
 class NoToolkit(NotBuilt):
@@ -51,8 +52,8 @@ class NoToolkit(NotBuilt):
 
 @dataclass
 class Facts:
-    """_build.json. `sources`: source_digest of csrc/; `reason`: why there is no library; `cuda_reason`: why it has no CUDA part although
-    torch has CUDA.
+    """_build.json. `sources`: source_digest of csrc/; `reason`: why there is no library; `cuda_reason`: why
+    it has no CUDA part although torch has CUDA.
     """
 
     torch: str | None = None
@@ -84,7 +85,8 @@ def build_mode(environ: Mapping[str, str]) -> str:
 
 
 def sources(cuda: bool) -> list[str]:
-    """Relative to ROOT, as setuptools wants them. The .cu files hold kernels without torch; binding.cpp knows both worlds."""
+    """Relative to ROOT, as setuptools wants them. The .cu files hold kernels without torch; binding.cpp knows
+    both worlds."""
     found = sorted(ROOT.glob("csrc/*.cpp"))
     if cuda:
         found += [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/binding.cpp"]
@@ -123,7 +125,8 @@ def compiler_version(compiler: str) -> str:
 
 
 def find_nvcc(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """(nvcc, CUDA_HOME), or None. A script that only calls nvcc may stand on PATH: nvcc itself says then where its toolkit is."""
+    """(nvcc, CUDA_HOME), or None. A script that only calls nvcc may stand on PATH: nvcc itself says then
+    where its toolkit is."""
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else environ.get("PATH"))
     if not nvcc and not home:
@@ -169,7 +172,8 @@ def find_cuda(torch_cuda: str | None, environ: Mapping[str, str]) -> Cuda | None
 
 
 def compile_flags(sanitize: bool) -> tuple[list[str], list[str]]:
-    """(for the C++ compiler, for the linker). The C++ standard is left to BuildExtension: each torch knows what its headers need."""
+    """(for the C++ compiler, for the linker). The C++ standard is left to BuildExtension: each torch knows
+    what its headers need."""
     if os.name == "nt":
         return ["/O2", "/openmp"], []
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # at::parallel_for is a template: its loop is compiled here
@@ -194,7 +198,8 @@ class BuildOrExplain(build_ext):
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
     def folders(self) -> list[Path]:
-        """Where the library and its facts go: the wheel's tree and, for an editable install or --inplace, the source folder."""
+        """Where the library and its facts go: the wheel's tree and, for an editable install or --inplace, the
+        source folder."""
         return [Path(self.build_lib, PACKAGE)] + ([ROOT / PACKAGE] if self.inplace else [])
 
     def run(self):
@@ -244,7 +249,8 @@ class BuildOrExplain(build_ext):
         return facts
 
     def compile(self, cuda: Cuda | None) -> None:
-        """torch's BuildExtension does the work, into a folder that outlives pip's call: the next build compiles what changed."""
+        """torch's BuildExtension does the work, into a folder that outlives pip's call: the next build
+        compiles what changed."""
         if cuda is not None:
             os.environ["CUDA_HOME"] = cuda.home
         import torch

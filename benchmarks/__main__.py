@@ -1,8 +1,10 @@
-"""python -m benchmarks: times and weighs this package against what a user could pick instead, on the GPU if there is one.
+"""python -m benchmarks: times and weighs this package against what a user could pick instead, on the GPU if
+there is one.
 
-Prints tables and appends every figure to benchmarks/results/<device>/<date>-<commit>.jsonl, and for what has none the reason. Whatever
-is of this package is checked against fp64 before it is timed; the exit status is 1 if any of it is wrong or fails. What does not fit into
---seconds any more is left out; the run ends late by at most one set-up, and by a round of what is timed last.
+Prints tables and appends every figure to benchmarks/results/<device>/<date>-<commit>.jsonl, and for what has
+none the reason. Whatever is of this package is checked against fp64 before it is timed; the exit status is 1
+if any of it is wrong or fails. What does not fit into --seconds any more is left out; the run ends late by at
+most one set-up, and by a round of what is timed last.
 
 Also: python -m benchmarks plot | compare | readme (each with --help), python -m benchmarks.roofline.
 """

@@ -1,11 +1,13 @@
-"""Ahead-of-time compilation of every kernel configuration, for GPUs that need not be here: registers, spills, access widths.
+"""Ahead-of-time compilation of every kernel configuration, for GPUs that need not be here: registers, spills,
+access widths.
 
     python -m benchmarks.aot                # a table of all configurations
     python -m benchmarks.aot --out FILE     # the same in a file
     python -m benchmarks.aot --json FILE    # the reports as JSON, for tests/kernels/test_aot.py to judge
     python -m benchmarks.aot --sample       # of a few cases
 
-The launchers run for real on unfilled CPU tensors, as dry.py says. The disassembler is the one in Triton's wheel.
+The launchers run for real on unfilled CPU tensors, as dry.py says. The disassembler is the one in Triton's
+wheel.
 """
 
 import argparse
@@ -42,7 +44,8 @@ ROW = torch.empty(1, dtype=torch.int64)  # of a table that nothing reads
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One launch to compile. `config` is the row that it is meant to reach; rank and kind are chosen so that it does."""
+    """One launch to compile. `config` is the row that it is meant to reach; rank and kind are chosen so that
+    it does."""
 
     kernel: str
     arch: int
@@ -96,10 +99,11 @@ def all_configs() -> set:
 
 
 def cases() -> list[Case]:
-    """Every row × side; 16-bit rows in bf16, and in fp16 on sm_90. The back-projection also with N in fp32 and without found_inf.
+    """Every row × side; 16-bit rows in bf16, and in fp16 on sm_90. The back-projection also with N in fp32
+    and without found_inf.
 
-    The small tiles, too, with a shape that allows no 16-byte access, which the other rows never meet. On an architecture that has
-    rows of its own they meet no other.
+    The small tiles, too, with a shape that allows no 16-byte access, which the other rows never meet. On an
+    architecture that has rows of its own they meet no other.
     """
     found = []
     for kernel, tables in TABLES.items():
@@ -120,8 +124,8 @@ def cases() -> list[Case]:
 
 
 def sample() -> list[Case]:
-    """Of the cases for sm_90 one of each kernel and kind of dot, of narrow accesses and of 8-bit moments: with the most options at once, of
-    the smallest tile, on either side in turn."""
+    """Of the cases for sm_90 one of each kernel and kind of dot, of narrow accesses and of 8-bit moments:
+    with the most options at once, of the smallest tile, on either side in turn."""
     groups = {}
     for case in cases():
         if case.arch == 90:
@@ -134,7 +138,8 @@ def sample() -> list[Case]:
 
 
 def single_pass_cases() -> list[Case]:
-    """Every row × side, the largest also with 8-bit moments and all other options; on sm_90 one with each of these alone, and in fp16."""
+    """Every row × side, the largest also with 8-bit moments and all other options; on sm_90 one with each of
+    these alone, and in fp16."""
     found = []
     for arch, kinds in configs.SINGLE_PASS.items():
         for (kind, moments_dtype), rows in kinds.items() if arch else ():
@@ -221,7 +226,8 @@ def _launch_single_pass(case: Case, basis: torch.Tensor, matrix: torch.Tensor, n
 
 
 def compile_case(case: Case) -> Report:
-    """Runs the launcher up to the launch and disassembles what it compiled. Needs a process where TRITON_INTERPRET is unset."""
+    """Runs the launcher up to the launch and disassembles what it compiled. Needs a process where
+    TRITON_INTERPRET is unset."""
     compiled = []
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.kind == "tf32" else "highest")
@@ -292,7 +298,8 @@ def compile_all(chosen: list[Case], workers: int = 2) -> list[Report]:
 
 
 def compile_in_subprocess(*options: str) -> list[Report]:
-    """The reports of `python -m benchmarks.aot`, where this process may have imported the kernels for the interpreter."""
+    """The reports of `python -m benchmarks.aot`, where this process may have imported the kernels for the
+    interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "reports.json")

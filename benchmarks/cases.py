@@ -39,7 +39,8 @@ class Selection:
     def combinations(
         self, models: Sequence[str], ranks: Sequence[int], dtypes: Sequence[torch.dtype]
     ) -> Iterator[tuple[str, int, torch.dtype]]:
-        """(model, rank, dtype): all of what was asked for, and of these where nothing was. Ranks above the narrowest side are left out."""
+        """(model, rank, dtype): all of what was asked for, and of these where nothing was. Ranks above the
+        narrowest side are left out."""
         for model in self.models or models:
             narrowest = min(min(shape) for shape in shapes.model_shapes(model))
             for rank in self.ranks or ranks:
@@ -78,7 +79,8 @@ class Context:
 
     @contextlib.contextmanager
     def setting_up(self, suite: str, contender: str) -> Iterator[None]:
-        """Unavailable where that took longer before than the run has left; or, for what others wrote, longer than a case's share."""
+        """Unavailable where that took longer before than the run has left; or, for what others wrote, longer
+        than a case's share."""
         longest, left = self.budget.longest, self.budget.left()
         before = longest.get((suite, contender), 0.0)
         if left <= before:
@@ -93,7 +95,8 @@ class Context:
             longest[suite, contender] = max(before, time.perf_counter() - start)
 
     def measuring_s(self) -> float:
-        """What is left of the case's share for the clock; a quarter of it at least, as far as the run has that."""
+        """What is left of the case's share for the clock; a quarter of it at least, as far as the run has
+        that."""
         left = self.started + self.seconds - time.perf_counter()
         return max(0.0, min(max(left, self.seconds / 4), self.budget.left()))
 
@@ -103,7 +106,8 @@ class Unavailable(Exception):
 
 
 def not_measured(label: str, contender: str, why: BaseException | str) -> Row:
-    """The row of a contender, or of ALL of a case, without figures: `skipped` where something is missing, else `failure`. Prints it.
+    """The row of a contender, or of ALL of a case, without figures: `skipped` where something is missing,
+    else `failure`. Prints it.
 
     A library that is missing is a reason to skip what others wrote, never this package.
     """
@@ -130,7 +134,8 @@ def free_bytes(on_gpu: bool) -> int:
 
 
 def require_room(needed: int, on_gpu: bool) -> None:
-    """Unavailable unless `needed` bytes are free. A GPU's out-of-memory error can be caught, a CPU's cannot."""
+    """Unavailable unless `needed` bytes are free. A GPU's out-of-memory error can be caught, a CPU's
+    cannot."""
     free = free_bytes(on_gpu)
     if needed > 0.9 * free:
         raise Unavailable(f"needs about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free")

@@ -1,4 +1,5 @@
-"""What this machine can do: copy bandwidth and matmul rates, measured at the start of every run. Results are shares of these."""
+"""What this machine can do: copy bandwidth and matmul rates, measured at the start of every run. Results are
+shares of these."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from .timing import interleave, time_once_ms
 
 
 def measure(on_gpu: bool, seconds: float = 1.0) -> dict[str, float]:
-    """copy_gb_per_s (bytes read plus written) and matmul_tflop_per_s_<dtype> for fp32 and bf16, of the fastest product there is.
+    """copy_gb_per_s (bytes read plus written) and matmul_tflop_per_s_<dtype> for fp32 and bf16, of the
+    fastest product there is.
 
     Sizes far above any cache, and square matrices that fill the machine; `seconds` for each.
     """
@@ -31,7 +33,8 @@ def _factors(width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def _affordable_width(dtype: torch.dtype, seconds: float) -> int:
-    """1536 on a CPU, less where a product would take over a third of the time: some multiply bf16 at a thousandth of their fp32 rate."""
+    """1536 on a CPU, less where a product would take over a third of the time: some multiply bf16 at a
+    thousandth of their fp32 rate."""
     a, b = _factors(384, dtype, "cpu")
     trial_ms = [time_once_ms(lambda: a @ b, on_gpu=False) for _ in range(2)][1]
     return next((width for width in (1536, 768) if trial_ms * (width / 384) ** 3 <= seconds * 1e3 / 3), 384)

@@ -17,15 +17,17 @@ from .iterations import Training, layers
 from .shapes import is_right
 
 UPDATE_ERROR = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-"""Largest relative error of the update ΔW. N is close to the sign of R, so where |R| is under its rounding error δ (1e-7 of its size in
-fp32, 4e-3 in bf16) N is off by its own size, which is a share δ of all elements: sqrt(1e-7) = 3e-4 of the norm in fp32, less than the
-rounding of the weights in bf16, stochastic (2⁻⁸ of each) or not."""
+"""Largest relative error of the update ΔW. N is close to the sign of R, so where |R| is under its rounding
+error δ (1e-7 of its size in fp32, 4e-3 in bf16) N is off by its own size, which is a share δ of all elements:
+sqrt(1e-7) = 3e-4 of the norm in fp32, less than the rounding of the weights in bf16, stochastic (2⁻⁸ of each)
+or not."""
 MOMENT_ERROR = {32: {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-5}}
 MOMENT_ERROR[8] = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-3}
-"""Largest relative error of M and V, by bits and dtype. fp32: sums of m ≤ 2¹⁴ terms in fp32. In bf16 a CPU's native product rounds R once,
-by 2⁻⁹, which is 2⁻⁸ in R². 8 bits are judged decoded, against the reference's own codes of the exact moments: one is another where a
-moment lies within the error above of the edge between two, and neighbours are 1.6 % apart. At an error of 1e-7 that happens to a share
-of 1e-5 (sqrt(1e-5) · 1.6 % = 5e-5); in bf16 to many, and all of them together are 1.6 % off."""
+"""Largest relative error of M and V, by bits and dtype. fp32: sums of m ≤ 2¹⁴ terms in fp32. In bf16 a CPU's
+native product rounds R once, by 2⁻⁹, which is 2⁻⁸ in R². 8 bits are judged decoded, against the reference's
+own codes of the exact moments: one is another where a moment lies within the error above of the edge between
+two, and neighbours are 1.6 % apart. At an error of 1e-7 that happens to a share of 1e-5 (sqrt(1e-5) · 1.6 % =
+5e-5); in bf16 to many, and all of them together are 1.6 % off."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
@@ -42,7 +44,8 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
 def exact_step(
     weight: Tensor, grad: Tensor, state: Mapping[str, Tensor], *, step: int, lr: float, scale: float, decay: float = 0.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """W after one step in fp64, and the moments: as numbers, decoded from the reference's codes where the state holds codes."""
+    """W after one step in fp64, and the moments: as numbers, decoded from the reference's codes where the
+    state holds codes."""
     weight = weight.double().clone()
     moments = [state[key].clone() if SCALES[0] in state else state[key].double().clone() for key in MOMENTS]
     scales = [state[key].clone() for key in SCALES if key in state]
@@ -69,7 +72,8 @@ def require(what: str, error: float, bound: float) -> float:
 
 @torch.no_grad()
 def check_step(weights: list[tuple[int, int]], rank: int, dtype: torch.dtype, device: str, keys: dict[str, object]) -> float:
-    """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of one step of ours, the worst over shapes; WrongResult where it or the moments are off."""
+    """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of one step of ours, the worst over shapes; WrongResult where it or the
+    moments are off."""
     worst = 0.0
     bits = keys.get("state_bits", 32)
     for shape in sorted(set(weights)):
@@ -89,15 +93,18 @@ def check_step(weights: list[tuple[int, int]], rank: int, dtype: torch.dtype, de
 
 
 ITERATION_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-"""Largest relative error of y, dx and dB. fp32: sums as in the kernel suite. 16 bits: Z, dB and what lies between the layers of a block are
-each rounded once, by 2⁻⁹ at most, and a dozen such errors add up as the root of their squares, to a third of this."""
+"""Largest relative error of y, dx and dB. fp32: sums as in the kernel suite. 16 bits: Z, dB and what lies
+between the layers of a block are each rounded once, by 2⁻⁹ at most, and a dozen such errors add up as the
+root of their squares, to a third of this."""
 
 
 def check_iteration(training: Training, dtype: torch.dtype) -> float:
-    """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of RSO's first iteration, the worst over layers; WrongResult where anything is off.
+    """‖ΔW − exact ΔW‖ / ‖exact ΔW‖ of RSO's first iteration, the worst over layers; WrongResult where
+    anything is off.
 
-    y and dx against nn.Linear in fp64, dB against its full weight gradient projected on P; M, V and W against the formulas in fp64 on
-    the dB that was found, as N is the sign of dB at first, and the rounding of dB would count twice.
+    y and dx against nn.Linear in fp64, dB against its full weight gradient projected on P; M, V and W against
+    the formulas in fp64 on the dB that was found, as N is the sign of dB at first, and the rounding of dB
+    would count twice.
     """
     exact = lrk.to_dense(copy.deepcopy(training.module)).double()
     x = training.x.detach().double().requires_grad_()

@@ -1,11 +1,14 @@
-"""python -m benchmarks compare A B: what moved from results file A to B, case by case and contender by contender.
+"""python -m benchmarks compare A B: what moved from results file A to B, case by case and contender by
+contender.
 
-Of this package the figure is its speed relative to the baselines that both files timed in the same rounds: the median over them of
-their time over ours, so that a machine that is slower today, or one baseline that jumps, does not count. Without a baseline in common,
-and for the baselines themselves, it is the median time; for memory the bytes. A change is by how much B needs more than A.
+Of this package the figure is its speed relative to the baselines that both files timed in the same rounds:
+the median over them of their time over ours, so that a machine that is slower today, or one baseline that
+jumps, does not count. Without a baseline in common, and for the baselines themselves, it is the median time;
+for memory the bytes. A change is by how much B needs more than A.
 
-Exits with 1 where this package needs more than the threshold allows, or fails in B in what A measured. Where the files come from different
-machines it only shows what differs: that is no regression. Cases that only one file has are listed and never fail.
+Exits with 1 where this package needs more than the threshold allows, or fails in B in what A measured. Where
+the files come from different machines it only shows what differs: that is no regression. Cases that only one
+file has are listed and never fail.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What a step is compared with: the strongest things a user could pick instead, each skipped with a reason where it is missing.
+"""What a step is compared with: the strongest things a user could pick instead, each skipped with a reason
+where it is missing.
 
-A contender is `build(params, rank) -> Built`: its states exist, and no further step refreshes. Gradients are set. What a weight holds
-does not change the time of a step, so that the contenders of a case may share the parameters: a large model would not fit several times.
+A contender is `build(params, rank) -> Built`: its states exist, and no further step refreshes. Gradients are
+set. What a weight holds does not change the time of a step, so that the contenders of a case may share the
+parameters: a large model would not fit several times.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ OURS: dict[str, dict[str, object]] = {
     "lowrank_kernels, stochastic rounding": {"rounding": "stochastic"},
     "lowrank_kernels, CUDA graph": {"capturable": True},
 }
-"""Keys of the low-rank group, by contender. The first is what the others and all baselines are compared with."""
+"""Keys of the low-rank group, by contender. The first is what the others and all baselines are compared
+with."""
 
 
 def low_rank_optimizer(params: list[nn.Parameter], rank: int, keys: dict[str, object]) -> lrk.LowRankAdamW:
@@ -117,7 +120,8 @@ def galore_torch(params: list[nn.Parameter], rank: int) -> Built:
         raise _missing(missing, "galore-torch") from missing
     group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": SCALE, "proj_type": "std"}
     optimizer = GaLoreAdamW([group], lr=LR, no_deprecation_warning=True)
-    # Its first step would take an SVD of every matrix, an hour for a large model. Which basis it has changes neither time nor memory.
+    # Its first step would take an SVD of every matrix, an hour for a large model. Which basis it has changes
+    # neither time nor memory.
     with mock.patch("torch.linalg.svd", _random_factors):
         optimizer.step()
     return Built(optimizer.step, optimizer.state)
@@ -133,7 +137,8 @@ def _random_factors(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor,
 
 
 def apollo_torch(params: list[nn.Parameter], rank: int) -> Built:
-    """By its documented interface only; its licence is not a free one, so it is in no extra of this package."""
+    """By its documented interface only; its licence is not a free one, so it is in no extra of this
+    package."""
     try:
         with _quiet():
             from apollo_torch import APOLLOAdamW
@@ -196,7 +201,8 @@ def require(name: str, device: str) -> None:
 
 
 def applies(name: str, dtype: torch.dtype) -> bool:
-    """False where a contender would be another one under a second name: only bf16 weights are rounded stochastically."""
+    """False where a contender would be another one under a second name: only bf16 weights are rounded
+    stochastically."""
     return "stochastic" not in name or dtype == torch.bfloat16
 
 

@@ -1,9 +1,11 @@
-"""The extension's CUDA part, built against a CUDA build of PyTorch and loaded, and what else such an installation proves without a GPU.
+"""The extension's CUDA part, built against a CUDA build of PyTorch and loaded, and what else such an
+installation proves without a GPU.
 
     python -m benchmarks.cuda_build --out FILE
 
-`make cuda-build` runs it with a Python that has such a torch. Every step is a process of its own whose output goes to build/cuda/; one that
-fails does not stop the others, but fails the whole. The library stays in build/cuda/, so that the one in the package is not touched.
+`make cuda-build` runs it with a Python that has such a torch. Every step is a process of its own whose output
+goes to build/cuda/; one that fails does not stop the others, but fails the whole. The library stays in
+build/cuda/, so that the one in the package is not touched.
 """
 
 from __future__ import annotations
@@ -68,7 +70,8 @@ def steps(workers: int) -> list[Step]:
 
 
 def run(step: Step) -> tuple[bool, list[str]]:
-    """Whether it succeeded, and lines about it: outcome, seconds, and what is kept of its output, the end where it failed."""
+    """Whether it succeeded, and lines about it: outcome, seconds, and what is kept of its output, the end
+    where it failed."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "LOWRANK_KERNELS_BUILD")}
     start = time.monotonic()
     command = {"cwd": ROOT, "env": inherited | {"OMP_NUM_THREADS": "1"} | step.environment}

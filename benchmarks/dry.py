@@ -1,8 +1,9 @@
 """Triton launches on a machine without a GPU: they go as far as a GPU's would and are not run.
 
-Arguments are bound and specialised, the kernel is compiled for a GPU that need not be here, and what it takes of one is held to that GPU's
-limits. Only the driver is replaced, by one that names a target, and the call that would start the kernel. So the choice of a configuration,
-the arguments and their specialisation are the launchers' own; what a launch would have written is left as it was.
+Arguments are bound and specialised, the kernel is compiled for a GPU that need not be here, and what it takes
+of one is held to that GPU's limits. Only the driver is replaced, by one that names a target, and the call
+that would start the kernel. So the choice of a configuration, the arguments and their specialisation are the
+launchers' own; what a launch would have written is left as it was.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class Target:
 
 @contextlib.contextmanager
 def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
-    """Within it a launch ends after compilation for sm_<arch>. Needs kernels that were not imported for Triton's interpreter."""
+    """Within it a launch ends after compilation for sm_<arch>. Needs kernels that were not imported for
+    Triton's interpreter."""
     run, architecture = triton.JITFunction.run, configs.architecture
 
     def compile_only(self, *arguments, grid, warmup, **keywords):
@@ -73,7 +75,8 @@ def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
 
 
 def check(kernel: object, grid: tuple[int, ...], arch: int) -> None:
-    """Raises WouldNotRun where a launch takes more than sm_<arch> has: blocks along the grid, shared memory, registers."""
+    """Raises WouldNotRun where a launch takes more than sm_<arch> has: blocks along the grid, shared memory,
+    registers."""
     name, threads = kernel.metadata.name, 32 * kernel.metadata.num_warps
     if any(not 1 <= blocks <= most for blocks, most in zip(grid, GRID_LIMIT, strict=False)):
         raise WouldNotRun(f"{name}: a grid of {grid} is outside of 1 to {GRID_LIMIT}")

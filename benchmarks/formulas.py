@@ -55,7 +55,8 @@ def bucket_of(
     exp_avg_sq_scales: list[Tensor] | None = None,
     rounding_seeds: Tensor | None = None,
 ) -> tuple[Bucket, Hyper]:
-    """step: the number of this update, where no device_steps hold one less. Checked, as the optimizer checks what it makes."""
+    """step: the number of this update, where no device_steps hold one less. Checked, as the optimizer checks
+    what it makes."""
     states = dict(zip(eight_bit.MOMENTS, (exp_avgs, exp_avg_sqs), strict=True))
     if exp_avg_scales:
         states |= dict(zip(eight_bit.SCALES, (exp_avg_scales, exp_avg_sq_scales), strict=True))

@@ -1,7 +1,9 @@
-"""A whole iteration of training, forward, backward and step, of a linear layer or LLaMA blocks, by what a user could train them with.
+"""A whole iteration of training, forward, backward and step, of a linear layer or LLaMA blocks, by what a
+user could train them with.
 
-A contender is `build(case, batch, device) -> Training`. All start from the same weights, get the same input and the same gradient of their
-output, and free their gradients at the end of an iteration, as zero_grad() does. Bases and random subspaces stay what they are.
+A contender is `build(case, batch, device) -> Training`. All start from the same weights, get the same input
+and the same gradient of their output, and free their gradients at the end of an iteration, as zero_grad()
+does. Bases and random subspaces stay what they are.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ CHECKPOINTED = f"{DENSE}, checkpointed"
 
 
 class Trained(Protocol):
-    """What is trained: `depth` blocks of a model of shapes.LLAMA, or a layer, where `model` is its (in, out)."""
+    """What is trained: `depth` blocks of a model of shapes.LLAMA, or a layer, where `model` is its (in,
+    out)."""
 
     @property
     def model(self) -> str | tuple[int, int]: ...
@@ -46,7 +49,8 @@ class Trained(Protocol):
 
 
 class Blocks(nn.Module):
-    """Layers of the example's LLaMA on positions 0 … sequence − 1. `checkpointed`: each saves its input and is computed again."""
+    """Layers of the example's LLaMA on positions 0 … sequence − 1. `checkpointed`: each saves its input and
+    is computed again."""
 
     def __init__(self, model: str, depth: int, sequence: int, checkpointed: bool) -> None:
         super().__init__()
@@ -164,7 +168,8 @@ def rso(share: str | None) -> Build:
 
 
 def by_steps_of(build_step: contenders.Build, checkpointed: bool = False, matrices_only: bool = True) -> Build:
-    """nn.Linear, trained by a contender of the step suite; what is no matrix by AdamW where that one takes matrices alone."""
+    """nn.Linear, trained by a contender of the step suite; what is no matrix by AdamW where that one takes
+    matrices alone."""
 
     def build(case: Trained, batch: int, device: str) -> Training:
         training = Training(make_module(case, device, checkpointed), case, batch, device)

@@ -1,12 +1,14 @@
-"""How well each optimizer learns: the pretraining example over a grid of settings and seeds, one JSON line a run.
+"""How well each optimizer learns: the pretraining example over a grid of settings and seeds, one JSON line a
+run.
 
-    python benchmarks/learning.py short-gap --optimizer galore i3s --seeds 0 1 2 --rank 8 32 --update-proj-gap 10 50 --lr 1e-2 2e-2
-    python benchmarks/learning.py short-gap --report
+    python benchmarks/learning.py short-gap --optimizer galore i3s --seeds 0 1 2 --rank 8 32 --update-proj-gap
+    10 50 --lr 1e-2 2e-2 python benchmarks/learning.py short-gap --report
 
-Options that take several values span the grid. --lr is the peak rate of the matrices within the decoder, --dense-lr that of embedding, head
-and norms under every optimizer; the first results have no dense_lr in their settings, and there everything trained at lr. Runs already in
-results/learning/NAME.jsonl are skipped and an interrupted one goes on from its checkpoint, so the same command may be stopped and repeated.
-Results are appended, never rewritten.
+Options that take several values span the grid. --lr is the peak rate of the matrices within the decoder,
+--dense-lr that of embedding, head and norms under every optimizer; the first results have no dense_lr in
+their settings, and there everything trained at lr. Runs already in results/learning/NAME.jsonl are skipped
+and an interrupted one goes on from its checkpoint, so the same command may be stopped and repeated. Results
+are appended, never rewritten.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Run:
     settings: Settings
 
     def key(self) -> str:
-        """Equal for runs that are the same experiment: the number of threads changes last bits, not what is learnt."""
+        """Equal for runs that are the same experiment: the number of threads changes last bits, not what is
+        learnt."""
         settings = dataclasses.asdict(self.settings)
         del settings["threads"]
         for name in METHODS_OWN:

@@ -1,4 +1,5 @@
-"""Counting bytes: the peak of a call, what an optimizer's state holds, what autograd saves, and how large a batch fits."""
+"""Counting bytes: the peak of a call, what an optimizer's state holds, what autograd saves, and how large a
+batch fits."""
 
 from __future__ import annotations
 
@@ -15,10 +16,12 @@ Result = TypeVar("Result")
 
 
 def peak_bytes(run: Callable[[], Result], on_gpu: bool) -> tuple[Result, int]:
-    """What `run` returns, and the most bytes that were allocated while it ran beyond what was live, its results included.
+    """What `run` returns, and the most bytes that were allocated while it ran beyond what was live, its
+    results included.
 
-    On a CPU by torch's profiler, which sees every allocation and release of torch's allocator on this thread, inside C++ operators too.
-    It does not see what a BLAS, LAPACK or oneDNN packs in buffers of its own, nor tensors made inside worker threads.
+    On a CPU by torch's profiler, which sees every allocation and release of torch's allocator on this thread,
+    inside C++ operators too. It does not see what a BLAS, LAPACK or oneDNN packs in buffers of its own, nor
+    tensors made inside worker threads.
     """
     if on_gpu:
         torch.cuda.synchronize()
@@ -34,7 +37,8 @@ def peak_bytes(run: Callable[[], Result], on_gpu: bool) -> tuple[Result, int]:
 
 
 def tensor_bytes(holder: Any) -> int:
-    """Bytes of all storages that tensors in `holder` keep alive, each counted once: in containers (a dict's values) and attributes."""
+    """Bytes of all storages that tensors in `holder` keep alive, each counted once: in containers (a dict's
+    values) and attributes."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     remaining = [holder]
@@ -55,7 +59,8 @@ def tensor_bytes(holder: Any) -> int:
 
 
 def saved_bytes(forward: Callable[[], Tensor], lasting: Sequence[Tensor]) -> int:
-    """Bytes of all storages that autograd saves for the backward pass of `forward`, each counted once; those of `lasting` do not count."""
+    """Bytes of all storages that autograd saves for the backward pass of `forward`, each counted once; those
+    of `lasting` do not count."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -70,7 +75,8 @@ def saved_bytes(forward: Callable[[], Tensor], lasting: Sequence[Tensor]) -> int
 
 
 def largest(attempt: Callable[[int], Result], limit: int = 2**16) -> tuple[int, Result] | None:
-    """The largest number, to an eighth, at which `attempt` does not run out of a GPU's memory, and what it returned; None where 1 does.
+    """The largest number, to an eighth, at which `attempt` does not run out of a GPU's memory, and what it
+    returned; None where 1 does.
 
     By doubling from 1, then by halving the interval.
     """

@@ -1,4 +1,5 @@
-"""python -m benchmarks plot [FILES]: PNGs from results, those of the newest files of each device where none are named.
+"""python -m benchmarks plot [FILES]: PNGs from results, those of the newest files of each device where none
+are named.
 
 roofline.png   achieved TFLOP/s over flops per byte, under the ceilings measured in the same run, by rank
 speedup.png    time of each baseline over ours, case by case; below 1, where the baseline is faster, in red
@@ -30,7 +31,8 @@ def _pyplot():
 
 
 def roofline(rows: list[Row], path: Path) -> Path | None:
-    """Timed rows of this package whose bytes and flops are known: TFLOP/s under the ceilings, and what share of them that is, by rank."""
+    """Timed rows of this package whose bytes and flops are known: TFLOP/s under the ceilings, and what share
+    of them that is, by rank."""
     shown = [row for row in rows if is_ours(row) and row.get("gb_per_s") and row.get("tflop_per_s")]
     if not shown:
         return None

@@ -34,7 +34,8 @@ def _cpu_model() -> str:
 
 
 def commit() -> str:
-    """Short hash of HEAD, with "-dirty" where tracked files differ from it, or "unknown" outside a repository."""
+    """Short hash of HEAD, with "-dirty" where tracked files differ from it, or "unknown" outside a
+    repository."""
     root = Path(__file__).parent
     try:
         run = dict(cwd=root, capture_output=True, text=True, check=True)
@@ -83,7 +84,8 @@ def short(value: float) -> str:
 
 
 def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None, rules: bool = True) -> None:
-    """With rich where it is installed, a GPU machine may have nothing but torch. With `rules`, one where the first column changes."""
+    """With rich where it is installed, a GPU machine may have nothing but torch. With `rules`, one where the
+    first column changes."""
     try:
         from rich.console import Console
         from rich.table import Table

@@ -1,14 +1,15 @@
-"""python -m benchmarks.quality: how good the bases and singular values of `lrk.ops.range_finder` are, against an SVD in fp64.
+"""python -m benchmarks.quality: how good the bases and singular values of `lrk.ops.range_finder` are, against
+an SVD in fp64.
 
     captured energy   ‖PᵀG‖²_F / Σ_{i≤r} σᵢ²         1 for the best basis, and for a zero gradient
     defect            ‖PᵀP − I‖₂
     σ error           max |σ̂ᵢ − σᵢ| / σᵢ over the leading half of r, where σᵢ ≥ FLOOR·σ₁
-    … under the floor max |σ̂ᵢ − σᵢ| / σ₁ over the rest of that half, which the rounding of G to fp32 has changed anyway
+    … under the floor max |σ̂ᵢ − σᵢ| / σ₁ over the rest of that half, which G's rounding has changed anyway
     overlap           ‖PᵀU‖²_F / k with the leading k left singular vectors, k ≤ r of them above the floor
 
-Synthetic matrices have random singular vectors; gradients are captured from the training of the example's tiny model. Then what
-importance sampling draws, beside exact sampling's inclusion probabilities: sampling.py. Appends a row a case to
-results/quality/<date>-<commit>.jsonl and exits with 1 where a bar is missed.
+Synthetic matrices have random singular vectors; gradients are captured from the training of the example's
+tiny model. Then what importance sampling draws, beside exact sampling's inclusion probabilities: sampling.py.
+Appends a row a case to results/quality/<date>-<commit>.jsonl and exits with 1 where a bar is missed.
 """
 
 # ruff: noqa: E402
@@ -39,7 +40,8 @@ from . import provenance, sampling
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FLOOR = 1e-6
-"""Of σ₁. Rounding a matrix to fp32 moves its singular values by up to 6e-8·‖G‖_F, 1e-6·σ₁ where hundreds are alike."""
+"""Of σ₁. Rounding a matrix to fp32 moves its singular values by up to 6e-8·‖G‖_F, 1e-6·σ₁ where hundreds are
+alike."""
 SHAPES = [(64, 64), (64, 192), (192, 64), (128, 128), (128, 352), (352, 128), (256, 256), (256, 688), (688, 256)]
 LARGE_SHAPES = [(512, 512), (512, 1376), (1376, 512)]
 QUICK_SHAPES = [(64, 192), (352, 128)]
@@ -66,7 +68,8 @@ DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(lrk
 
 @dataclass(frozen=True)
 class Setting:
-    """Arguments of the range finder; its defaults at r = m/4 are what is judged. `oversample` None: as many as r."""
+    """Arguments of the range finder; its defaults at r = m/4 are what is judged. `oversample` None: as many
+    as r."""
 
     rank: str = "m/4"
     oversample: int | None = DEFAULTS["oversample"]
@@ -77,12 +80,14 @@ JUDGED = Setting()
 OTHER_RANKS = [Setting(rank=rank) for rank in ("m/8", "m/16", "m/32")]
 OTHER_ACCURACIES = [*(Setting(power_iters=count) for count in (0, 1, 2, 3, 4)), Setting(oversample=None)]
 OTHER_SHAPES = ((128, 352), (352, 128), (256, 256), (512, 1376))
-"""Where the other settings are measured as well, for information; on gradients after the last captured step."""
+"""Where the other settings are measured as well, for information; on gradients after the last captured
+step."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What `key` must be, at least or at most, in every row of these families (None: of all); `judged_only`: at the defaults."""
+    """What `key` must be, at least or at most, in every row of these families (None: of all); `judged_only`:
+    at the defaults."""
 
     name: str
     key: str
@@ -109,7 +114,8 @@ def with_spectrum(m: int, n: int, sigma: Tensor, generator: torch.Generator) -> 
 
 
 def spectra(short: int) -> Iterator[tuple[str, str, Tensor | None]]:
-    """(family, name, σ) for a shorter side of `short`; σ up to that long, its largest 1. None: independent normal entries."""
+    """(family, name, σ) for a shorter side of `short`; σ up to that long, its largest 1. None: independent
+    normal entries."""
     rank, index = short // 4, torch.arange(1, short + 1, dtype=torch.float64)
     for exponent in (0.5, 0.75, 1, 1.5, 2):
         yield "decaying", f"i^-{exponent:g}", index**-exponent
@@ -137,7 +143,8 @@ def synthetic(shapes: Iterable[tuple[int, int]], seeds: Iterable[int]) -> Iterat
 
 
 def extremes(shapes: Iterable[tuple[int, int]]) -> Iterator[Matrix]:
-    """Conditions, ranks and scales at which orthonormality breaks first. At 1e-37 small entries are subnormal in fp32, at 1e-42 all."""
+    """Conditions, ranks and scales at which orthonormality breaks first. At 1e-37 small entries are subnormal
+    in fp32, at 1e-42 all."""
     for m, n in shapes:
         generator, short = torch.Generator().manual_seed(m + n), min(m, n)
         for digits in range(8):
@@ -156,8 +163,8 @@ def captured_gradients(
 ) -> dict[str, dict[int, Tensor]]:
     """Weight name → step → gradient (after clipping) of every projected weight of the example's tiny model.
 
-    Trained with AdamW, so that the gradients do not depend on the range finder under study. `data` as in examples/pretrain.py,
-    `changes` are fields of its Settings.
+    Trained with AdamW, so that the gradients do not depend on the range finder under study. `data` as in
+    examples/pretrain.py, `changes` are fields of its Settings.
     """
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
@@ -213,7 +220,8 @@ def captured_energy(basis: Tensor, truth: Truth) -> float:
 
 
 def sigma_errors(found: Tensor, truth: Truth) -> tuple[float | None, float | None]:
-    """(relative above the floor, share of σ₁ under it) over the leading half; None where there is nothing to compare."""
+    """(relative above the floor, share of σ₁ under it) over the leading half; None where there is nothing to
+    compare."""
     half = (len(found) + 1) // 2
     exact, error = truth.sigma[:half], (found[:half].double() - truth.sigma[:half]).abs()
     above = (exact >= FLOOR * exact[0]) & (exact > 0)

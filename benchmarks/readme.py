@@ -1,8 +1,9 @@
-"""python -m benchmarks readme: writes the tables of README and docs/, between markers, from results and declarations.
+"""python -m benchmarks readme: writes the tables of README and docs/, between markers, from results and
+declarations.
 
-Figures come from the newest results of each device in benchmarks/results; what no file holds is said to be not measured yet. Tables of
-group keys come from lowrank_kernels/optim/keys.py. With --check nothing is written, and the exit status is 1 where a page is not what
-would be written.
+Figures come from the newest results of each device in benchmarks/results; what no file holds is said to be
+not measured yet. Tables of group keys come from lowrank_kernels/optim/keys.py. With --check nothing is
+written, and the exit status is 1 where a page is not what would be written.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ LAST_COLUMN = {"refresh": "spectrum or dtype"}
 
 @dataclass(frozen=True)
 class Headline:
-    """A line of README's table: one case, `key` of this package's row and of those of the contenders to compare with."""
+    """A line of README's table: one case, `key` of this package's row and of those of the contenders to
+    compare with."""
 
     what: str
     case: str
@@ -94,7 +96,8 @@ def measured(results: Path) -> dict[str, dict[str, list[Row]]]:
 
 
 def methods(results: Path = RESULTS) -> str:
-    """What each method takes of memory and time, for the first block that the first device with any has measured."""
+    """What each method takes of memory and time, for the first block that the first device with any has
+    measured."""
     for device, suites in measured(results).items():
         held = [row for row in suites.get("rso", ()) if "saved_mb" in row and " block at " in str(row["case"])]
         rows = {row["contender"]: row for row in held if row["case"] == held[0]["case"]}
@@ -179,7 +182,8 @@ def _origin(rows: list[Row]) -> str:
 
 
 def tables(suite: str, rows: list[Row]) -> list[str]:
-    """What a suite measured; of iterations also what they hold and the largest batches, each with a line that says so."""
+    """What a suite measured; of iterations also what they hold and the largest batches, each with a line that
+    says so."""
     batches = [row for row in rows if "largest_batch" in row]
     found = [table(suite, timed)] if (timed := [row for row in rows if "largest_batch" not in row]) else []
     if held := [row for row in rows if "saved_mb" in row]:
@@ -188,7 +192,8 @@ def tables(suite: str, rows: list[Row]) -> list[str]:
 
 
 def table(suite: str, rows: list[Row], cell: Callable[[Row], str] | None = None) -> str:
-    """Markdown: a line a case, a column a contender, those of this package first. Without `cell` times, or states and peaks of steps."""
+    """Markdown: a line a case, a column a contender, those of this package first. Without `cell` times, or
+    states and peaks of steps."""
     cases = list(dict.fromkeys(str(row["case"]) for row in rows))
     contenders = sorted(dict.fromkeys(str(row["contender"]) for row in rows), key=lambda name: not name.startswith(OURS))
     by_key = {(row["case"], row["contender"]): row for row in rows}
@@ -233,7 +238,8 @@ def _megabytes(value: float) -> str:
 
 
 def replaced(text: str, name: str, generated: str, page: Path) -> str:
-    """The page's text with what is between the markers of that name exchanged. ValueError where they do not stand there once, in order."""
+    """The page's text with what is between the markers of that name exchanged. ValueError where they do not
+    stand there once, in order."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{page} needs one {begin} and one {end} after it")

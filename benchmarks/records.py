@@ -1,14 +1,18 @@
-"""Rows of results: how a suite's figures become rows, how rows are shown, and how files of them are read back.
+"""Rows of results: how a suite's figures become rows, how rows are shown, and how files of them are read
+back.
 
-A row is one contender in one case. Those of a run share its provenance and ceilings. Timed rows have p20_ms, p50_ms, p80_ms, rounds and
-ratio_to_ours (time over that of the case's first contender, median over rounds); where it is known what the work costs also
-predicted_ms (roofline.py on the ceilings measured in the same run), percent_of_ceiling (predicted / p50), gb_per_s and tflop_per_s; those
-of this package the strongest_baseline and speedup, its time over theirs. Memory rows have state_mb, step_peak_mb and theory_mb. Rows of
-the rso suite also have medians of an iteration's parts, forward_ms, backward_ms and step_ms, tokens_per_s, and bytes: saved_mb,
-gradient_mb, state_mb (with whatever else stays beside the weights), each with …_theory_mb where there is a formula, and peak_mb, an
-iteration's; or, instead of times and bytes, largest_batch, tokens_per_s, and ratio_to_ours of the batch. Times of a GPU alone say in
-`launches` how the host's are kept out (timing.py). What was not measured has a row as well, which holds nothing but the reason, as
-`failure` (a wrong result, an exception) or `skipped` (something missing, no time, no room); its contender is ALL for a whole case.
+A row is one contender in one case. Those of a run share its provenance and ceilings. Timed rows have p20_ms,
+p50_ms, p80_ms, rounds and ratio_to_ours (time over that of the case's first contender, median over rounds);
+where it is known what the work costs also predicted_ms (roofline.py on the ceilings measured in the same
+run), percent_of_ceiling (predicted / p50), gb_per_s and tflop_per_s; those of this package the
+strongest_baseline and speedup, its time over theirs. Memory rows have state_mb, step_peak_mb and theory_mb.
+Rows of the rso suite also have medians of an iteration's parts, forward_ms, backward_ms and step_ms,
+tokens_per_s, and bytes: saved_mb, gradient_mb, state_mb (with whatever else stays beside the weights), each
+with …_theory_mb where there is a formula, and peak_mb, an iteration's; or, instead of times and bytes,
+largest_batch, tokens_per_s, and ratio_to_ours of the batch. Times of a GPU alone say in `launches` how the
+host's are kept out (timing.py). What was not measured has a row as well, which holds nothing but the reason,
+as `failure` (a wrong result, an exception) or `skipped` (something missing, no time, no room); its contender
+is ALL for a whole case.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ Row = dict[str, object]
 
 
 def is_ours(row: Row) -> bool:
-    """Whether the row is of this package, in one of its forms. Its formulas in plain PyTorch are a baseline."""
+    """Whether the row is of this package, in one of its forms. Its formulas in plain PyTorch are a
+    baseline."""
     return str(row["contender"]).startswith(OURS)
 
 
@@ -47,7 +52,8 @@ def is_measured(row: Row) -> bool:
 
 
 def failed(rows: Iterable[Row]) -> list[Row]:
-    """Those of this package, or of whole cases, that ended in anything but figures or a reason to skip them."""
+    """Those of this package, or of whole cases, that ended in anything but figures or a reason to skip
+    them."""
     return [row for row in rows if "failure" in row and (is_ours(row) or row["contender"] == ALL)]
 
 
@@ -147,7 +153,8 @@ def _reason(row: Row) -> str:
 
 
 def read(paths: Iterable[Path], measured: bool = True) -> list[Row]:
-    """Rows of files in order: those with figures, or else those that hold a reason. Of what a file holds twice only the last stays."""
+    """Rows of files in order: those with figures, or else those that hold a reason. Of what a file holds
+    twice only the last stays."""
     found: list[Row] = []
     for path in paths:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -162,7 +169,8 @@ def folders(results: Path = RESULTS) -> list[Path]:
 
 
 def newest(folder: Path) -> dict[str, list[Row]]:
-    """Rows by suite, each suite's from the file that measured it last. Runs with --quick or of code that is in no commit do not count."""
+    """Rows by suite, each suite's from the file that measured it last. Runs with --quick or of code that is
+    in no commit do not count."""
     by_suite: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         rows = [row for row in read([path]) if not row.get("quick") and not str(row["commit"]).endswith("-dirty")]
@@ -177,7 +185,8 @@ PRETTY = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "noise": "Ga
 
 
 def title(row: Row) -> tuple[str, str, str]:
-    """(what, rank, dtype or spectrum) of a row's case for people, from its label: ("LLaMA 60M", "128", "fp32")."""
+    """(what, rank, dtype or spectrum) of a row's case for people, from its label: ("LLaMA 60M", "128",
+    "fp32")."""
     suite, *words = str(row["case"]).split()
     place = next((index for index, word in enumerate(words) if word.startswith("r=")), len(words))
     rank, rest = "".join(words[place : place + 1])[2:], words[place + 1 :]

@@ -1,14 +1,16 @@
 """What the work costs, and how long it must take: a static model, no measurement.
 
-    time = Σ over launches of max(bytes / copy bandwidth, flops / matmul rate, L2 bytes / L2 bandwidth where that is known)
+    time = Σ over launches of max(bytes / copy bandwidth, flops / matmul rate, L2 bytes / L2 bandwidth where
+    that is known)
 
     python -m benchmarks.roofline --model 7b --rank 128 256        # predicted on an H100
-    python -m benchmarks.roofline --model 60m --results FILE       # predicted from the ceilings that a results file holds
+    python -m benchmarks.roofline --model 60m --results FILE       # from the ceilings of a results file
 
-Assumptions. Within a launch memory, tensor cores and L2 work at the same time and each at its ceiling; launches follow one another, and
-neither they nor latencies cost anything. A launch passes each of its tensors between memory and chip once; elementwise flops cost
-nothing. L2 bytes are what other programs of the launch read again. G, W, P have b bytes an element, moments 4 (or 1, and 4 for every 64),
-R 4, and N between launches b.
+Assumptions. Within a launch memory, tensor cores and L2 work at the same time and each at its ceiling;
+launches follow one another, and neither they nor latencies cost anything. A launch passes each of its tensors
+between memory and chip once; elementwise flops cost nothing. L2 bytes are what other programs of the launch
+read again. G, W, P have b bytes an element, moments 4 (or 1, and 4 for every 64), R 4, and N between launches
+b.
 """
 
 from __future__ import annotations
@@ -27,9 +29,11 @@ from .provenance import print_table, short
 OVERSAMPLE, POWER_ITERS = 8, 1
 """What the refresh suite asks every randomized method for."""
 BLOCK_N = {256: 128, 512: 64}
-"""Columns of R that one program of the single pass owns, by the rank up to which that many fit on an H100's chip; none do above."""
+"""Columns of R that one program of the single pass owns, by the rank up to which that many fit on an H100's
+chip; none do above."""
 TILE, RANK_TILE = 128, 256
-"""A product alone has tiles of 128 columns of R over at most 256 directions, or of 128 × 128 of W. Only L2 bytes hang on these."""
+"""A product alone has tiles of 128 columns of R over at most 256 directions, or of 128 × 128 of W. Only L2
+bytes hang on these."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,8 @@ class Machine:
 
     @classmethod
     def measured(cls, row: Mapping[str, object], on_gpu: bool) -> Machine:
-        """From the ceilings in a result's row. 16-bit products run at the rate of bf16 on a GPU; on a CPU fp16 is multiplied in fp32,
-        and bf16 too where that is faster."""
+        """From the ceilings in a result's row. 16-bit products run at the rate of bf16 on a GPU; on a CPU
+        fp16 is multiplied in fp32, and bf16 too where that is faster."""
         rates = {torch.float32: row.get("matmul_tflop_per_s_float32"), torch.bfloat16: row.get("matmul_tflop_per_s_bfloat16")}
         if rates[torch.bfloat16] and rates[torch.float32]:
             rates[torch.bfloat16] = max(rates.values())
@@ -75,7 +79,8 @@ class Machine:
         return cls(str(row.get("device", "measured")), row["copy_gb_per_s"], {dtype: rate for dtype, rate in rates.items() if rate})
 
     def times_ms(self, cost: Cost, dtype: torch.dtype) -> dict[str, float]:
-        """What each resource takes alone. Empty where the rate of `dtype` is not known and there is something to multiply."""
+        """What each resource takes alone. Empty where the rate of `dtype` is not known and there is something
+        to multiply."""
         if cost.flops and dtype not in self.matmul_tflop_per_s:
             return {}
         times = {"memory": cost.bytes_moved / self.copy_gb_per_s / 1e6}
@@ -92,8 +97,8 @@ class Machine:
 GPUS = {
     "h100": Machine("NVIDIA H100", 3000, {torch.bfloat16: 800, torch.float16: 800, torch.float32: 66.9}, 7000),
 }
-"""Copy and bf16 as once measured on one; fp32 from the data sheet (no tf32); the L2 rate is a guess (it makes the re-reads of
-P at r = 256 with 64 columns a program as long as the reads from memory)."""
+"""Copy and bf16 as once measured on one; fp32 from the data sheet (no tf32); the L2 rate is a guess (it makes
+the re-reads of P at r = 256 with 64 columns a program as long as the reads from memory)."""
 
 
 # One matrix: G' (m, n) is projected on r directions of its side m. `dtype` is that of W, G and P.
@@ -105,7 +110,8 @@ def moments_bytes(n: int, r: int, state_bits: int = 32) -> int:
 
 
 def project(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
-    """R = PᵀG': reads P and G, writes R. P is read again for each tile of columns, G for each tile of directions."""
+    """R = PᵀG': reads P and G, writes R. P is read again for each tile of columns, G for each tile of
+    directions."""
     grad, basis = m * n * dtype.itemsize, m * r * dtype.itemsize
     again = _again(n, TILE) * basis + _again(r, RANK_TILE) * grad
     return (Cost(basis + grad + 4 * r * n, 2 * m * n * r, again),)
@@ -117,14 +123,16 @@ def moments(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) ->
 
 
 def back_project(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
-    """W' = … − lr·α·P·N: reads P and N, reads and writes W. P is read again for each tile of columns, N for each of rows."""
+    """W' = … − lr·α·P·N: reads P and N, reads and writes W. P is read again for each tile of columns, N for
+    each of rows."""
     weight, basis, normalised = (size * dtype.itemsize for size in (m * n, m * r, r * n))
     again = _again(n, TILE) * basis + _again(m, TILE) * normalised
     return (Cost(2 * weight + basis + normalised, 2 * m * n * r, again),)
 
 
 def single_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
-    """A whole step where R and N stay on the chip: the least that any implementation moves. Every program reads P twice."""
+    """A whole step where R and N stay on the chip: the least that any implementation moves. Every program
+    reads P twice."""
     weight, basis = m * n * dtype.itemsize, m * r * dtype.itemsize
     block_n = next((block for rank, block in BLOCK_N.items() if r <= rank), min(BLOCK_N.values()))
     return (Cost(3 * weight + basis + 2 * moments_bytes(n, r, state_bits), 4 * m * n * r, basis * (2 * _again(n, block_n) + 1)),)
@@ -141,9 +149,11 @@ def adamw(m: int, n: int, dtype: torch.dtype, state_bytes: float) -> Work:
 
 
 def refresh(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
-    """The products of a randomized range finder with G: two, and two more for each power iteration, on l = r + oversample columns.
+    """The products of a randomized range finder with G: two, and two more for each power iteration, on l = r
+    + oversample columns.
 
-    Each reads G, and the sketch on the other side in fp32, and writes its own. Orthonormalisation, O(l²·(m + n)), is not counted.
+    Each reads G, and the sketch on the other side in fp32, and writes its own. Orthonormalisation, O(l²·(m +
+    n)), is not counted.
     """
     l = min(r + OVERSAMPLE, m, n)
     return (Cost(m * n * dtype.itemsize + 4 * (m + n) * l, 2 * m * n * l),) * (2 + 2 * POWER_ITERS)
@@ -154,7 +164,8 @@ def _again(size: int, tile: int) -> int:
     return -(-size // tile) - 1
 
 
-# An iteration of linear layers, y = x·Wᵀ on T tokens with W (out, in), in x's dtype; and what is around them in a LLaMA block.
+# An iteration of linear layers, y = x·Wᵀ on T tokens with W (out, in), in x's dtype; and what is around them
+# in a LLaMA block.
 
 
 def product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Work:
@@ -184,7 +195,8 @@ def subspace_step(inputs: int, outputs: int, r: int, dtype: torch.dtype) -> Work
 
 
 def causal_attention(tokens: int, sequence: int, hidden: int, dtype: torch.dtype) -> Work:
-    """softmax(QKᵀ)·V and its gradients, without what a backward pass computes again: two products and four, half of each masked.
+    """softmax(QKᵀ)·V and its gradients, without what a backward pass computes again: two products and four,
+    half of each masked.
 
     Reads Q, K, V and writes y; reads these and dy and writes three gradients.
     """

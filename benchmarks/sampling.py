@@ -4,10 +4,10 @@
     mass of first 2r  E‖PᵀU₂ᵣ‖²_F / r       the share of the basis among the first 2r
     null space        the share of the basis outside the range of G, beyond what r > rank(G) makes unavoidable
 
-Each beside the same of exact sampling: successive draws without replacement with probability ∝ σ, the law of torch.multinomial. Both
-are also drawn with equal Gumbel noise, and the difference of those means is what is judged: most of chance falls out of it. Directions of
-equal σ are nobody's own, nor are those whose σ is less than rounding G to fp32 may change, so that top and mass are means over all that
-could be called first.
+Each beside the same of exact sampling: successive draws without replacement with probability ∝ σ, the law of
+torch.multinomial. Both are also drawn with equal Gumbel noise, and the difference of those means is what is
+judged: most of chance falls out of it. Directions of equal σ are nobody's own, nor are those whose σ is less
+than rounding G to fp32 may change, so that top and mass are means over all that could be called first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ OVERSAMPLE, POWER_ITERS = 8, 1
 TIED = 1e-5
 """Relative difference under which neighbours are of equal σ."""
 ROUNDING = 1e-6
-"""Of σ₁: what rounding to fp32 may do to σ, as in quality.py. Which directions have values under it is chance, and they count as tied."""
+"""Of σ₁: what rounding to fp32 may do to σ, as in quality.py. Which directions have values under it is
+chance, and they count as tied."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def cases(m: int, n: int) -> Iterator[Case]:
 
 
 class Law:
-    """The inclusions (k,) of the singular directions of G under exact sampling of r of them, and what they come to."""
+    """The inclusions (k,) of the singular directions of G under exact sampling of r of them, and what they
+    come to."""
 
     def __init__(self, case: Case, rank: int):
         self.vectors, sigma, _ = torch.linalg.svd(case.grad.double(), full_matrices=False)
@@ -130,7 +132,8 @@ def measure(law: Law, bases: Iterator[tuple[int, Tensor]]) -> dict:
 
 
 def refreshes(grad: Tensor, rank: int, count: int, choose: Callable[..., list[Tensor]], together: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """As an optimizer of seed 0 refreshes its first parameter, the numbers 0 … count − 1; `together` of them at once, with one sketch."""
+    """As an optimizer of seed 0 refreshes its first parameter, the numbers 0 … count − 1; `together` of them
+    at once, with one sketch."""
     for first in range(0, count, together):
         sketch = philox.signed64(philox.derive_seed(0, first))
         own = [philox.signed64(philox.derive_seed(0, number, 0, 0)) for number in range(first, min(first + together, count))]

@@ -1,15 +1,20 @@
-"""Timing: CUDA events on a GPU, a monotonic clock on a CPU; contenders in interleaved rounds, so that drift hits all alike.
+"""Timing: CUDA events on a GPU, a monotonic clock on a CPU; contenders in interleaved rounds, so that drift
+hits all alike.
 
-On a GPU every timed run starts with a cold L2: a buffer of twice its size is overwritten just before, outside the events. Then either
+On a GPU every timed run starts with a cold L2: a buffer of twice its size is overwritten just before, outside
+the events. Then either
 
     the host waits for that, and the time is what a caller waits for from an idle GPU, launches included, or
-    with `device_only` the GPU is kept busy until the host has launched everything, and the time is the GPU's own.
+    with `device_only` the GPU is kept busy until the host has launched everything, and the time is the GPU's
+    own.
 
-How long it is kept busy, the shield, each contender finds in its warm-up: what is timed must not have begun when the host is done. A stream
-takes about a thousand launches before the host waits for it, so no shield hides more than those: such a contender is captured in a CUDA
-graph, and where that fails timed as it is. Timing.launches says which.
+How long it is kept busy, the shield, each contender finds in its warm-up: what is timed must not have begun
+when the host is done. A stream takes about a thousand launches before the host waits for it, so no shield
+hides more than those: such a contender is captured in a CUDA graph, and where that fails timed as it is.
+Timing.launches says which.
 
-On a CPU nothing is flushed: what a contender leaves in the caches the next one evicts, as the rounds are interleaved.
+On a CPU nothing is flushed: what a contender leaves in the caches the next one evicts, as the rounds are
+interleaved.
 """
 
 from __future__ import annotations
@@ -23,9 +28,11 @@ import torch
 from torch import Tensor
 
 WARM_UP_SHARE, WARM_UP_S = 0.2, 1.0
-"""Warm-up: a fifth of the budget shared among contenders, a second each at most; the first two runs at least."""
+"""Warm-up: a fifth of the budget shared among contenders, a second each at most; the first two runs at
+least."""
 SHIELD_CYCLES = 2_000_000
-"""About a millisecond of a GPU doing nothing, in which the host launches what is timed: the shortest shield."""
+"""About a millisecond of a GPU doing nothing, in which the host launches what is timed: the shortest
+shield."""
 LONGEST_SHIELD = 128 * SHIELD_CYCLES
 HIDDEN, GRAPH, VISIBLE = "hidden", "graph", "visible"
 
@@ -34,7 +41,8 @@ HIDDEN, GRAPH, VISIBLE = "hidden", "graph", "visible"
 class Timing:
     """Milliseconds. `ratio` is the median over rounds of this contender's time over the first one's.
 
-    `launches`, of the GPU's own time: "hidden" behind a shield, in a "graph", or "visible": the host's time is in it.
+    `launches`, of the GPU's own time: "hidden" behind a shield, in a "graph", or "visible": the host's time
+    is in it.
     """
 
     p20: float
@@ -63,7 +71,8 @@ def time_once_ms(run: Callable[[], object], on_gpu: bool) -> float:
 
 
 def _between_events(run: Callable[[], object]) -> tuple[float, bool]:
-    """(ms of the GPU from what it is doing now to the end of `run`, whether it was still doing that when the host had launched all)."""
+    """(ms of the GPU from what it is doing now to the end of `run`, whether it was still doing that when the
+    host had launched all)."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -103,7 +112,8 @@ class _Shielded:
         return ms
 
     def find_shield(self) -> None:
-        """After the first run, which may compile. Twice what hides all launches once, for the host is not always as fast."""
+        """After the first run, which may compile. Twice what hides all launches once, for the host is not
+        always as fast."""
         while not self._once()[1]:
             if self.cycles >= LONGEST_SHIELD:
                 self._capture()
@@ -143,9 +153,11 @@ def _warm_up(clock: _Waiting | _Shielded, seconds: float, slow_ms: float) -> flo
 def interleave(
     runs: Mapping[str, Callable[[], object]], on_gpu: bool, seconds: float, least_rounds: int = 5, device_only: bool = False
 ) -> dict[str, Timing]:
-    """Times every contender once a round until `seconds` have passed after a warm-up; `least_rounds` times, if twice as long is enough.
+    """Times every contender once a round until `seconds` have passed after a warm-up; `least_rounds` times,
+    if twice as long is enough.
 
-    A contender that takes over a third of the budget even when it runs for the second time is not timed again.
+    A contender that takes over a third of the budget even when it runs for the second time is not timed
+    again.
     """
     clocks = {name: _Shielded(run) if device_only and on_gpu else _Waiting(run, on_gpu) for name, run in runs.items()}
     slow_ms = seconds * 1e3 / 3

@@ -11,9 +11,11 @@ from pathlib import Path
 
 
 def install(folder: Path) -> None:
-    """Puts every wheel of `folder` on the path of this process, behind all that is installed. Says which one pip refuses, and why.
+    """Puts every wheel of `folder` on the path of this process, behind all that is installed. Says which one
+    pip refuses, and why.
 
-    One by one and without what they depend on: a wheel that does not fit here must not keep out the others, nor bring another torch.
+    One by one and without what they depend on: a wheel that does not fit here must not keep out the others,
+    nor bring another torch.
     """
     found = sorted(folder.glob("*.whl"))
     if not found:

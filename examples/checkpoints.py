@@ -1,4 +1,5 @@
-"""Files that survive a kill at any moment: checkpoints appear whole or not at all, and metrics never outrun them on resume.
+"""Files that survive a kill at any moment: checkpoints appear whole or not at all, and metrics never outrun
+them on resume.
 
 What was damaged afterwards (a flipped byte, a file cut short) is found before a run goes on with it.
 """
@@ -31,7 +32,8 @@ class Damaged(RuntimeError):
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write to a neighbour, force it to the disk, then rename over `path`: a reader finds the old file or the new one.
+    """Write to a neighbour, force it to the disk, then rename over `path`: a reader finds the old file or the
+    new one.
 
     A write that fails takes its neighbour with it: on a full disk that is the file which keeps it full.
     """
@@ -55,7 +57,8 @@ def remove_partials(paths: Iterable[Path]) -> None:
 
 
 class Metrics:
-    """One JSON object a line. `position` is stored in each checkpoint; opening at a position forgets what came after it."""
+    """One JSON object a line. `position` is stored in each checkpoint; opening at a position forgets what
+    came after it."""
 
     def __init__(self, path: Path, position: int = 0):
         read_metrics(path, position)
@@ -79,7 +82,8 @@ class Metrics:
 def read_metrics(path: Path, position: int | None = None) -> list[dict[str, Any]]:
     """The complete lines of a metrics file, up to `position` if it is given; none if the file is not there.
 
-    A line cut short by a kill is left out. Raises Damaged for a line that is no row, and where the file ends before `position`.
+    A line cut short by a kill is left out. Raises Damaged for a line that is no row, and where the file ends
+    before `position`.
     """
     data = path.read_bytes() if path.exists() else b""
     if position is not None:
@@ -104,7 +108,8 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def finished(path: Path) -> bool:
-    """The last complete line of the metrics is that of a run's end. What a crash left behind the last checkpoint need not be rows."""
+    """The last complete line of the metrics is that of a run's end. What a crash left behind the last
+    checkpoint need not be rows."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return bool(lines) and json.loads(lines[-1])["event"] == "end"
@@ -113,7 +118,8 @@ def finished(path: Path) -> bool:
 
 
 class _Hashing:
-    """A file that torch.save writes to, the digest of what went through it, and the error that torch.save hides behind its own."""
+    """A file that torch.save writes to, the digest of what went through it, and the error that torch.save
+    hides behind its own."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.digest, self.error = file, hashlib.sha256(), None
@@ -147,7 +153,8 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """On the CPU; `load_state_dict` moves each part to its parameters' device. None if there is none yet. Raises Damaged."""
+    """On the CPU; `load_state_dict` moves each part to its parameters' device. None if there is none yet.
+    Raises Damaged."""
     if not path.exists():
         return None
     digest = hashlib.sha256()

@@ -19,10 +19,11 @@ LOCK = ".lock"
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[bool]:
-    """Make the directory if need be and hold its lock; the system lets go of it when the process dies, however it dies.
+    """Make the directory if need be and hold its lock; the system lets go of it when the process dies,
+    however it dies.
 
-    Yields whether there is a lock: without one (Windows, some network file systems) a line says so. Raises SettingsError where another
-    process holds it and where the directory cannot be written to.
+    Yields whether there is a lock: without one (Windows, some network file systems) a line says so. Raises
+    SettingsError where another process holds it and where the directory cannot be written to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""A LLaMA-style decoder: RMSNorm, rotary positions, SwiGLU, no biases. Module names are those of Hugging Face's LLaMA."""
+"""A LLaMA-style decoder: RMSNorm, rotary positions, SwiGLU, no biases. Module names are those of Hugging
+Face's LLaMA."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ class Size:
     heads: int
 
 
-# Widths and depths of the LLaMA configurations that GaLore's experiments use. Their names count a 32,000-word vocabulary;
-# over bytes the same decoder has fewer parameters (see `parameter_count`).
+# Widths and depths of the LLaMA configurations that GaLore's experiments use. Their names count a 32,000-word
+# vocabulary; over bytes the same decoder has fewer parameters (see `parameter_count`).
 SIZES = {
     "tiny": Size(128, 352, 2, 4),
     "9m": Size(128, 352, 4, 4),
@@ -124,7 +125,8 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
     def initialize(self, seed: int, std: float = 0.02) -> Llama:
-        """N(0, std²), and std / sqrt(2·layers) where a layer writes to the residual stream. A pure function of the seed."""
+        """N(0, std²), and std / sqrt(2·layers) where a layer writes to the residual stream. A pure function
+        of the seed."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 class PeakMemory:
     """Bytes at the highest point since this object was made.
 
-    CUDA: `torch.cuda.max_memory_allocated`, from a reset counter. CPU: growth of the process over where it stood at the start; Linux
-    keeps the resident high-water mark (VmHWM) and resets it when "5" is written to /proc/self/clear_refs. Elsewhere the answer is None.
+    CUDA: `torch.cuda.max_memory_allocated`, from a reset counter. CPU: growth of the process over where it
+    stood at the start; Linux keeps the resident high-water mark (VmHWM) and resets it when "5" is written to
+    /proc/self/clear_refs. Elsewhere the answer is None.
     """
 
     def __init__(self, device: torch.device):
@@ -40,7 +41,8 @@ class PeakMemory:
 
 
 def saved_activation_bytes(model: nn.Module, tokens: Tensor) -> int:
-    """Bytes that the forward pass of the loss keeps for the backward pass: each tensor's memory once, parameters left out."""
+    """Bytes that the forward pass of the loss keeps for the backward pass: each tensor's memory once,
+    parameters left out."""
     found = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

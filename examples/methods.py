@@ -27,9 +27,11 @@ class Method:
 
 
 def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """[embedding, head and norms at their own rate; the linear layers within the decoder at the method's]: the same for every method.
+    """[embedding, head and norms at their own rate; the linear layers within the decoder at the method's]:
+    the same for every method.
 
-    What trains at which rate decides more than the method does, so methods that are compared must not differ in it.
+    What trains at which rate decides more than the method does, so methods that are compared must not differ
+    in it.
     """
     matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim > 1]
     chosen = set(map(id, matrices))
@@ -70,6 +72,6 @@ METHODS: dict[str, Method] = {
 
 
 def default_lr(method: str, hidden: int) -> float:
-    """The best of a short search at width 128, in which the dense parameters had the same rate; half of it, which is about what GaLore's
-    experiments use, for wider models."""
+    """The best of a short search at width 128, in which the dense parameters had the same rate; half of it,
+    which is about what GaLore's experiments use, for wider models."""
     return METHODS[method].lr / (1 if hidden <= 128 else 2)

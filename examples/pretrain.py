@@ -1,12 +1,14 @@
-"""Pretrain a small LLaMA-style decoder on bytes of real text, with full-rank and low-rank optimizers side by side.
+"""Pretrain a small LLaMA-style decoder on bytes of real text, with full-rank and low-rank optimizers side by
+side.
 
-    python examples/pretrain.py                                    # AdamW, GaLore, I3S and RSO in turn; a few minutes on two CPU cores
+    python examples/pretrain.py              # AdamW, GaLore, I3S and RSO in turn; minutes on two CPU cores
     python examples/pretrain.py --optimizer i3s --rank 16 --lr 2e-2
-    python examples/pretrain.py --resume                           # go on after a kill or Ctrl-C
+    python examples/pretrain.py --resume     # go on after a kill or Ctrl-C
 
-Each optimizer starts from the same weights and sees the same batches, and embedding, head and norms train at one rate (--dense-lr) under
-all of them. What differs is how the linear layers within the decoder train: in full, or at low rank, which costs some loss and saves
-optimizer state (RSO: activations, too). The result is a table, metrics as JSON lines and a picture.
+Each optimizer starts from the same weights and sees the same batches, and embedding, head and norms train at
+one rate (--dense-lr) under all of them. What differs is how the linear layers within the decoder train: in
+full, or at low rank, which costs some loss and saves optimizer state (RSO: activations, too). The result is a
+table, metrics as JSON lines and a picture.
 """
 
 # ruff: noqa: E402
@@ -14,7 +16,8 @@ from __future__ import annotations
 
 import os
 
-# Read when torch is loaded. Threads that spin while they wait starve each other as soon as another process shares the cores.
+# Read when torch is loaded. Threads that spin while they wait starve each other as soon as another process
+# shares the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import argparse
@@ -317,7 +320,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    """The lock comes first where there is a run already, and last where there is none: then nothing is written before all is checked."""
+    """The lock comes first where there is a run already, and last where there is none: then nothing is
+    written before all is checked."""
     _require("rich", DEMO_EXTRA)
     if args.checkpoint_every < 1:
         raise SettingsError(f"--checkpoint-every must be a positive integer, got {args.checkpoint_every}")

@@ -1,4 +1,5 @@
-"""What a person sees: progress while it runs, a table at the end. On a terminal bars, in a log plain lines."""
+"""What a person sees: progress while it runs, a table at the end. On a terminal bars, in a log plain
+lines."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ QUIET_S = 30.0  # a log gets a line at least this often
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One run's metrics rows → its figures. None stands for what was not measured.
 
-    step_ms is the median over steps that refreshed no basis; refresh_ms is the median of those that did (RSO: drew new
-    subspaces), less step_ms. The first step is in neither (it allocates the states). overlap is the mean over refreshes from the second on.
+    step_ms is the median over steps that refreshed no basis; refresh_ms is the median of those that did (RSO:
+    drew new subspaces), less step_ms. The first step is in neither (it allocates the states). overlap is the
+    mean over refreshes from the second on.
     """
     end = rows[-1]
     steps = [row for row in rows if row["event"] == "step"]

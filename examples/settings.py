@@ -109,8 +109,9 @@ _POSITIVE = (
     "eval_sequences",
 )
 
-# Rank is a quarter of the width, as in GaLore's experiments; RSO's, whose directions nobody chooses, is half of it. Beyond "tiny" the
-# schedule is theirs in shape and ours in length: a start for your own runs, not a recipe anyone has tuned.
+# Rank is a quarter of the width, as in GaLore's experiments; RSO's, whose directions nobody chooses, is half
+# of it. Beyond "tiny" the schedule is theirs in shape and ours in length: a start for your own runs, not a
+# recipe anyone has tuned.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "9m": {"steps": 1000},
@@ -173,7 +174,8 @@ def defaults(model: str) -> Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run directory's contents: the shared settings, and which optimizers run at which peak learning rate."""
+    """A run directory's contents: the shared settings, and which optimizers run at which peak learning
+    rate."""
 
     settings: Settings
     lr: dict[str, float]  # optimizer → learning rate, in the order they run

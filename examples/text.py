@@ -1,6 +1,7 @@
 """Text as bytes: vocabulary 256, nothing to download, no tokenizer to train.
 
-Without a path it is the source of the running Python's standard library, about 12 MB that every reader of this file already has.
+Without a path it is the source of the running Python's standard library, about 12 MB that every reader of
+this file already has.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def load(path: Path | None) -> Corpus:
 
 
 def _files(root: Path, pattern: str) -> Iterable[tuple[str, bytes]]:
-    """(path relative to root, contents) of the files under root in sorted order, hidden and empty ones left out."""
+    """(path relative to root, contents) of the files under root in sorted order, hidden and empty ones left
+    out."""
     for path in sorted(root.rglob(pattern)):
         name = path.relative_to(root)
         if path.is_file() and not any(part.startswith(".") for part in name.parts) and (data := path.read_bytes()):
@@ -76,7 +78,8 @@ def _check_name(path: Path) -> None:
 
 
 def is_held_out(name: str) -> bool:
-    """A pure function of a file's relative path, so that adding a file never moves another across the split."""
+    """A pure function of a file's relative path, so that adding a file never moves another across the
+    split."""
     return _hash_fraction(name) < HELD_OUT
 
 
@@ -125,7 +128,8 @@ def check_length(corpus: Corpus, seq_len: int) -> None:
 
 
 def batch(data: Tensor, *, seed: int, step: int, batch_size: int, seq_len: int) -> Tensor:
-    """(batch_size, seq_len + 1) int64 windows at random places: a pure function of (seed, step), so resuming needs no sampler state."""
+    """(batch_size, seq_len + 1) int64 windows at random places: a pure function of (seed, step), so resuming
+    needs no sampler state."""
     key = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
     starts = torch.randint(len(data) - seq_len, (batch_size,), generator=generator)
@@ -133,7 +137,8 @@ def batch(data: Tensor, *, seed: int, step: int, batch_size: int, seq_len: int) 
 
 
 def windows(data: Tensor, *, count: int, seq_len: int) -> Tensor:
-    """(≤ count, seq_len + 1) int64 windows that share no predicted byte, spread evenly over the text: the same for every run."""
+    """(≤ count, seq_len + 1) int64 windows that share no predicted byte, spread evenly over the text: the
+    same for every run."""
     available = (len(data) - 1) // seq_len
     picked = torch.arange(min(count, available)) * available // min(count, available)
     return data[picked[:, None] * seq_len + torch.arange(seq_len + 1)].long()

@@ -58,7 +58,8 @@ class Files:
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Linear from peak / warmup to peak over `warmup` steps, then a cosine that ends at FINAL_LR · peak. step counts from 0."""
+    """Linear from peak / warmup to peak over `warmup` steps, then a cosine that ends at FINAL_LR · peak. step
+    counts from 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -74,7 +75,8 @@ def build_model(settings: Settings) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, method: str, lr: float, settings: Settings) -> torch.optim.Optimizer:
-    """Two groups, [embedding, head and norms, the matrices within the decoder]; each has its peak rate in "initial_lr", torch's name."""
+    """Two groups, [embedding, head and norms, the matrices within the decoder]; each has its peak rate in
+    "initial_lr", torch's name."""
     optimizer = METHODS[method].build(model, lr, settings)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -82,7 +84,8 @@ def build_optimizer(model: nn.Module, method: str, lr: float, settings: Settings
 
 
 def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int) -> float:
-    """Add the gradient of the mean loss over `tokens` to .grad, in `pieces` equal micro-batches; return that loss in nats."""
+    """Add the gradient of the mean loss over `tokens` to .grad, in `pieces` equal micro-batches; return that
+    loss in nats."""
     losses = []
     for piece in tokens.chunk(pieces):
         loss = llama.loss(model, piece) / pieces
@@ -105,12 +108,14 @@ def evaluate(model: nn.Module, windows: Tensor, batch_size: int) -> float:
 
 
 def bases(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
-    """Copies on the CPU of the bases in use: none on the device, where they would count as the optimizer's peak."""
+    """Copies on the CPU of the bases in use: none on the device, where they would count as the optimizer's
+    peak."""
     return {p: state["basis"].to("cpu", copy=True) for p, state in optimizer.state.items() if "basis" in state}
 
 
 def mean_overlap(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, Tensor]) -> float | None:
-    """Mean over the projected parameters of ‖PᵀQ‖²_F / r between a basis and its successor; None where there is none yet."""
+    """Mean over the projected parameters of ‖PᵀQ‖²_F / r between a basis and its successor; None where there
+    is none yet."""
     if not before:
         return None
     import lowrank_kernels as lrk
@@ -134,12 +139,14 @@ def train(
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Train to the end and return the rows of the metrics file. `lr` is the peak rate of the matrices, settings.dense_lr that of the rest.
+    """Train to the end and return the rows of the metrics file. `lr` is the peak rate of the matrices,
+    settings.dense_lr that of the rest.
 
-    Rows: "step" (loss in nats a byte, lr and dense_lr of that step, grad_norm, optimizer_ms; at a refresh of bases the overlap with the
-    previous ones), "eval" (val_loss) and a last "end" (state_bytes, activation_bytes, peak_bytes, wall_s). `step` counts finished steps; a
-    row's loss is that of the weights before its step.
-    Raises Stopped once `should_stop()` holds and the step under way is saved, Diverged on a loss that is not finite.
+    Rows: "step" (loss in nats a byte, lr and dense_lr of that step, grad_norm, optimizer_ms; at a refresh of
+    bases the overlap with the previous ones), "eval" (val_loss) and a last "end" (state_bytes,
+    activation_bytes, peak_bytes, wall_s). `step` counts finished steps; a row's loss is that of the weights
+    before its step. Raises Stopped once `should_stop()` holds and the step under way is saved, Diverged on a
+    loss that is not finite.
     """
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
@@ -208,7 +215,8 @@ def train(
 
 @functools.cache
 def _warm_up(settings: Settings) -> None:
-    """Load, once a process, what the first step of any run loads (libraries, thread pools): not the memory or time of one optimizer."""
+    """Load, once a process, what the first step of any run loads (libraries, thread pools): not the memory or
+    time of one optimizer."""
     small = dataclasses.replace(settings, model="tiny", compile=False)
     model = build_model(small)
     tokens = torch.zeros(settings.batch_size // settings.accumulate, settings.seq_len + 1, dtype=torch.int64, device=settings.device)

@@ -1,4 +1,5 @@
-"""What this installation can do here: versions, devices, kernels and the extension, each with the reason where it is missing."""
+"""What this installation can do here: versions, devices, kernels and the extension, each with the reason
+where it is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from .version import __version__
 
 
 def environment() -> dict[str, str]:
-    """Name → finding, in the order in which `report` prints them. Needs neither Triton, nor a compiler, nor a GPU."""
+    """Name → finding, in the order in which `report` prints them. Needs neither Triton, nor a compiler, nor a
+    GPU."""
     return {
         "lowrank_kernels": f"{__version__} in {os.path.dirname(os.path.abspath(__file__))}",
         "Python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",

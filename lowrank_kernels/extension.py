@@ -1,6 +1,7 @@
 """Loads the compiled operators that setup.py built from csrc/ beside this file, or says why there are none.
 
-LOWRANK_KERNELS_LIBRARY=path in the environment loads that library instead (make sanitize); what goes wrong with it raises.
+LOWRANK_KERNELS_LIBRARY=path in the environment loads that library instead (make sanitize); what goes wrong
+with it raises.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from .source_digest import digest
 _PACKAGE = Path(__file__).resolve().parent
 _OVERRIDE = "LOWRANK_KERNELS_LIBRARY"
 OPERATORS = ("leading", "short_side_spectrum", "orthonormalise", "sample_importance", "multiply", "peaks", "normal")
-"""Those of ops/parts.py, all of which the extension implements on a CPU and, with its CUDA part, on a CUDA GPU."""
+"""Those of ops/parts.py, all of which the extension implements on a CPU and, with its CUDA part, on a CUDA
+GPU."""
 _SLOWER = "the subspace refresh runs in PyTorch (slower)"
 
 
@@ -29,7 +31,8 @@ class Finding:
     sentence: str
     library: Path | None = None
     unexpected: bool = False
-    """A library was built but cannot be used: worth a warning, where one that was never built is only reported."""
+    """A library was built but cannot be used: worth a warning, where one that was never built is only
+    reported."""
 
 
 _finding = Finding("not loaded: LOWRANK_KERNELS_REFERENCE is set")
@@ -46,12 +49,14 @@ def loaded() -> bool:
 
 
 def missing(dispatch_key: str) -> list[str]:
-    """The operators that have no compiled kernel of their own under a dispatch key, "CPU" or "CUDA", by the word of torch's dispatcher."""
+    """The operators that have no compiled kernel of their own under a dispatch key, "CPU" or "CUDA", by the
+    word of torch's dispatcher."""
     return [name for name in OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lowrank_kernels::{name}", dispatch_key)]
 
 
 def load(*, reference_forced: bool) -> None:
-    """Registers the compiled implementations; ops/ calls it once, when the operators are defined. Warns where a built library fails."""
+    """Registers the compiled implementations; ops/ calls it once, when the operators are defined. Warns where
+    a built library fails."""
     global _finding
     if reference_forced:
         return
@@ -107,14 +112,16 @@ def _parts(facts: dict) -> str:
 
 
 def _abi(version: str) -> str:
-    """Releases of one minor version share their ABI: "2.13" for 2.13.0+cpu and 2.13.1. Any other build only fits itself."""
+    """Releases of one minor version share their ABI: "2.13" for 2.13.0+cpu and 2.13.1. Any other build only
+    fits itself."""
     release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+(cpu|cu\d+|cxx11.*|rocm.*|xpu))?", version)
     return release.group(1) if release else version
 
 
 def _stale(package: Path, facts: dict) -> bool:
-    """In a source tree: whether csrc/ holds other sources than the library was built from. One that registers an operator with another
-    schema than the operator now has would end the process: C++ exceptions do not pass through dlopen."""
+    """In a source tree: whether csrc/ holds other sources than the library was built from. One that registers
+    an operator with another schema than the operator now has would end the process: C++ exceptions do not
+    pass through dlopen."""
     return (package.parent / "setup.py").is_file() and facts.get("sources") != digest(package.parent / "csrc")
 
 

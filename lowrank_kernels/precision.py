@@ -1,6 +1,8 @@
-"""What torch allows products of fp32 and bf16 matrices to be computed in, asked and set in a way that fits its old and its new settings.
+"""What torch allows products of fp32 and bf16 matrices to be computed in, asked and set in a way that fits
+its old and its new settings.
 
-Since torch 2.9 each backend has `fp32_precision`, and `torch.get_float32_matmul_precision()` raises once that was used.
+Since torch 2.9 each backend has `fp32_precision`, and `torch.get_float32_matmul_precision()` raises once that
+was used.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ def tf32_allowed() -> bool:
 class _Full:
     """A context in which settings are full.
 
-    They are the whole process's: the first of several threads in here changes them, the last one puts them back.
+    They are the whole process's: the first of several threads in here changes them, the last one puts them
+    back.
     """
 
     def __init__(self, fill: Callable[[], Settings], put_back: Callable[[Settings], None]) -> None:
@@ -89,4 +92,5 @@ def _sum_as_before(allowed: Settings) -> None:
 full_precision = _Full(_set_full, _put_back)
 """`with full_precision():` fp32 products in fp32, whatever is allowed outside."""
 full_accumulation = _Full(_sum_in_fp32, _sum_as_before)
-"""`with full_accumulation():` products of bf16 matrices with their sums in fp32: cuBLAS may else add up parts of a sum in bf16."""
+"""`with full_accumulation():` products of bf16 matrices with their sums in fp32: cuBLAS may else add up parts
+of a sum in bf16."""

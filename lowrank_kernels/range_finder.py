@@ -2,11 +2,12 @@
 
     Y = Ω;  several times: Y = G·Gᵀ·orth(Y);  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W
 
-The defaults of the operators in ops/parts.py, for devices and installations without csrc/, which does the same with more care for time.
-Here Gram matrices, QR and eigenproblems are fp64, nothing is looked at on the way, and G is copied. On a GPU `eigh` waits for the device.
+The defaults of the operators in ops/parts.py, for devices and installations without csrc/, which does the
+same with more care for time. Here Gram matrices, QR and eigenproblems are fp64, nothing is looked at on the
+way, and G is copied. On a GPU `eigh` waits for the device.
 
-Sources: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1; Efraimidis, Spirakis, Inf. Process. Lett. 97 (2006)
-for sampling by keys.
+Sources: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1; Efraimidis, Spirakis, Inf.
+Process. Lett. 97 (2006) for sampling by keys.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from .precision import full_accumulation, full_precision
 SQUARE_FROM = 5
 """G·Gᵀ is formed where 5·l reaches the short side."""
 GRAM_STEPS = 6
-"""Products with it for each power iteration, beside the first. As many leave σ of Gaussian noise off by 0.5 % (leading half of r = m/4,
-512 × 1376) and hold 0.991 of its energy; three leave 1.6 % and hold 0.969."""
+"""Products with it for each power iteration, beside the first. As many leave σ of Gaussian noise off by 0.5 %
+(leading half of r = m/4, 512 × 1376) and hold 0.991 of its energy; three leave 1.6 % and hold 0.969."""
 
 
 def full_precision_product(left: Tensor, right: Tensor) -> Tensor:
@@ -39,14 +40,16 @@ def may_look(tensor: Tensor) -> bool:
 
 
 def multipliable(grad: Tensor) -> Tensor:
-    """G in the dtype its products run in: bf16 as it is on a GPU; other half precision in fp32 (fp16 overflows, CPUs are slow)."""
+    """G in the dtype its products run in: bf16 as it is on a GPU; other half precision in fp32 (fp16
+    overflows, CPUs are slow)."""
     native = grad.dtype == torch.bfloat16 and grad.is_cuda
     return grad if native else grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def in_range(grads: Sequence[Tensor], peak: Tensor) -> tuple[list[Tensor], Tensor, list[int]]:
-    """Matrices that may be looked at, their peaks, and the power of two that each was divided by, where fourth powers of its elements could
-    leave the dtype's range. Zeros take the place of one that is not finite."""
+    """Matrices that may be looked at, their peaks, and the power of two that each was divided by, where
+    fourth powers of its elements could leave the dtype's range. Zeros take the place of one that is not
+    finite."""
     scaled, exponents, most = list(grads), [0] * len(grads), 20 if grads[0].dtype == torch.float32 else 150
     for number, value in enumerate(peak.tolist()):
         if not math.isfinite(value):
@@ -77,12 +80,14 @@ def over_peak(grads: Sequence[Tensor], peak: Tensor) -> Tensor:
 
 
 def peaks(grads: Sequence[Tensor]) -> Tensor:
-    """The largest |Gᵢⱼ| of each matrix, (batch,) fp64: not finite exactly where G holds a NaN or an infinity."""
+    """The largest |Gᵢⱼ| of each matrix, (batch,) fp64: not finite exactly where G holds a NaN or an
+    infinity."""
     return torch.cat([torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1)).double().reshape(-1) for grad in grads])
 
 
 def multiply(grads: Sequence[Tensor], factor: Tensor) -> Tensor:
-    """G·X in G's precision with fp32 sums: X (n, c), for all, or (batch, n, c) → (batch, m, c) in the dtype of X."""
+    """G·X in G's precision with fp32 sums: X (n, c), for all, or (batch, n, c) → (batch, m, c) in the dtype
+    of X."""
     grad = stacked(grads)
     with full_accumulation():
         return (grad @ factor.to(grad.dtype)).to(factor.dtype)
@@ -96,8 +101,8 @@ def normal(like: Tensor, shape: Sequence[int], seeds: Sequence[int], stream: int
 def orthonormalise(matrix: Tensor, seed: int = 0) -> Tensor:
     """Q with QᵀQ = I and span(Q) ⊇ span(Y): (…, m, l) fp32 or fp64 with l ≤ m → the same shape and dtype.
 
-    Q's first k columns span Y's first k, and QᵀY has a positive diagonal. Columns that are zero, not finite or dependent on earlier ones
-    come back as random directions orthogonal to the rest.
+    Q's first k columns span Y's first k, and QᵀY has a positive diagonal. Columns that are zero, not finite
+    or dependent on earlier ones come back as random directions orthogonal to the rest.
     """
     m, columns = matrix.shape[-2:]
     noise = normal(matrix, (columns, m), [seed], philox.COMPLETION)[0].mT / m**0.5
@@ -116,9 +121,11 @@ def _by_columns(matrix: Tensor) -> Tensor:
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, k, n) with k ≤ n → all k left singular vectors (batch, k, k) and values (batch, k), descending, by eigh(A·Aᵀ) in fp64.
+    """(batch, k, n) with k ≤ n → all k left singular vectors (batch, k, k) and values (batch, k), descending,
+    by eigh(A·Aᵀ) in fp64.
 
-    Formed in fp32 the Gram matrix would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal to 1e-5 only.
+    Formed in fp32 the Gram matrix would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal to
+    1e-5 only.
     """
     wide = matrix.double()
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
@@ -126,7 +133,8 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def short_side_spectrum(grads: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """All k = min(m, n) singular vectors (batch, k, k) on the short side of G, of which `count` are wanted, and values (batch, k)."""
+    """All k = min(m, n) singular vectors (batch, k, k) on the short side of G, of which `count` are wanted,
+    and values (batch, k)."""
     peak = peaks(grads)
     matrix = over_peak(grads, peak)
     vectors, sigma = left_singular(matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix)
@@ -134,11 +142,12 @@ def short_side_spectrum(grads: Sequence[Tensor], count: int) -> tuple[Tensor, Te
 
 
 def leading(grads: Sequence[Tensor], peak: Tensor, count: int, oversample: int, power_iters: int, seed: int) -> tuple[Tensor, Tensor]:
-    """The leading left singular vectors (batch, m, count) of G and values (batch, count), descending, approximately; `peak` of `peaks`.
+    """The leading left singular vectors (batch, m, count) of G and values (batch, count), descending,
+    approximately; `peak` of `peaks`.
 
-    With l = count + oversample, by shape alone: l ≥ min(m, n), the whole spectrum; else subspace iteration on the short side, from one Ω
-    for all, with G·Gᵀ where 5·l ≥ min(m, n), else with Gᵀ and G in turn. Vectors are orthonormal to 1e-5 for every input; those of a
-    matrix that is not finite are arbitrary.
+    With l = count + oversample, by shape alone: l ≥ min(m, n), the whole spectrum; else subspace iteration on
+    the short side, from one Ω for all, with G·Gᵀ where 5·l ≥ min(m, n), else with Gᵀ and G in turn. Vectors
+    are orthonormal to 1e-5 for every input; those of a matrix that is not finite are arbitrary.
     """
     matrix = over_peak(grads, peak)
     tall = matrix.shape[-2] > matrix.shape[-1]
@@ -160,7 +169,8 @@ def leading(grads: Sequence[Tensor], peak: Tensor, count: int, oversample: int, 
 
 
 def polish(basis: Tensor) -> Tensor:
-    """U·(3/2·I − 1/2·UᵀU), which squares the defect of nearly orthonormal columns; in fp64, for errors of products may all be alike."""
+    """U·(3/2·I − 1/2·UᵀU), which squares the defect of nearly orthonormal columns; in fp64, for errors of
+    products may all be alike."""
     wide = basis.double()
     gram = wide.mT @ wide
     return (wide @ (1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram)).to(basis.dtype)
@@ -173,10 +183,11 @@ def clear(directions: Tensor, matrix: Tensor) -> Tensor:
 
 
 def sample_importance(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:
-    """Successive sampling without replacement, P(i) ∝ σᵢ: (batch, k) → (batch, r) int64 indices, sorted by σ descending.
+    """Successive sampling without replacement, P(i) ∝ σᵢ: (batch, k) → (batch, r) int64 indices, sorted by σ
+    descending.
 
-    The top r of log σ + Gumbel noise, which is the law of torch.multinomial(σ, r, replacement=False). Zero weights are drawn
-    only after all others, uniformly. One seed a row.
+    The top r of log σ + Gumbel noise, which is the law of torch.multinomial(σ, r, replacement=False). Zero
+    weights are drawn only after all others, uniformly. One seed a row.
     """
     weights = sigma.double()
     weights = weights / weights.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

@@ -15,10 +15,11 @@ ALL_LINEAR = ("all-linear", "all_linear")
 def matching_modules(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
     """Modules by name, in the model's order.
 
-    target_modules: "all-linear", every linear layer but adapters' of PEFT and the output head (`lm_head`, what
-    `model.get_output_embeddings()` returns, and any layer whose weight is an embedding's), and modules that hold the weights of experts;
-    a list of strings, a module being taken where its name contains one of them or matches one as a regular expression; or a regular
-    expression that must match a module's whole name. Raises ValueError where nothing matches, TypeError for what is no module.
+    target_modules: "all-linear", every linear layer but adapters' of PEFT and the output head (`lm_head`,
+    what `model.get_output_embeddings()` returns, and any layer whose weight is an embedding's), and modules
+    that hold the weights of experts; a list of strings, a module being taken where its name contains one of
+    them or matches one as a regular expression; or a regular expression that must match a module's whole
+    name. Raises ValueError where nothing matches, TypeError for what is no module.
     """
     check_is_module(model)
     matched = dict(_matches(model, target_modules))
@@ -54,7 +55,8 @@ def experts_of(name: str, module: nn.Module) -> list[nn.Parameter]:
 
 
 def without_wrappers(names: list[str]) -> list[str]:
-    """Names of modules or parameters without what torch.compile and DistributedDataParallel put in front of those that a user knows."""
+    """Names of modules or parameters without what torch.compile and DistributedDataParallel put in front of
+    those that a user knows."""
     names = [name.replace("_orig_mod.", "") for name in names]
     if all(name in ("_orig_mod", "module") or name.startswith("module.") for name in names):  # else it is a child of that name
         names = [name.removeprefix("module.") for name in names]
@@ -110,7 +112,8 @@ def _pattern(text: str) -> re.Pattern[str] | None:
 
 
 def _adapters(model: nn.Module) -> set[int]:
-    """The modules that PEFT adds to a layer (lora_A, lora_B, …), which a layer of it lists; all inside of them, too."""
+    """The modules that PEFT adds to a layer (lora_A, lora_B, …), which a layer of it lists; all inside of
+    them, too."""
     found = set()
     for layer in model.modules():
         for name in getattr(layer, "adapter_layer_names", ()):

@@ -52,8 +52,8 @@ REFRESH_IMPLEMENTATIONS = ["operators", "as on a GPU", "PyTorch"]
 
 @pytest.fixture(params=REFRESH_IMPLEMENTATIONS)
 def refresh_implementation(request, monkeypatch):
-    """What a refresh is made of: the operators, which are the extension's where it is built; the extension's way through a batch without
-    looking at results, which is a GPU's; the defaults in PyTorch."""
+    """What a refresh is made of: the operators, which are the extension's where it is built; the extension's
+    way through a batch without looking at results, which is a GPU's; the defaults in PyTorch."""
     from lowrank_kernels import extension, range_finder
     from lowrank_kernels.ops import parts
 

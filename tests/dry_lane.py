@@ -2,11 +2,12 @@
 
     python -m pytest -p tests.dry_lane --dry-arch 90
 
-Without other arguments it runs the tests marked `gpu` of LANE. The operators run what they run on a GPU, on CPU tensors, up to the launch
-of a kernel; benchmarks/dry.py compiles that for the architecture and holds it to its limits. Nothing is computed, so comparisons of results
-are left out: the helpers named below say yes to everything, and a test that launched kernels and then fails on an `assert` of its own ends
-there and counts as passed. All else fails as ever: exceptions, failures before the first launch, assertions outside of tests/, and launches
-that a GPU would refuse.
+Without other arguments it runs the tests marked `gpu` of LANE. The operators run what they run on a GPU, on
+CPU tensors, up to the launch of a kernel; benchmarks/dry.py compiles that for the architecture and holds it
+to its limits. Nothing is computed, so comparisons of results are left out: the helpers named below say yes to
+everything, and a test that launched kernels and then fails on an `assert` of its own ends there and counts as
+passed. All else fails as ever: exceptions, failures before the first launch, assertions outside of tests/,
+and launches that a GPU would refuse.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ COMPARISONS = {
     "same_bits": lambda a, b: True,
     "same": lambda a, b: True,
 }
-"""Helpers of the tests that compare what kernels computed. They are replaced so that a test goes on to its next launch."""
+"""Helpers of the tests that compare what kernels computed. They are replaced so that a test goes on to its
+next launch."""
 KEY = "dry lane"
 
 

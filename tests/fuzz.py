@@ -1,8 +1,10 @@
-"""python -m tests.fuzz: random cases of the step, each against the reference in fp64 within the bounds derived in tolerances.py.
+"""python -m tests.fuzz: random cases of the step, each against the reference in fp64 within the bounds
+derived in tolerances.py.
 
-Every case is a function of its seed alone: shapes, ranks, dtypes, strides, hyperparameters, kinds of gradient, 8-bit moments, stochastic
-rounding, counts and rates on the device, skipped steps; on the CPU path and, in Triton's interpreter or on a GPU, on the single-pass and
-the two-pass kernels. A failing case prints the one line that repeats it.
+Every case is a function of its seed alone: shapes, ranks, dtypes, strides, hyperparameters, kinds of
+gradient, 8-bit moments, stochastic rounding, counts and rates on the device, skipped steps; on the CPU path
+and, in Triton's interpreter or on a GPU, on the single-pass and the two-pass kernels. A failing case prints
+the one line that repeats it.
 """
 
 from __future__ import annotations
@@ -45,9 +47,11 @@ GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a seed stands for. Weights, gradients and bases have dtypes and layouts of their own on the two-pass path and the CPU.
+    """What a seed stands for. Weights, gradients and bases have dtypes and layouts of their own on the
+    two-pass path and the CPU.
 
-    wide: extents, strides and addresses are multiples of 16, which the tiles of a GPU's own rows want; other cases run in the small tiles.
+    wide: extents, strides and addresses are multiples of 16, which the tiles of a GPU's own rows want; other
+        cases run in the small tiles.
     """
 
     path: str

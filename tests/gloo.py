@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 
 def results(function, folder, ranks=2, seconds=150):
-    """What `function(rank)`, importable by name, returned in each process: tensors, numbers and nests of them."""
+    """What `function(rank)`, importable by name, returned in each process: tensors, numbers and nests of
+    them."""
     started = torch.multiprocessing.start_processes(
         _process, (function, str(folder), ranks), nprocs=ranks, join=False, start_method="spawn"
     )

@@ -1,7 +1,8 @@
-"""A worker of pytest-xdist whose GPU is lost ends, and a new one takes its place: else every test after the one to blame would fail too.
+"""A worker of pytest-xdist whose GPU is lost ends, and a new one takes its place: else every test after the
+one to blame would fail too.
 
-An illegal access leaves a process without a usable CUDA context. Its test is reported, then once more as the one during which the worker
-crashed. Without xdist the run stops there. conftest.py imports both hooks.
+An illegal access leaves a process without a usable CUDA context. Its test is reported, then once more as the
+one during which the worker crashed. Without xdist the run stops there. conftest.py imports both hooks.
 """
 
 import os

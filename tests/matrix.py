@@ -1,7 +1,8 @@
 """Matrices of parameters of which `make test` runs a part and `make test-all` (`pytest --all`) everything.
 
-A mark `slow` is all there is to it: a case without one is representative of those that have it. Each value of each parameter, and each pair
-of values that a formula or a branch looks at together, keeps a case without a mark.
+A mark `slow` is all there is to it: a case without one is representative of those that have it. Each value of
+each parameter, and each pair of values that a formula or a branch looks at together, keeps a case without a
+mark.
 """
 
 import itertools
@@ -10,8 +11,8 @@ import pytest
 
 
 def representative(cases, keep):
-    """All of the cases, for pytest.mark.parametrize; those for which keep(*case) is false, or keep(case) where a case is one value, are
-    slow."""
+    """All of the cases, for pytest.mark.parametrize; those for which keep(*case) is false, or keep(case)
+    where a case is one value, are slow."""
     found = []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)
@@ -21,7 +22,8 @@ def representative(cases, keep):
 
 
 def pairwise(*axes):
-    """All combinations of the axes' values. Of those that are not slow, each value of an axis meets each value of every other axis."""
+    """All combinations of the axes' values. Of those that are not slow, each value of an axis meets each
+    value of every other axis."""
     combinations = list(itertools.product(*(range(len(axis)) for axis in axes)))
     columns = list(itertools.combinations(range(len(axes)), 2)) or [(0, 0)]
 
@@ -40,8 +42,9 @@ def pairwise(*axes):
 
 
 def mark_repetitions(items, parameter, values):
-    """Where every test runs for each of a parameter's values, whatever else it is about, mark most of that slow: of the values that are
-    possible here, each combination of a test's other parameters keeps one, and each value of each other parameter keeps all."""
+    """Where every test runs for each of a parameter's values, whatever else it is about, mark most of that
+    slow: of the values that are possible here, each combination of a test's other parameters keeps one, and
+    each value of each other parameter keeps all."""
     tests = {}
     for item in items:
         call = getattr(item, "callspec", None)

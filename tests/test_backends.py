@@ -1,4 +1,5 @@
-"""A bucket's step by its backend: which one serves it, what is composed, and the CPU implementation against reference.py in fp64."""
+"""A bucket's step by its backend: which one serves it, what is composed, and the CPU implementation against
+reference.py in fp64."""
 
 import functools
 import os
@@ -21,7 +22,8 @@ HYPER = dict(lr=0.05, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0
 
 
 def bucket(m, n, rank, right, dtype=torch.float32, batch=1, strided=False, scale=1.0, seed=0):
-    """weights, grads (as stored), bases, exp_avgs, exp_avg_sqs of a bucket with some history in its moments."""
+    """weights, grads (as stored), bases, exp_avgs, exp_avg_sqs of a bucket with some history in its
+    moments."""
     generator = torch.Generator().manual_seed(seed)
 
     def stored():
@@ -43,7 +45,8 @@ def in_fp64(tensors):
 
 
 def assert_step_is_right(tensors, step, right, hyper=HYPER, run=None):
-    """Runs `run` on the bucket and compares weights and moments with the reference in fp64, within the derived bounds."""
+    """Runs `run` on the bucket and compares weights and moments with the reference in fp64, within the
+    derived bounds."""
     exact = in_fp64([[t.clone() for t in group] for group in tensors])
     before = in_fp64([[t.clone() for t in group] for group in tensors])
     formulas.adamw_step_(*exact, **hyper, step=step, right=right)
@@ -171,7 +174,8 @@ def test_a_bucket_says_what_does_not_fit():
 
 
 def test_kernels_tell_autograd_that_they_wrote():
-    """As in-place operators do, so that a backward pass through stale weights raises; here what CUDA runs, in the interpreter."""
+    """As in-place operators do, so that a backward pass through stale weights raises; here what CUDA runs, in
+    the interpreter."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("needs the interpreter, on CPU tensors")

@@ -32,7 +32,8 @@ def spread(scales, n):
 def assert_close(m, v):
     """Half a code is all that is lost. With y the real code, |c − y| ≤ ½ and so, for M and V,
 
-        s/127²·|c² − y²| ≤ s/127²·(y + ¼),        s/255⁴·|c⁴ − y⁴| ≤ s/255⁴·2(y + ½)³, or s/255⁴ where y < ½ gave a code of 1.
+        s/127²·|c² − y²| ≤ s/127²·(y + ¼)
+        s/255⁴·|c⁴ − y⁴| ≤ s/255⁴·2(y + ½)³, or s/255⁴ where y < ½ gave a code of 1
 
     fp32 adds at most 8u of y where a code is chosen, and an s rounded to fp32 moves what is decoded by 2u.
     """

@@ -1,4 +1,5 @@
-"""The report, also on a machine without Triton and without a compiler; the version; an installation without the package's extras."""
+"""The report, also on a machine without Triton and without a compiler; the version; an installation without
+the package's extras."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""The build's decisions (setup.py) and the loader's (extension.py): each reason for having no extension is found, said and harmless."""
+"""The build's decisions (setup.py) and the loader's (extension.py): each reason for having no extension is
+found, said and harmless."""
 
 import json
 import os
@@ -27,7 +28,8 @@ def build(setup_module):
 
 @pytest.fixture
 def toolkit(tmp_path):
-    """A CUDA toolkit whose nvcc answers what setup.py asks: release 13.0, no architecture newer than sm_90."""
+    """A CUDA toolkit whose nvcc answers what setup.py asks: release 13.0, no architecture newer than
+    sm_90."""
     (tmp_path / "include").mkdir()
     (tmp_path / "include/cuda_runtime.h").touch()
     script(
@@ -160,7 +162,8 @@ def test_what_is_built(build, monkeypatch, mode, torch_cuda, fault, outcome):
 
 @pytest.fixture
 def project(tmp_path):
-    """A folder with this setup.py and one source that needs no header of torch, so that compiling it takes no time."""
+    """A folder with this setup.py and one source that needs no header of torch, so that compiling it takes no
+    time."""
     shutil.copy(ROOT / "setup.py", tmp_path)
     (tmp_path / "lowrank_kernels").mkdir()
     shutil.copy(ROOT / "lowrank_kernels/source_digest.py", tmp_path / "lowrank_kernels")

@@ -1,4 +1,5 @@
-"""The random sweep of `make fuzz`: a few cases of it, that a wrong step is found, and that a case is its seed alone."""
+"""The random sweep of `make fuzz`: a few cases of it, that a wrong step is found, and that a case is its seed
+alone."""
 
 import random
 import subprocess

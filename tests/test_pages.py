@@ -29,7 +29,8 @@ def without_code(text):
 
 @named([page for page in PAGES if snippets(page)])
 def test_snippets_run_one_after_another(page, tmp_path, monkeypatch):
-    """README's begin from nothing, those of a page in docs/ from a model, its input and groups. What needs a GPU is compiled only."""
+    """README's begin from nothing, those of a page in docs/ from a model, its input and groups. What needs a
+    GPU is compiled only."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     names = {}

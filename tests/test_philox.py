@@ -1,4 +1,5 @@
-"""Philox4x32-10: the published vectors, purity in (seed, stream, element), and the distributions made from it."""
+"""Philox4x32-10: the published vectors, purity in (seed, stream, element), and the distributions made from
+it."""
 
 import math
 

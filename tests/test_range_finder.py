@@ -66,7 +66,8 @@ def test_orthonormalise_gives_a_full_orthonormal_set(m, columns):
 @pytest.mark.gpu
 @pytest.mark.parametrize("m, seeds", [(128, 3), (300, 1), pytest.param(513, 3, marks=pytest.mark.slow)])
 def test_orthonormalise_square_or_nearly(m, seeds):
-    """Where no room is left, completion is badly conditioned: rank 16 of m, a decay to 1e-8 and beyond, all but one column random."""
+    """Where no room is left, completion is badly conditioned: rank 16 of m, a decay to 1e-8 and beyond, all
+    but one column random."""
     for columns in (m, m - 1):
         for seed in range(seeds):
             torch.manual_seed(seed)
@@ -116,7 +117,8 @@ def test_a_basis_is_orthonormal_where_products_may_be_less_precise(reduced_preci
 
 
 class RecordPrecision(TorchDispatchMode):
-    """What fp32 products are allowed when each one is made in Python: a CPU may be exact all the same, so the result would not tell."""
+    """What fp32 products are allowed when each one is made in Python: a CPU may be exact all the same, so the
+    result would not tell."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +153,8 @@ def test_tf32_is_allowed_where_torch_allows_it(reduced_precision):
 
 @pytest.fixture
 def sums_allowed():
-    """(in bf16 or not, whether sums may be split) at each product with a matrix of 96 × 40, whoever asks for it, in C++ too."""
+    """(in bf16 or not, whether sums may be split) at each product with a matrix of 96 × 40, whoever asks for
+    it, in C++ too."""
     found = []
 
     def product(a, b):
@@ -217,7 +220,8 @@ def decaying(k):
 @pytest.mark.parametrize("m, n", [(96, 256), (256, 96), (128, 128)])
 @pytest.mark.parametrize("power_iters", [1, 2])
 def test_energy_of_decaying_spectra(m, n, power_iters):
-    """As good as torch.svd_lowrank, the Householder version of the same algorithm, with as many columns and iterations."""
+    """As good as torch.svd_lowrank, the Householder version of the same algorithm, with as many columns and
+    iterations."""
     torch.manual_seed(m + n)
     rank, oversample = 24, 8
     for sigma in decaying(min(m, n)):
@@ -446,7 +450,8 @@ def test_sampling_seeds():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("m", [200, 5000])
 def test_sums_that_all_err_alike(m, dtype):
-    """Equal rows: the lengths and products of the columns of Y are sums of m equal terms, whose rounding errors have one sign."""
+    """Equal rows: the lengths and products of the columns of Y are sums of m equal terms, whose rounding
+    errors have one sign."""
     torch.manual_seed(0)
     for rank in (3, 7, 14):
         grad = torch.ones(m, 1, dtype=dtype, device=DEVICE) @ torch.randn(1, 33, dtype=dtype, device=DEVICE)

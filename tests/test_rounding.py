@@ -1,4 +1,5 @@
-"""Stochastic rounding to bf16: the two neighbours only, the mean exact, and a function of (seed, step, element)."""
+"""Stochastic rounding to bf16: the two neighbours only, the mean exact, and a function of (seed, step,
+element)."""
 
 import math
 
@@ -19,7 +20,8 @@ def neighbours(values):
 
 
 def deviation(draws):
-    """What a mean of so many numbers from an interval of length 1 exceeds with probability 1e-12 at most (Hoeffding)."""
+    """What a mean of so many numbers from an interval of length 1 exceeds with probability 1e-12 at most
+    (Hoeffding)."""
     return math.sqrt(math.log(2 / 1e-12) / (2 * draws))
 
 
@@ -60,7 +62,8 @@ def test_the_mean_of_each_element():
 
 
 def test_bits_are_uniform_and_apart():
-    """Each of the 16 bits is fair, and those of neighbours in a row, in a column and from step to step agree half of the time."""
+    """Each of the 16 bits is fair, and those of neighbours in a row, in a column and from step to step agree
+    half of the time."""
     bits = torch.stack([philox.rounding_bits(SEED, 64, 104, step) for step in (1, 2)])
     assert bits.min() >= 0 and bits.max() < 2**16
     planes = (bits[..., None] >> torch.arange(16)) & 1
@@ -82,7 +85,8 @@ def test_a_function_of_seed_step_and_element():
 
 
 def test_independent_of_layout_and_size():
-    """An element's bits depend on its row and column alone: not on strides, nor on how large the matrix is."""
+    """An element's bits depend on its row and column alone: not on strides, nor on how large the matrix
+    is."""
     values = torch.randn(40, 50)
     rounded = round_stochastically(values, SEED, 3)
     by_columns, every_other = values.T.contiguous().T, torch.zeros(40, 100)[:, ::2].copy_(values)

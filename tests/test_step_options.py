@@ -1,4 +1,5 @@
-"""The step's optional arguments: counts and rate on the device, 8-bit moments, stochastic rounding. The CPU path against reference.py."""
+"""The step's optional arguments: counts and rate on the device, 8-bit moments, stochastic rounding. The CPU
+path against reference.py."""
 
 import functools
 
@@ -17,7 +18,8 @@ SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 
 @pytest.fixture
 def fp32_products(monkeypatch):
-    """A CPU with bf16 instructions rounds R to bf16, which moves codes and hides what these tests look for."""
+    """A CPU with bf16 instructions rounds R to bf16, which moves codes and hides what these tests look
+    for."""
     monkeypatch.setattr(cpu, "NATIVE_BF16", False)
 
 
@@ -76,7 +78,8 @@ def test_each_matrix_has_its_own_count():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("m, n, rank", [(1, 1, 1), (20, 64, 5), (20, 65, 20), (70, 200, 33), (9, 3, 3)])
 def test_8_bit_moments_against_the_reference(m, n, rank, dtype, right, fp32_products):
-    """A code is off by one where its exact value lies at half an integer, to the rounding of fp32; how seldom, and no further."""
+    """A code is off by one where its exact value lies at half an integer, to the rounding of fp32; how
+    seldom, and no further."""
     weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(m, n, rank, right, dtype)
     codes = coded(exp_avgs, exp_avg_sqs)
     before = [weight.double() for weight in weights]
@@ -99,7 +102,8 @@ def test_8_bit_moments_against_the_reference(m, n, rank, dtype, right, fp32_prod
 
 @SIDES
 def test_stochastic_rounding_on_a_cpu_is_the_references(right):
-    """Both round the same number up or down by the same bits, so they differ only where a threshold lies within an fp32 rounding."""
+    """Both round the same number up or down by the same bits, so they differ only where a threshold lies
+    within an fp32 rounding."""
     weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(48, 100, 7, right, torch.bfloat16)
     truth = clone((weights, grads, bases, exp_avgs, exp_avg_sqs))
     seeds = torch.tensor([3, -(2**63)])

@@ -1,4 +1,5 @@
-"""Moments and back-projection on their own, with found_inf and counts on the device: every implementation against fp64."""
+"""Moments and back-projection on their own, with found_inf and counts on the device: every implementation
+against fp64."""
 
 import pytest
 import torch
@@ -123,7 +124,8 @@ def test_weights_are_rounded_stochastically_as_the_reference_does(implementation
     implementation("back_project_")(weights, bases, normalised, **options)
     for weight, value, basis, n, seed, count in zip(weights, exact, bases, normalised, seeds.split(1), (1, 42), strict=True):
         expected = round_stochastically(value, seed, count)
-        # fp32 sums in another order, and N rounded to the basis' 16 bits before a dot, land on the other neighbour now and then.
+        # fp32 sums in another order, and N rounded to the basis' 16 bits before a dot, land on the other
+        # neighbour now and then.
         assert (weight == expected).float().mean() > 0.8
         # The interpreter cuts N to bf16 where a GPU rounds it.
         of_n = UPDATE["lr"] * UPDATE["scale"] * 2.0**-7 * reference.orient(basis.double().abs() @ n.double().abs(), right)
@@ -175,7 +177,8 @@ def test_back_projection_against_fp64(implementation, dtype, right):
     exact = [weight.double() for weight in weights]
     implementation("back_project_")(weights, bases, normalised, **UPDATE, right=right)
     tf32 = 2.0**-11 if dtype == torch.float32 and DEVICE == "cuda" and torch.get_float32_matmul_precision() != "highest" else 0.0
-    # Of 16 bits, N is rounded to the bases' dtype for the dot where a tensor core, or a CPU's instructions, take no other.
+    # Of 16 bits, N is rounded to the bases' dtype for the dot where a tensor core, or a CPU's instructions,
+    # take no other.
     rounds_n = dtype == torch.bfloat16 and implementation.name != "reference" and (implementation.in_triton or cpu.NATIVE_BF16)
     for weight, expected, basis, update in zip(weights, exact, bases, normalised, strict=True):
         bound = back_project_error(

@@ -1,8 +1,10 @@
-"""Bounds on the rounding error of the step, element by element, each derived from the unit roundoff and the length of a sum.
+"""Bounds on the rounding error of the step, element by element, each derived from the unit roundoff and the
+length of a sum.
 
-A bound is an fp64 tensor E with |computed − exact| ≤ E, to first order in the unit roundoffs. It holds for every order of summation,
-so it is the same for a GPU, a CPU and Triton's interpreter. Notation: u unit roundoff, |A| the matrix of absolute values,
-γ = length·u the relative error of a sum (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+A bound is an fp64 tensor E with |computed − exact| ≤ E, to first order in the unit roundoffs. It holds for
+every order of summation, so it is the same for a GPU, a CPU and Triton's interpreter. Notation: u unit
+roundoff, |A| the matrix of absolute values, γ = length·u the relative error of a sum (Higham, Accuracy and
+Stability of Numerical Algorithms, section 3.1).
 """
 
 from __future__ import annotations
@@ -16,19 +18,22 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-
 """Half the distance from 1 to the next number: the relative error of rounding to nearest."""
 
 ACCUMULATION_UNIT = 2.0**-23
-"""Relative error of one fp32 addition inside a dot: tensor cores may cut where they should round, which doubles it."""
+"""Relative error of one fp32 addition inside a dot: tensor cores may cut where they should round, which
+doubles it."""
 
 TINY = 2.0**-148
 """Absolute error of an fp32 operation on subnormal numbers, twice the smallest."""
 
 
 def store_unit(dtype: torch.dtype, truncates: bool) -> float:
-    """Relative error of a store: u, or 2u where conversion to bf16 cuts instead of rounding, as Triton's interpreter does."""
+    """Relative error of a store: u, or 2u where conversion to bf16 cuts instead of rounding, as Triton's
+    interpreter does."""
     return UNIT[dtype] * (2 if truncates and dtype == torch.bfloat16 else 1)
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "result") -> None:
-    """‖actual − expected‖ ≤ ‖bound‖ and, since the bounds here are elementwise, |actual − expected| ≤ bound. A NaN fails."""
+    """‖actual − expected‖ ≤ ‖bound‖ and, since the bounds here are elementwise, |actual − expected| ≤ bound.
+    A NaN fails."""
     actual, expected, bound = actual.double().cpu(), expected.double().cpu(), bound.double().cpu()
     error = (actual - expected).abs()
     norm = expected.norm().clamp_min(torch.finfo(torch.float64).tiny)
@@ -43,8 +48,9 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "
 def project_error(basis: Tensor, grad: Tensor, operand_unit: float = 0.0) -> Tensor:
     """E of R = PᵀG', for exact P (m, r) and G' (m, n).
 
-    Products of 16-bit operands are exact in fp32, products of fp32 ones are off by u; m of them take m − 1 additions:
-    |error| ≤ (m + 1)·u·|P|ᵀ|G'|. Operands rounded to a narrower format first (tf32) add `operand_unit` each.
+    Products of 16-bit operands are exact in fp32, products of fp32 ones are off by u; m of them take m − 1
+    additions: |error| ≤ (m + 1)·u·|P|ᵀ|G'|. Operands rounded to a narrower format first (tf32) add
+    `operand_unit` each.
     """
     terms = basis.shape[-2] + 1
     return (terms * ACCUMULATION_UNIT + 2 * operand_unit) * (basis.double().abs().mT @ grad.double().abs()) + terms * TINY
@@ -59,10 +65,12 @@ def moments_error(
     projected_error: Tensor | float = 0.0,
     state_errors: tuple[Tensor | float, Tensor | float] = (0.0, 0.0),
 ) -> tuple[Tensor, Tensor]:
-    """E of M and V after the update, for states M, V before it known to `state_errors`, and R known to `projected_error`.
+    """E of M and V after the update, for states M, V before it known to `state_errors`, and R known to
+    `projected_error`.
 
-    M: β1 and 1 − β1 rounded to fp32 (u), two products (u), one sum (u): 3u·(β1|M| + (1 − β1)|R|). V: R² (u) besides: 4u·V, all its
-    terms being positive. An error of R enters M times 1 − β1 and V times (1 − β2)·(2|R| + error), one of a state times its β.
+    M: β1 and 1 − β1 rounded to fp32 (u), two products (u), one sum (u): 3u·(β1|M| + (1 − β1)|R|). V: R² (u)
+    besides: 4u·V, all its terms being positive. An error of R enters M times 1 − β1 and V times (1 −
+    β2)·(2|R| + error), one of a state times its β.
     """
     unit, r = UNIT[torch.float32], projected.double().abs()
     of_m = 3 * unit * (beta1 * exp_avg.double().abs() + (1 - beta1) * r) + (1 - beta1) * projected_error + 3 * TINY
@@ -71,26 +79,29 @@ def moments_error(
 
 
 BIAS_CORRECTION_ERROR = 8 * UNIT[torch.float32]
-"""Relative error of 1 − βᵗ = −expm1(x), x = t·ln β, on the device: ln β and the product are rounded (2u, times |x·eˣ/(eˣ − 1)| ≤ 1).
+"""Relative error of 1 − βᵗ = −expm1(x), x = t·ln β, on the device: ln β and the product are rounded (2u,
+times |x·eˣ/(eˣ − 1)| ≤ 1).
 
-For −1 < x: each step of Horner's rule, s ← c + x·s, leaves |x| of the error so far, and rounds a product and a sum. The last sum lies in
-[0.63, 1], so together 2.4u, relative to it 4u, and the product with x rounds once more. For x ≤ −1: exp(x) ≤ 0.37 is off by 4u (2⁻²², the
-device's exp2) and 2u·|x| (the product with log2 e), together at most 2.3u, relative to 1 − exp(x) ≥ 0.63 with its own rounding 5u.
+For −1 < x: each step of Horner's rule, s ← c + x·s, leaves |x| of the error so far, and rounds a product and
+a sum. The last sum lies in [0.63, 1], so together 2.4u, relative to it 4u, and the product with x rounds once
+more. For x ≤ −1: exp(x) ≤ 0.37 is off by 4u (2⁻²², the device's exp2) and 2u·|x| (the product with log2 e),
+together at most 2.3u, relative to 1 − exp(x) ≥ 0.63 with its own rounding 5u.
 """
 
 
 def decoded_error(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
     """E of M and V decoded in fp32 from 8-bit codes, for their exact values.
 
-    M: c − 128 is exact, 1/127 rounded (u), two products (u each, one of them squaring what came before: 2·2u + u), s: 6u. V: 1/255 and
-    product (2u), squared twice (2·(2·2u + u) + u = 11u), s: 12u.
+    M: c − 128 is exact, 1/127 rounded (u), two products (u each, one of them squaring what came before: 2·2u
+    + u), s: 6u. V: 1/255 and product (2u), squared twice (2·(2·2u + u) + u = 11u), s: 12u.
     """
     unit = UNIT[torch.float32]
     return 6 * unit * exp_avg.double().abs() + TINY, 12 * unit * exp_avg_sq.double() + TINY
 
 
 def exact_codes(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """128 + 127·sign(m)·√(|m|/s) and 255·(v/s)^¼ in fp64, which the codes round to nearest; and the scales s of each block of 64."""
+    """128 + 127·sign(m)·√(|m|/s) and 255·(v/s)^¼ in fp64, which the codes round to nearest; and the scales s
+    of each block of 64."""
     m, v = exp_avg.double(), exp_avg_sq.double()
     (m_peak, v_peak), (m_spread, v_spread) = zip(_block_peaks(m), _block_peaks(v), strict=True)
     m_share, v_share = (x.abs() / spread.clamp_min(1e-300) for x, spread in ((m, m_spread), (v, v_spread)))  # 0 in a block of zeros
@@ -98,12 +109,14 @@ def exact_codes(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def codes_error(exp_avg: Tensor, exp_avg_sq: Tensor, errors: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """E of exact_codes, for moments known to `errors`: a code may be ½ further away from the real number, a scale not at all.
+    """E of exact_codes, for moments known to `errors`: a code may be ½ further away from the real number, a
+    scale not at all.
 
-    A block's largest value is off by no more than its largest error. With δ = (E + |m|/s·E(s)) / (s − E(s)), the error of a share |m|/s,
-    a root of it is off by δ/√(|m|/s) while the sign is certain (|m| > E) and √(2δ) else, a fourth root by min(δ/(v/s)^¾, δ^¼). In fp32:
-    1/s (4u, the device's division), two products (2u, one being exact), roots (2u each, the device's): at most 7u of the code, and one
-    of 256·u in the sum that rounds it.
+    A block's largest value is off by no more than its largest error. With δ = (E + |m|/s·E(s)) / (s − E(s)),
+    the error of a share |m|/s, a root of it is off by δ/√(|m|/s) while the sign is certain (|m| > E) and
+    √(2δ) else, a fourth root by min(δ/(v/s)^¾, δ^¼). In fp32: 1/s (4u, the device's division), two products
+    (2u, one being exact), roots (2u each, the device's): at most 7u of the code, and one of 256·u in the sum
+    that rounds it.
     """
     found = []
     for values, error, levels in zip((exp_avg, exp_avg_sq), errors, (127, 255), strict=True):
@@ -143,10 +156,11 @@ def normalised_error(
 ) -> Tensor:
     """E of N, for the exact M and V after the update and the errors of the computed ones.
 
-    M̂ = M / (1 − β1ᵗ): correction rounded (u), division (u). √V̂: the same two, halved by the root, and the root (u). Sum with ε: ε
-    rounded (u), sum (u). Quotient (u), and `store` for a narrower output. Together 2 + 2 + 2 + 1 = 7u·|N|. Corrections that are off by
-    more than u, `correction`, add themselves, halved by the root in one of the two. Errors of M and V enter as
-    E(M)/(D·c1) and |M̂|·E(√V̂)/D², where D = √V̂ + ε, E(√V̂) = min(E(V̂)/√V̂, √E(V̂)).
+    M̂ = M / (1 − β1ᵗ): correction rounded (u), division (u). √V̂: the same two, halved by the root, and the
+    root (u). Sum with ε: ε rounded (u), sum (u). Quotient (u), and `store` for a narrower output. Together 2
+    + 2 + 2 + 1 = 7u·|N|. Corrections that are off by more than u, `correction`, add themselves, halved by the
+    root in one of the two. Errors of M and V enter as E(M)/(D·c1) and |M̂|·E(√V̂)/D², where D = √V̂ + ε,
+    E(√V̂) = min(E(V̂)/√V̂, √E(V̂)).
     """
     c1, c2 = 1 - beta1**step, 1 - beta2**step
     of_m, of_v = errors
@@ -175,10 +189,10 @@ def back_project_error(
 ) -> Tensor:
     """E of W' after the update; weight is W' (m, n) before it, basis (m, r), normalised (r, n).
 
-    The dot: r products and sums, (r + 1)·u·|P||N|. N rounded to the dtype of P (`operand_unit`) and both rounded to tf32
-    (`basis_unit` for P) add themselves. Coefficients rounded (u), two products (u), one difference (u): 3u of either term. Made from a
-    learning rate on the device in fp32, 1 − lr·wd is off by 2u·lr·wd more (wd, product), lr·α by u (α, product). The store adds its own
-    of the result.
+    The dot: r products and sums, (r + 1)·u·|P||N|. N rounded to the dtype of P (`operand_unit`) and both
+    rounded to tf32 (`basis_unit` for P) add themselves. Coefficients rounded (u), two products (u), one
+    difference (u): 3u of either term. Made from a learning rate on the device in fp32, 1 − lr·wd is off by
+    2u·lr·wd more (wd, product), lr·α by u (α, product). The store adds its own of the result.
     """
     unit, terms = UNIT[torch.float32], basis.shape[-1] + 1
     p, n = basis.double(), normalised.double()
@@ -196,10 +210,12 @@ def back_project_error(
 
 
 def rounded_between(exact: Tensor, error: Tensor, seed: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """The least and the greatest bf16 that stochastic rounding, with the bits of (seed, step), makes of an fp32 within `error` of exact.
+    """The least and the greatest bf16 that stochastic rounding, with the bits of (seed, step), makes of an
+    fp32 within `error` of exact.
 
-    exact, error: fp64, (rows, columns) as stored; error without a store. With its bits given, rounding is monotone in the value: so
-    these are the results for the ends of the interval, each moved outwards to the next fp32.
+    exact, error: fp64, (rows, columns) as stored; error without a store. With its bits given, rounding is
+    monotone in the value: so these are the results for the ends of the interval, each moved outwards to the
+    next fp32.
     """
     least = torch.nextafter((exact - error).float(), exact.new_full((), -torch.inf).float())
     greatest = torch.nextafter((exact + error).float(), exact.new_full((), torch.inf).float())

@@ -1,4 +1,5 @@
-"""The public surface as a user types it; `make lint` checks it with mypy --strict, and py.typed promises it."""
+"""The public surface as a user types it; `make lint` checks it with mypy --strict, and py.typed promises
+it."""
 
 from __future__ import annotations
 

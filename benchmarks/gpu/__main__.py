@@ -1,8 +1,9 @@
-"""python -m benchmarks.gpu: builds, checks and times everything on the GPU at hand, in nine minutes that always end with evidence.
+"""python -m benchmarks.gpu: builds, checks and times everything on the GPU at hand, in nine minutes that
+always end with evidence.
 
-Each stage is a process of its own with a limit of its own: whatever fails or hangs, the next one runs. Logs, results and a summary, which
-is also printed last, go to --out as they come: eight files at most, of 16 MiB at most. Installs nothing, and leaves the GPU's settings
-as they are.
+Each stage is a process of its own with a limit of its own: whatever fails or hangs, the next one runs. Logs,
+results and a summary, which is also printed last, go to --out as they come: eight files at most, of 16 MiB at
+most. Installs nothing, and leaves the GPU's settings as they are.
 """
 
 from __future__ import annotations

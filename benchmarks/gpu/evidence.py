@@ -89,7 +89,8 @@ def sanitizer_line(text: str) -> str:
 
 
 class NewRows:
-    """A headline of the results that were appended since the last one, or what was printed last where there are none."""
+    """A headline of the results that were appended since the last one, or what was printed last where there
+    are none."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.seen = path, path.stat().st_size if path.exists() else 0
@@ -103,7 +104,8 @@ class NewRows:
 
 
 def headline(rows: list[dict]) -> str:
-    """How many figures, what failed, and each time of ours against that of the strongest contender that is not."""
+    """How many figures, what failed, and each time of ours against that of the strongest contender that is
+    not."""
     measured = [row for row in rows if not {"failure", "skipped"} & set(row)]
     parts = [f"{len(measured)} figures"]
     if failures := [row for row in rows if "failure" in row]:

@@ -1,6 +1,8 @@
-"""Stages one after another, each a subprocess in a process group of its own, with a part of the time and a file for its output.
+"""Stages one after another, each a subprocess in a process group of its own, with a part of the time and a
+file for its output.
 
-Whatever a stage does, the next one runs. The summary stands in its file after each of them, and is whole when the runner is told to end.
+Whatever a stage does, the next one runs. The summary stands in its file after each of them, and is whole when
+the runner is told to end.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Ended(BaseException):
 
 @dataclass(frozen=True)
 class Command:
-    """`argv` with `environment` beside the runner's. `{seconds}` in an argument is what it may measure for."""
+    """`argv` with `environment` beside the runner's. `{seconds}` in an argument is what it may measure
+    for."""
 
     argv: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -43,7 +46,8 @@ class Command:
 
 @dataclass(frozen=True)
 class Stage:
-    """`weight`: its part of the time. `log`: the file of its output, which stages may share. `headline`: of that output."""
+    """`weight`: its part of the time. `log`: the file of its output, which stages may share. `headline`: of
+    that output."""
 
     name: str
     weight: float
@@ -66,7 +70,8 @@ class Outcome:
 
 
 def run(stages: Sequence[Stage], files: evidence.Files, seconds: float) -> list[Outcome]:
-    """Runs all of them in `seconds`. What one leaves of its part is the later ones', each of which takes up to thrice its own."""
+    """Runs all of them in `seconds`. What one leaves of its part is the later ones', each of which takes up
+    to thrice its own."""
     outcomes = [Outcome(stage.name) for stage in stages]
     ends = time.monotonic() + seconds
     unit = seconds / sum(stage.weight for stage in stages)

@@ -1,8 +1,10 @@
-"""python -m benchmarks.gpu.smoke: is it right at all? Every kernel by every way it has of doing its work, once, against fp64.
+"""python -m benchmarks.gpu.smoke: is it right at all? Every kernel by every way it has of doing its work,
+once, against fp64.
 
-The kernels of csrc/ by the operators that call them, the step on each path and side, and a CUDA graph. On a CPU the operators and paths
-that it has. A check that fails is printed, and the next one runs, unless the GPU is lost to the process. --operators: csrc/ alone, for
-compute-sanitizer. --registered: only says, and by the exit status, whether every operator of the refresh has a kernel for the device.
+The kernels of csrc/ by the operators that call them, the step on each path and side, and a CUDA graph. On a
+CPU the operators and paths that it has. A check that fails is printed, and the next one runs, unless the GPU
+is lost to the process. --operators: csrc/ alone, for compute-sanitizer. --registered: only says, and by the
+exit status, whether every operator of the refresh has a kernel for the device.
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5
 """‖PᵀP − I‖ of a basis before it is cast, at most."""
 JACOBI_ROWS, CHOLESKY_COLUMNS = (64, 500, 2000), (1, 33, 240, 300, 400)
-"""jacobi.cu: a warp up to 128 rows, two up to 1024, eight above. cholesky_inverse.cu: 128 threads up to 64 columns, 384 above; fp64 while
-its triangle fits shared memory (240 columns on sm_90), fp32 up to 340, then cuSOLVER."""
+"""jacobi.cu: a warp up to 128 rows, two up to 1024, eight above. cholesky_inverse.cu: 128 threads up to 64
+columns, 384 above; fp64 while its triangle fits shared memory (240 columns on sm_90), fp32 up to 340, then
+cuSOLVER."""
 
 Check = Callable[[], str]
 """Returns what it found, or raises checks.WrongResult."""
 
 
 def registered() -> bool:
-    """Whether the dispatcher has a kernel of each operator for the device itself, where else the default in PyTorch runs."""
+    """Whether the dispatcher has a kernel of each operator for the device itself, where else the default in
+    PyTorch runs."""
     key = DEVICE.upper()
     missing = extension.missing(key)
     print(f"extension: {extension.status()}")
@@ -53,7 +57,8 @@ def defect(basis: Tensor) -> float:
 
 
 def jacobi(rows: int, coupled: int | None = None) -> str:
-    """All left singular vectors of G (rows, rows + 20) by its Gram matrix's eigenproblem. coupled: G is diagonal but for as many rows."""
+    """All left singular vectors of G (rows, rows + 20) by its Gram matrix's eigenproblem. coupled: G is
+    diagonal but for as many rows."""
     torch.manual_seed(rows)
     grad = torch.randn(rows, rows + 20)
     if coupled is not None:
@@ -119,7 +124,8 @@ def step(path: str, rows: int, columns: int, small: bool) -> str:
 
 
 def graph() -> str:
-    """Two replays of a captured step move the weights as two steps outside it. On a CPU nothing is captured."""
+    """Two replays of a captured step move the weights as two steps outside it. On a CPU nothing is
+    captured."""
     shapes, moved = [(256, 688), (688, 256)] * 2, []
     for captured in (False, True):
         params = contenders.make_params(shapes, torch.bfloat16, DEVICE)
@@ -140,7 +146,8 @@ def graph() -> str:
 
 
 def operator_checks(small: bool) -> Iterator[tuple[str, Check]]:
-    """csrc/. Small: for a CPU and for the sanitizers, with hardly a rotation among the many pairs of the largest."""
+    """csrc/. Small: for a CPU and for the sanitizers, with hardly a rotation among the many pairs of the
+    largest."""
     for rows in JACOBI_ROWS[: 1 if small else None]:
         yield f"jacobi, {rows} rows", lambda rows=rows: jacobi(rows)
     for rows in (150, 1030) if small else ():

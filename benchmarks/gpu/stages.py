@@ -1,4 +1,5 @@
-"""What a GPU is asked, in the order of what answers are worth: does it build, is it right at all, the first figures, then the rest."""
+"""What a GPU is asked, in the order of what answers are worth: does it build, is it right at all, the first
+figures, then the rest."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def _stages(settings: Settings) -> list[Stage]:
 
 
 def _dry_stages(settings: Settings) -> list[Stage]:
-    """The same commands on small sizes. setup.py goes as far as it would compile, and writes beside the tree."""
+    """The same commands on small sizes. setup.py goes as far as it would compile, and writes beside the
+    tree."""
     build = _python("setup.py", "--quiet", "build_ext", "--build-lib", str(ROOT / "build" / "dry"), LOWRANK_KERNELS_BUILD="0")
     small = "--models 4x64 --ranks 8 --dtypes fp32"
     return [
@@ -95,7 +97,8 @@ def _benchmark(settings: Settings, name: str, weight: float, options: str) -> St
 
 
 def _tests(settings: Settings, workers: int, files: list[str]) -> Command:
-    """Those marked `gpu`, side by side where pytest-xdist is there. A worker that loses the GPU ends alone (tests/lost_gpu.py)."""
+    """Those marked `gpu`, side by side where pytest-xdist is there. A worker that loses the GPU ends alone
+    (tests/lost_gpu.py)."""
     options = ["--all", "-v", "-m", "gpu", "--tb=short", "-o", "junit_logging=no", f"--junitxml={settings.files.path(evidence.JUNIT)}"]
     if importlib.util.find_spec("xdist"):
         options += ["-n", str(workers), "--dist", "worksteal", "--max-worker-restart", "200"]
@@ -103,13 +106,15 @@ def _tests(settings: Settings, workers: int, files: list[str]) -> Command:
 
 
 def gpu_tests() -> list[str]:
-    """Files with a test that is marked `gpu`, found by their text: others would only be collected, and need more packages for it."""
+    """Files with a test that is marked `gpu`, found by their text: others would only be collected, and need
+    more packages for it."""
     found = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(path.relative_to(ROOT)) for path in found if re.search(r"\bmark\.gpu\b", path.read_text(encoding="utf-8"))]
 
 
 def _sanitizer(tool: str, weight: float, **environment: str) -> Stage:
-    """On the kernels of csrc/ alone, which the namespace in their mangled names tells; torch's run as they are."""
+    """On the kernels of csrc/ alone, which the namespace in their mangled names tells; torch's run as they
+    are."""
     options = ["--tool", tool, "--error-exitcode", "1", "--report-api-errors", "no", "--kernel-name", "kns=lowrank_kernels"]
     command = ["compute-sanitizer", *options, *_smoke("--operators", "--small").argv]
     return Stage(tool, weight, evidence.SANITIZER, [Command(command, environment)], evidence.sanitizer_line)

@@ -1,4 +1,5 @@
-"""Which launches the lane executes: every row of configs.py, found in its tables, on the smallest shapes that reach every edge."""
+"""Which launches the lane executes: every row of configs.py, found in its tables, on the smallest shapes that
+reach every edge."""
 
 from __future__ import annotations
 
@@ -13,8 +14,10 @@ from lowrank_kernels.backends.triton import configs
 class Case:
     """One launch. The shape is W' (m, n) and r, chosen so that the launcher takes the row `config` for it.
 
-    A row for wide accesses is only taken where every extent is a multiple of 16, so its ragged edges lie there; others have odd extents.
-    options: "8-bit" moments, "stochastic" rounding, counts and learning rate "on device". normalised: dtype of N in memory.
+    A row for wide accesses is only taken where every extent is a multiple of 16, so its ragged edges lie
+    there; others have odd extents.
+    options: "8-bit" moments, "stochastic" rounding, counts and learning rate "on device". normalised: dtype
+        of N in memory.
     """
 
     kernel: str
@@ -31,7 +34,8 @@ class Case:
 
     @property
     def validated(self) -> bool:
-        """On sm_90 and sm_100. Where a case can be rounded stochastically, that one is; its modules hold the other one's code, too."""
+        """On sm_90 and sm_100. Where a case can be rounded stochastically, that one is; its modules hold the
+        other one's code, too."""
         either = self.kernel in ("single_pass", "back_project") and self.kind == "16bit"
         return self.arch in (90, 100) and (not either or "stochastic" in self.options)
 
@@ -65,7 +69,8 @@ def _size(config) -> int:
 
 
 def single_pass_cases() -> list[Case]:
-    """{32, 8 bits} × {nearest, stochastic}; stochastic rounding, which is for bf16 alone, with counts and learning rate on the device."""
+    """{32, 8 bits} × {nearest, stochastic}; stochastic rounding, which is for bf16 alone, with counts and
+    learning rate on the device."""
     found = []
     for arch, kinds in configs.SINGLE_PASS.items():
         for (kind, moments), rows in kinds.items() if arch else ():  # the None rows serve the interpreter alone
@@ -93,7 +98,8 @@ def project_cases() -> list[Case]:
 
 
 def back_project_cases() -> list[Case]:
-    """N as the bases have it and in fp32; stochastic rounding with counts and learning rate on the device. The last row loops over r."""
+    """N as the bases have it and in fp32; stochastic rounding with counts and learning rate on the device.
+    The last row loops over r."""
     found = []
     for arch, kind, row, last, right in _rows("back_project"):
         ragged = 16 if arch is not None else 1
@@ -108,7 +114,8 @@ def back_project_cases() -> list[Case]:
 
 
 def moments_cases() -> list[Case]:
-    """32 bits over one long row; 8 bits with a ragged row and a ragged block. N in fp32, and in bf16 with counts on the device."""
+    """32 bits over one long row; 8 bits with a ragged row and a ragged block. N in fp32, and in bf16 with
+    counts on the device."""
     found = []
     for arch in configs.PROJECT:
         for normalised, options in (("fp32", ()), ("bf16", ("on device",))) if arch else ():

@@ -1,6 +1,8 @@
-"""The modules that the compiler's passes receive, up to the lowering to LLVM, and the barriers that this lowering puts in.
+"""The modules that the compiler's passes receive, up to the lowering to LLVM, and the barriers that this
+lowering puts in.
 
-Triton prints the module before each pass where MLIR_ENABLE_DUMP asks for it. Nothing from LLVM on is run: it would take most of the time.
+Triton prints the module before each pass where MLIR_ENABLE_DUMP asks for it. Nothing from LLVM on is run: it
+would take most of the time.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ _dump = Path(tempfile.gettempdir()) / f"lowrank_kernels_ir_{os.getpid()}.mlir"
 
 @dataclass
 class Modules:
-    """(pass, module that it receives), in order, in the generic form. barriers: the last of them after the lowering to LLVM put its
-    barriers in, with the function's own head lowered.
+    """(pass, module that it receives), in order, in the generic form. barriers: the last of them after the
+    lowering to LLVM put its barriers in, with the function's own head lowered.
     """
 
     stages: list[tuple[str, str]]
@@ -34,11 +36,13 @@ class Modules:
 
 
 class _LoweringReached(Exception):
-    """Raised in place of the pass that lowers to LLVM: its pass manager, with the passes before it, and its arguments."""
+    """Raised in place of the pass that lowers to LLVM: its pass manager, with the passes before it, and its
+    arguments."""
 
 
 def set_up() -> None:
-    """For the rest of this process, before anything is compiled. A file of its own takes the dumps, which stderr would take unbuffered."""
+    """For the rest of this process, before anything is compiled. A file of its own takes the dumps, which
+    stderr would take unbuffered."""
     os.environ["MLIR_DUMP_PATH"] = str(_dump)
 
 
@@ -47,7 +51,8 @@ def clean_up() -> None:
 
 
 def compact(module: str) -> str:
-    """The same module in a fraction of the text, all of which ttsem must read: without locations, layouts spelled out once, as aliases."""
+    """The same module in a fraction of the text, all of which ttsem must read: without locations, layouts
+    spelled out once, as aliases."""
     kept, end = [], 0
     while (start := module.find(" loc(", end)) >= 0:
         kept.append(module[end:start])
@@ -135,7 +140,8 @@ def _raise_reached(*arguments) -> None:
 
 
 def _with_barriers(text: str, arguments: list) -> str:
-    """The module with the barriers of Triton's analysis of shared memory, which runs inside of the lowering to LLVM, before it lowers.
+    """The module with the barriers of Triton's analysis of shared memory, which runs inside of the lowering
+    to LLVM, before it lowers.
 
     An operation that it cannot lower makes it fail there and take back all that it has lowered of the body.
     """
@@ -167,7 +173,8 @@ def _with_barriers(text: str, arguments: list) -> str:
 def _restored(failed: str, before: str) -> str:
     """The module that the failed lowering left, without the operation that made it fail.
 
-    It takes back the branches that it put in, and leaves the blocks cut in two: the second one, which nothing reaches, follows the first.
+    It takes back the branches that it put in, and leaves the blocks cut in two: the second one, which nothing
+    reaches, follows the first.
     """
     lines = [line for line in failed.split("\n") if UNLOWERED not in line and not _CUT.fullmatch(line)]
     barriers = "\n".join(lines)

@@ -1,7 +1,9 @@
-"""A case's tensors, its launch as the launcher makes it, and the judgement of what came out, by the reference in fp64.
+"""A case's tensors, its launch as the launcher makes it, and the judgement of what came out, by the reference
+in fp64.
 
-ttsem follows a pointer by the tensor that it came from, and an address that was loaded from a table is an offset of the table to it. So
-the rows of the table are the matrices themselves here, one a launch, and the device function that would load an address hands its row on.
+ttsem follows a pointer by the tensor that it came from, and an address that was loaded from a table is an
+offset of the table to it. So the rows of the table are the matrices themselves here, one a launch, and the
+device function that would load an address hands its row on.
 """
 
 from __future__ import annotations
@@ -52,8 +54,8 @@ def _matrix_itself(addresses, matrix, DTYPE: tl.constexpr, ALIGNED: tl.constexpr
 
 
 def replace_table() -> None:
-    """For the rest of this process, before any kernel is compiled. That a matrix starts at a multiple of 16 bytes, the compiler then
-    learns from the tensor, where the kernels say it of the address that they loaded.
+    """For the rest of this process, before any kernel is compiled. That a matrix starts at a multiple of 16
+    bytes, the compiler then learns from the tensor, where the kernels say it of the address that they loaded.
     """
     pointers.matrix_at = _matrix_itself
     kernels = project._project_kernel, moments._update_moments_kernel, back_project._back_project_kernel, single_pass._adamw_step_kernel

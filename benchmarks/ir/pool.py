@@ -1,4 +1,5 @@
-"""Cases in worker processes. One that hangs, or takes its process down, is a fault of its own and does not end the run."""
+"""Cases in worker processes. One that hangs, or takes its process down, is a fault of its own and does not
+end the run."""
 
 from __future__ import annotations
 

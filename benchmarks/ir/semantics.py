@@ -1,4 +1,5 @@
-"""What ttsem 0.1.0 does not know of Triton 3.8.0, and what makes it faster: set_up() changes it for the rest of the process."""
+"""What ttsem 0.1.0 does not know of Triton 3.8.0, and what makes it faster: set_up() changes it for the rest
+of the process."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from ttsem.values import MemDesc
 def set_up() -> None:
     """Before anything is compiled.
 
-    The printer is switched to the generic form, in which a module may begin with aliases. Reading a module takes several times as long as
-    executing it.
+    The printer is switched to the generic form, in which a module may begin with aliases. Reading a module
+    takes several times as long as executing it.
     """
     mlir.enable_generic_printing()
     mlir.tokenize = _tokenize
@@ -50,7 +51,8 @@ def _type_of(text: str):
 
 
 def _tmem_subslice(interpreter, operation, values) -> list:
-    """Columns of a buffer in tensor memory from `N` on; ttsem looks for `offset`, and takes the first columns where there is none."""
+    """Columns of a buffer in tensor memory from `N` on; ttsem looks for `offset`, and takes the first columns
+    where there is none."""
     buffer = values[0]
     rows, columns = operation.result_types[0].shape
     start = int(str(operation.attrs["N"]).split(":")[0])

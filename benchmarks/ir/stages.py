@@ -28,7 +28,8 @@ class Outcome:
 
 
 def run(case: Case, stages: tuple[str, ...] = STAGES) -> Outcome:
-    """Needs launches.replace_table and compiler.set_up in this process. sanitize always runs: the others start from its results."""
+    """Needs launches.replace_table and compiler.set_up in this process. sanitize always runs: the others
+    start from its results."""
     outcome, start = Outcome(case.name), time.perf_counter()
     torch.manual_seed(0)
     launch, target = launches.launch_of(case), harness.target_for("cpu", case.arch)
@@ -72,7 +73,8 @@ def _sanitize(launch: launches.Launch, target, outcome: Outcome) -> harness.Laun
 
 
 def _validate(record: harness.LaunchRecord, modules: compiler.Modules, outcome: Outcome) -> None:
-    """ttsem.validate's comparison. Passes that change nothing hand the same text on, which is executed once."""
+    """ttsem.validate's comparison. Passes that change nothing hand the same text on, which is executed
+    once."""
     handed_on = {text: name for name, text in reversed(modules.stages)}
     distinct = {compiler.compact(text): name for text, name in handed_on.items()}
     agreed = {"match": 0, "approx": 0}

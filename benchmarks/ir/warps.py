@@ -1,8 +1,10 @@
-"""Accesses of two warps of a block that no barrier separates: in shared memory, which ttsem.races finds, and in that of the tensors.
+"""Accesses of two warps of a block that no barrier separates: in shared memory, which ttsem.races finds, and
+in that of the tensors.
 
-A program reads and writes its tensors in place. Where one warp reads what another one writes, as with the scale of a block of 8-bit
-moments, which many threads need and one stores, a barrier must stand between. In a layout that repeats an element, each of the warps that
-have it loads it, and the first of them alone stores it, as Triton's lowering of loads and stores does.
+A program reads and writes its tensors in place. Where one warp reads what another one writes, as with the
+scale of a block of 8-bit moments, which many threads need and one stores, a barrier must stand between. In a
+layout that repeats an element, each of the warps that have it loads it, and the first of them alone stores
+it, as Triton's lowering of loads and stores does.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class WarpRaces:
 
 
 class _Warps(races.RaceInterp):
-    """With a log of the tensors' elements: (addresses, their warps as bits, whether written, operation) of each access since a barrier."""
+    """With a log of the tensors' elements: (addresses, their warps as bits, whether written, operation) of
+    each access since a barrier."""
 
     def __init__(self, *arguments) -> None:
         super().__init__(*arguments)
@@ -59,7 +62,8 @@ class _Warps(races.RaceInterp):
             _checked.add(key)
 
     def _within_warps(self, op) -> bool:
-        """A conversion of layouts that gives every warp what it had goes through shared memory, too, but waits for the warp alone."""
+        """A conversion of layouts that gives every warp what it had goes through shared memory, too, but
+        waits for the warp alone."""
         if op.name != "ttg.convert_layout":
             return False
         types = op.operand_types[0], op.result_types[0]
@@ -73,7 +77,8 @@ class _Warps(races.RaceInterp):
         return next(both) == next(both)
 
     def _log_scratch(self, op, kind: str) -> None:
-        """Every warp's access to the start of the memory through which the data goes, whose length the module does not tell."""
+        """Every warp's access to the start of the memory through which the data goes, whose length the module
+        does not tell."""
         self.instance += 1
         start = races._attr_int(op.attrs, "allocation.offset") + self.frame
         addresses = np.arange(start, start + SCRATCH, dtype=np.int64)
@@ -109,7 +114,8 @@ class _Warps(races.RaceInterp):
         self.log_of_tensors.append((addresses, bits, stores, _text(op)))
 
     def _repeated(self, ty) -> int:
-        """The bits of a warp's number that choose nothing in this layout: it has the elements of the warp without them."""
+        """The bits of a warp's number that choose nothing in this layout: it has the elements of the warp
+        without them."""
         layout = self.layout_of(ty)
         if layout is None:
             return -1  # a number: warp 0 stores it
@@ -117,7 +123,8 @@ class _Warps(races.RaceInterp):
 
 
 def find(record: harness.LaunchRecord, barriers: str) -> WarpRaces:
-    """Executes the module with barriers on the record's tensors, for the first and the last program of the grid."""
+    """Executes the module with barriers on the record's tensors, for the first and the last program of the
+    grid."""
     module, name, names = mlir.parse(barriers), record.fn_name, harness._runtime_param_names(record)
     warps, threads = (races._attr_int(module.attrs, f"ttg.{attribute}") for attribute in ("num-warps", "threads-per-warp"))
     block = module.funcs[name].regions[0].blocks[0]

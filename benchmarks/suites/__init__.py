@@ -1,7 +1,7 @@
 """The suites by name. One is a module with
 
-cases(selection, on_gpu) -> list of cases     a case has a `label`, which begins with the suite's name and is unique
-run(case, context) -> rows                    what was measured, as records.py describes it; checked before it is timed
+cases(selection, on_gpu) -> list of cases  a case has a unique `label`, which begins with the suite's name
+run(case, context) -> rows                    what was measured, as records.py has it; checked before timed
 """
 
 from . import host, kernel, memory, refresh, rso, step

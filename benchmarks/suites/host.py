@@ -1,7 +1,8 @@
 """What a step costs the host: the Python and the launches over 224 matrices of three shapes, as LLaMA 7B has.
 
-The matrices are so small that a GPU is done before the host is. On a machine without one everything runs as on one, buckets, tables and
-Triton's own launch code, up to the call of the driver, which is left out: so it is a lower bound, and says so.
+The matrices are so small that a GPU is done before the host is. On a machine without one everything runs as
+on one, buckets, tables and Triton's own launch code, up to the call of the driver, which is left out: so it
+is a lower bound, and says so.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def run(case: HostCase, context: Context) -> list[Row]:
 
 
 def measure(device: str, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of optimizer.step() by contender: gradients where they were, or new tensors, as after zero_grad(set_to_none=True)."""
+    """Milliseconds of optimizer.step() by contender: gradients where they were, or new tensors, as after
+    zero_grad(set_to_none=True)."""
     import lowrank_kernels as lrk
 
     torch.manual_seed(0)
@@ -95,10 +97,12 @@ def measure(device: str, seconds: float) -> dict[str, list[float]]:
 
 
 def without_driver(seconds: float) -> dict[str, list[float]]:
-    """measure() on CPU tensors with the kernels of a GPU, each launch stopping where the driver would be called.
+    """measure() on CPU tensors with the kernels of a GPU, each launch stopping where the driver would be
+    called.
 
-    The counts of updates, 224 additions on a CPU and three launches on a GPU, are left out too, but for a look at each of them. In a
-    process of its own: the backend is not put back, and the kernels must not have been imported for Triton's interpreter.
+    The counts of updates, 224 additions on a CPU and three launches on a GPU, are left out too, but for a
+    look at each of them. In a process of its own: the backend is not put back, and the kernels must not have
+    been imported for Triton's interpreter.
     """
     from .. import dry
 

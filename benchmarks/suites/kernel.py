@@ -1,7 +1,9 @@
-"""Each part of a step alone, and whole steps by path, on one bucket of equal matrices: the time of the device, without the host's.
+"""Each part of a step alone, and whole steps by path, on one bucket of equal matrices: the time of the
+device, without the host's.
 
-On a GPU the Triton kernels: project, moments, back_project, then all of it in two passes and in a single one. On a CPU the functions of
-backends/cpu.py: the same three, and its step. A case is checked on the first and the last matrix of the bucket.
+On a GPU the Triton kernels: project, moments, back_project, then all of it in two passes and in a single one.
+On a CPU the functions of backends/cpu.py: the same three, and its step. A case is checked on the first and
+the last matrix of the bucket.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 2}
 SCALE, DECAY = 0.25, 0.01
 PARTS = ("project", "moments", "back_project")
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
-"""Largest relative error of a part's result: sums of up to 2¹⁴ terms in fp32, or one rounding of a factor (2⁻⁹) and one of the result."""
+"""Largest relative error of a part's result: sums of up to 2¹⁴ terms in fp32, or one rounding of a factor
+(2⁻⁹) and one of the result."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,8 @@ def cpu_runs(bucket: Bucket) -> Run:
 
 
 def triton_runs(bucket: Bucket) -> Run:
-    """The launchers of backends/triton/. Those of whole steps are prepared; the parts make their pointer table."""
+    """The launchers of backends/triton/. Those of whole steps are prepared; the parts make their pointer
+    table."""
     from lowrank_kernels.backends.triton import back_project, moments, project
 
     b, op, states = bucket, bucket.case.op, (bucket.all("exp_avg"), bucket.all("exp_avg_sq"))
@@ -199,7 +203,8 @@ def native_products(bucket: Bucket) -> Run:
 
 
 def check(bucket: Bucket, run: Run) -> float:
-    """The largest relative error of the first and the last matrix against fp64; WrongResult where it is too large."""
+    """The largest relative error of the first and the last matrix against fp64; WrongResult where it is too
+    large."""
     case, chosen = bucket.case, (0, bucket.case.count - 1)
     before = [bucket.weights[i].double() for i in chosen]
     states = [{key: value.clone() for key, value in bucket.states[i].items()} for i in chosen]

@@ -1,7 +1,8 @@
-"""What a step holds and needs: bytes of the optimizer's state against the formula, and the peak of one step beyond what was live.
+"""What a step holds and needs: bytes of the optimizer's state against the formula, and the peak of one step
+beyond what was live.
 
-Every contender gets weights and gradients of its own. "AdamW, float32 states" has fp32 weights, as torch.optim.AdamW's states take the
-weights' dtype; all others have weights of the case's dtype.
+Every contender gets weights and gradients of its own. "AdamW, float32 states" has fp32 weights, as
+torch.optim.AdamW's states take the weights' dtype; all others have weights of the case's dtype.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""A new basis for one gradient, or for each one of a model in as many calls as there are chunks of equal shape."""
+"""A new basis for one gradient, or for each one of a model in as many calls as there are chunks of equal
+shape."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class RefreshCase:
     rank: int
     dtype: torch.dtype = torch.float32
     spectrum: str = "1/i"
-    """ "noise": Gaussian elements, a flat spectrum; "1/i": σᵢ falls so, over noise of a hundredth, which is steep."""
+    """ "noise": Gaussian elements, a flat spectrum; "1/i": σᵢ falls so, over noise of a hundredth, which is
+    steep."""
 
     @property
     def label(self) -> str:
@@ -40,7 +42,8 @@ class RefreshCase:
         return f"refresh {self.model[0]}x{self.model[1]} r={self.rank} {self.spectrum}"
 
     def chunks(self) -> list[tuple[int, int, int]]:
-        """(count, rows, columns) of the gradients that go into one call; (1, rows, columns) for a single matrix."""
+        """(count, rows, columns) of the gradients that go into one call; (1, rows, columns) for a single
+        matrix."""
         found = []
         for left, rows, columns in [(1, *self.model)] if isinstance(self.model, tuple) else shapes.buckets(self.model):
             most = max(1, CHUNK_BYTES // (rows * columns * self.dtype.itemsize))
@@ -53,7 +56,8 @@ class RefreshCase:
         return roofline.over_buckets(self.chunks(), self.rank, lambda m, n, r: roofline.refresh(m, n, r, self.dtype))
 
     def sketch_bytes(self) -> int:
-        """(m + n)·l·4 of the largest call: what a range finder needs at least, the fp32 sketches on both sides of G."""
+        """(m + n)·l·4 of the largest call: what a range finder needs at least, the fp32 sketches on both
+        sides of G."""
         return max(count * (rows + n) * (self.rank + OVERSAMPLE) * 4 for count, rows, n in self.chunks())
 
 
@@ -69,7 +73,8 @@ def cases(selection: Selection, on_gpu: bool) -> list[RefreshCase]:
 
 
 def contenders(grads: list[Tensor], rank: int, exact: bool) -> dict[str, Callable[[], list[Tensor]]]:
-    """Each returns a basis (…, m, r) for each of the gradients (…, m, n). A full SVD only where `exact`: a model takes it an hour."""
+    """Each returns a basis (…, m, r) for each of the gradients (…, m, n). A full SVD only where `exact`: a
+    model takes it an hour."""
     found = {
         OURS: lambda grad: lrk.ops.range_finder(grad, rank, oversample=OVERSAMPLE, power_iters=POWER_ITERS),
         "PyTorch version": lambda grad: pytorch_version(grad, rank),
@@ -88,7 +93,8 @@ def pytorch_version(grad: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def make_gradients(case: RefreshCase, device: str) -> list[Tensor]:
-    """(count, m, n) for each chunk, m ≤ n; of a model as it stores them, so transposed where rows are more."""
+    """(count, m, n) for each chunk, m ≤ n; of a model as it stores them, so transposed where rows are
+    more."""
     generator = torch.Generator(device).manual_seed(0)
     grads = []
     for count, rows, columns in case.chunks():
@@ -116,7 +122,8 @@ def best_energies(grads: list[Tensor], rank: int) -> list[Tensor]:
 
 @torch.no_grad()
 def check_bases(bases: list[Tensor], grads: list[Tensor], best: list[Tensor]) -> tuple[float, float]:
-    """In fp64: the largest ‖PᵀP − I‖₂ of all bases, and the smallest ‖PᵀG‖²_F / `best` of the first one of each batch."""
+    """In fp64: the largest ‖PᵀP − I‖₂ of all bases, and the smallest ‖PᵀG‖²_F / `best` of the first one of
+    each batch."""
     defects, energies = [], []
     for basis, grad, most in zip(bases, grads, best, strict=True):
         identity = torch.eye(basis.shape[-1], dtype=torch.float64, device=basis.device)
@@ -151,7 +158,8 @@ def run(case: RefreshCase, context: Context) -> list[Row]:
 
 
 def _weighed(name: str, find: Callable[[], list[Tensor]], grads: list[Tensor], best: list[Tensor], on_gpu: bool) -> dict[str, float]:
-    """What the bases of a contender are like, and its peak; WrongResult where one of CHECKED does not reach the bars."""
+    """What the bases of a contender are like, and its peak; WrongResult where one of CHECKED does not reach
+    the bars."""
     if on_gpu:
         find()  # the first call makes workspaces that stay
     bases, peak = peak_bytes(find, on_gpu)

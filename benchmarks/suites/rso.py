@@ -1,7 +1,9 @@
-"""Forward, backward and step of one linear layer and of one LLaMA block: RSO against training nn.Linear, in time and in bytes.
+"""Forward, backward and step of one linear layer and of one LLaMA block: RSO against training nn.Linear, in
+time and in bytes.
 
-Between draws of P and refreshes of bases. What this package's contenders save and hold is asserted to be what the formulas say. On a GPU
-also the largest batch of a whole model's blocks that each contender has room for: there saved bytes add up, and checkpointing pays.
+Between draws of P and refreshes of bases. What this package's contenders save and hold is asserted to be what
+the formulas say. On a GPU also the largest batch of a whole model's blocks that each contender has room for:
+there saved bytes add up, and checkpointing pays.
 """
 
 from __future__ import annotations
@@ -80,7 +82,8 @@ class IterationCase:
     # What it takes by the formulas.
 
     def saved_bytes(self) -> dict[str, int]:
-        """What linear layers save of their inputs: x itself, or Z = x·P; all that there is to save of a layer alone."""
+        """What linear layers save of their inputs: x itself, or Z = x·P; all that there is to save of a layer
+        alone."""
         dense = self.tokens * sum(read for read, _ in self.inputs)
         found = dict.fromkeys((GALORE, "galore-torch", DENSE), dense)
         found |= {OURS: self.tokens * self.rank * len(self.inputs), UNSHARED: self.tokens * self.rank * len(self.layers)}
@@ -107,7 +110,8 @@ class IterationCase:
         return {name: count + others for name, count in found.items()}
 
     def works(self) -> dict[str, Work]:
-        """The linear layers, their step and a block's attention; elementwise work between them counts as free."""
+        """The linear layers, their step and a block's attention; elementwise work between them counts as
+        free."""
         tokens, rank, dtype = self.tokens, self.rank, self.dtype
         attention: Work = ()
         if self.is_block:
@@ -249,7 +253,8 @@ def _checked(case: IterationCase, build: Build, device: str) -> float:
 
 
 def weigh(case: IterationCase, name: str, training: Training, context: Context) -> dict[str, float]:
-    """MB of what is saved, of gradients, of states and of an iteration's peak, and what formulas say. WrongResult where ours are others."""
+    """MB of what is saved, of gradients, of states and of an iteration's peak, and what formulas say.
+    WrongResult where ours are others."""
     training()  # states
     lasting = [*training.module.parameters(), *training.module.buffers()]
     saved = saved_bytes(lambda: training.module(training.produced()), lasting)
@@ -273,7 +278,8 @@ def weigh(case: IterationCase, name: str, training: Training, context: Context) 
 
 
 def _judge_block(case: IterationCase, name: str, held: dict[str, dict[str, float]]) -> None:
-    """A block of RSO saves what it saves of nn.Linear, and Zs instead of inputs. WrongResult where it saves anything else.
+    """A block of RSO saves what it saves of nn.Linear, and Zs instead of inputs. WrongResult where it saves
+    anything else.
 
     o_proj reads the attention's output: where its kernel saves that in the same memory, it stays.
     """

@@ -1,4 +1,5 @@
-"""One optimizer step over a whole model's projected weights, between refreshes: what the host waits for, launches included."""
+"""One optimizer step over a whole model's projected weights, between refreshes: what the host waits for,
+launches included."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ class StepCase:
         return known
 
     def bytes_needed(self, with_baselines: bool) -> int:
-        """Weights, gradients, states of ours; with the baselines theirs, of which full-rank AdamW's dominate."""
+        """Weights, gradients, states of ours; with the baselines theirs, of which full-rank AdamW's
+        dominate."""
         low_rank = sum(roofline.state_bytes(shape, self.rank, self.dtype) for shape in shapes.model_shapes(self.model))
         full = 2 * shapes.elements(self.model) * self.dtype.itemsize
         return full + low_rank + with_baselines * (2 * full + 5 * low_rank)

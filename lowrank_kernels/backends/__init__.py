@@ -1,10 +1,10 @@
 """One step of a bucket, by whatever its device has for it.
 
     step = fused[rule, lift, storage]         one go, from G to W
-         = project → update → lift            of these each one the device's own where it has one, else plain PyTorch (reference.py)
+         = project → update → lift            each the device's own where it has one, else reference.py
 
-A backend knows tensors, never optimizers. `LOWRANK_KERNELS_REFERENCE=1` in the environment forces plain PyTorch everywhere, for
-debugging. Tensor subclasses and dispatch modes (fake tensors, loggers) get it too.
+A backend knows tensors, never optimizers. `LOWRANK_KERNELS_REFERENCE=1` in the environment forces plain
+PyTorch everywhere, for debugging. Tensor subclasses and dispatch modes (fake tensors, loggers) get it too.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hyper:
-    """A group's rule, lift and storage, and their numbers. `options`: the rule's own, such as betas and eps."""
+    """A group's rule, lift and storage, and their numbers. `options`: the rule's own, such as betas and
+    eps."""
 
     rule: Rule
     lift: Lift
@@ -36,13 +37,14 @@ class Hyper:
 class Bucket:
     """B matrices of equal shape, strides, dtype and device. Every list has one tensor for each matrix.
 
-    weights: as stored, (m, n), or (n, m) where `right`. bases: (m, r). states: what the rule and the lift keep, by name, as the storage
-    stores it; (r, n) row-major for a rule's. steps: one fp32 each, the updates that the matrix has had before this one.
+    weights: as stored, (m, n), or (n, m) where `right`. bases: (m, r). states: what the rule and the lift
+    keep, by name, as the storage stores it; (r, n) row-major for a rule's. steps: one fp32 each, the updates
+    that the matrix has had before this one.
 
     R comes from `grads`, as stored, or is given: `projected`, (B, r, n) in fp32 (fp64 for fp64).
 
-    found_inf: one fp32 on the device; where it is not zero nothing moves. rounding_seeds: (B,) int64, for bf16 weights that are rounded
-    stochastically.
+    found_inf: one fp32 on the device; where it is not zero nothing moves. rounding_seeds: (B,) int64, for
+    bf16 weights that are rounded stochastically.
     """
 
     weights: list[Tensor]

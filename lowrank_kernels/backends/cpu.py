@@ -1,9 +1,10 @@
 """The step on a CPU, in plain PyTorch, over a bucket of equal shapes.
 
-Same formulas as rules/adamw.py and lifts/back_projection.py. What makes it faster than the formulas typed in: large fp32 products
-go to oneDNN, small ones to the BLAS; bf16 is multiplied as it is where the CPU has instructions for it (accumulated in fp32 and
-rounded once) and in fp32 elsewhere, as is fp16; moments go through torch's fused AdamW kernel, one pass over memory; a 16-bit
-weight's decay and update are part of its native product. Figures, and what lost: benchmarks/NOTES.md.
+Same formulas as rules/adamw.py and lifts/back_projection.py. What makes it faster than the formulas typed in:
+large fp32 products go to oneDNN, small ones to the BLAS; bf16 is multiplied as it is where the CPU has
+instructions for it (accumulated in fp32 and rounded once) and in fp32 elsewhere, as is fp16; moments go
+through torch's fused AdamW kernel, one pass over memory; a 16-bit weight's decay and update are part of its
+native product. Figures, and what lost: benchmarks/NOTES.md.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from ..storage import eight_bit
 from .bucket import Bucket, Hyper
 
 ONEDNN_FROM_FLOPS = 2**23
-"""Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer call."""
+"""Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer
+call."""
 
 CHUNK_ELEMENTS = 2**18
-"""Projected gradients are handled this many elements at a time (1 MiB in fp32), so that they are still in cache when read again."""
+"""Projected gradients are handled this many elements at a time (1 MiB in fp32), so that they are still in
+cache when read again."""
 
 
 def _has_native_bf16() -> bool:
-    """Whether bf16 products run on instructions of their own; without them they are some 30 times slower than in fp32."""
+    """Whether bf16 products run on instructions of their own; without them they are some 30 times slower than
+    in fp32."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
@@ -51,9 +55,11 @@ def _product_dtype(*matrices: Tensor) -> torch.dtype:
 
 
 class _Workspace:
-    """Temporaries (count, r, n) of a chunk, reused by the next one: fresh memory costs a page fault every 4 KiB.
+    """Temporaries (count, r, n) of a chunk, reused by the next one: fresh memory costs a page fault every 4
+    KiB.
 
-    products: in the dtype that products run in. projected: R in fp32 (fp64 for fp64), the same tensor where the dtypes are equal.
+    products: in the dtype that products run in. projected: R in fp32 (fp64 for fp64), the same tensor where
+        the dtypes are equal.
     negated: −N.
     """
 
@@ -149,7 +155,8 @@ def back_project_(
     rounding_seeds: Tensor | None = None,
     device_steps: Sequence[Tensor] | None = None,
 ) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32: to nearest, or with seeds stochastically."""
+    """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32: to nearest, or
+    with seeds stochastically."""
     if found_inf is not None and found_inf.item():
         return
     m, n = weights[0].shape[::-1] if right else weights[0].shape
@@ -178,7 +185,8 @@ def back_project_(
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
-    """One AdamW step in the subspace, back-projected, for each matrix of a bucket; states are plain or in 8 bits."""
+    """One AdamW step in the subspace, back-projected, for each matrix of a bucket; states are plain or in 8
+    bits."""
     weights, bases, grads, right = bucket.weights, bucket.bases, bucket.grads, bucket.right
     exp_avgs, exp_avg_sqs = (bucket.states[name] for name in eight_bit.MOMENTS)
     scales = [bucket.states[name] for name in eight_bit.SCALES if name in bucket.states]
@@ -226,8 +234,8 @@ def lift(bucket: Bucket, hyper: Hyper, normalised: Tensor) -> None:
 
 
 def _check_moments(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scales: Sequence[list[Tensor]], shape: tuple[int, int]) -> None:
-    """torch's fused AdamW looks at the sizes and strides of nothing: it would write past the end of moments of another size, and pair the
-    wrong elements of those that are not row-major.
+    """torch's fused AdamW looks at the sizes and strides of nothing: it would write past the end of moments
+    of another size, and pair the wrong elements of those that are not row-major.
     """
     for name, tensors in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         if [tensor.shape for tensor in tensors].count(shape) != len(tensors):
@@ -254,7 +262,8 @@ def _back_project_stochastically_(
     weight_decay: float,
     right: bool,
 ) -> None:
-    """back_project_ for bf16 weights that are rounded stochastically, in fp32: a product rounded to nearest would not keep the mean."""
+    """back_project_ for bf16 weights that are rounded stochastically, in fp32: a product rounded to nearest
+    would not keep the mean."""
     for weight, basis, update, seed, step in zip(weights, bases, normalised, seeds, steps, strict=True):
         left, right_factor = (update.mT, basis.float().mT) if right else (basis.float(), update)
         exact = weight.float().mul_(1 - lr * weight_decay).add_(_product(left, right_factor), alpha=-lr * scale)

@@ -1,4 +1,5 @@
-"""The step on a GPU, by the Triton kernels. Triton is imported where one is launched, so that a CPU stays free of it."""
+"""The step on a GPU, by the Triton kernels. Triton is imported where one is launched, so that a CPU stays
+free of it."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def triton_missing() -> str | None:
-    """Why the Triton kernels cannot run here, or None if they can. Warns the first time where a GPU would have used them."""
+    """Why the Triton kernels cannot run here, or None if they can. Warns the first time where a GPU would
+    have used them."""
     if importlib.util.find_spec("triton") is not None:
         return None
     reason = "Triton is not installed"

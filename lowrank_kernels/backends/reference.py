@@ -1,8 +1,10 @@
-"""A step in plain PyTorch: the truth that every kernel is tested against, and what runs where there is no kernel.
+"""A step in plain PyTorch: the truth that every kernel is tested against, and what runs where there is no
+kernel.
 
-Orientation. G' = G on the left side and Gᵀ on the right, of shape (m, n); likewise W'. P is (m, r); R, M, V, N are (r, n) on
-both sides. Arithmetic runs in the widest dtype of its inputs and at least fp32, and rounds once, when the result is stored. In fp64
-these functions are exact enough to judge everything else. What R becomes is said by rules/, what N becomes by lifts/.
+Orientation. G' = G on the left side and Gᵀ on the right, of shape (m, n); likewise W'. P is (m, r); R, M, V,
+N are (r, n) on both sides. Arithmetic runs in the widest dtype of its inputs and at least fp32, and rounds
+once, when the result is stored. In fp64 these functions are exact enough to judge everything else. What R
+becomes is said by rules/, what N becomes by lifts/.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ def move_(
     rounding_seed: Tensor | None = None,
     step: float | Tensor | None = None,
 ) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·D in place: decay first, one rounding. weight as stored; direction (…, m, n).
+    """W' = (1 − lr·wd)·W' − lr·α·D in place: decay first, one rounding. weight as stored; direction (…, m,
+    n).
 
     rounding_seed: (1,) int64, for one bf16 weight rounded stochastically at update number `step`.
     """
@@ -102,5 +105,6 @@ def lift(bucket: Bucket, hyper: Hyper, projected: Tensor, normalised: Tensor) ->
 
 
 def number(count: Tensor) -> float | Tensor:
-    """t, the number of the update that comes after `count` of them. Read where that waits for nothing, exactly in fp64 elsewhere."""
+    """t, the number of the update that comes after `count` of them. Read where that waits for nothing,
+    exactly in fp64 elsewhere."""
     return count.item() + 1 if type(count) is Tensor and count.device.type == "cpu" else count.double() + 1

@@ -17,10 +17,12 @@ def pack(rows: Sequence[list[int]]) -> bytes:
 
 
 def upload(packed: bytes, rows: int, device: torch.device) -> tuple[Tensor, ...]:
-    """What `pack` made of so many equally long rows, as int64 tensors on the device, by one asynchronous copy.
+    """What `pack` made of so many equally long rows, as int64 tensors on the device, by one asynchronous
+    copy.
 
-    The pinned memory is not reused while the copy is in flight: PyTorch's caching host allocator frees a block only after the streams
-    that read it have passed. A captured copy reads its source at every replay, so that one is kept for good.
+    The pinned memory is not reused while the copy is in flight: PyTorch's caching host allocator frees a
+    block only after the streams that read it have passed. A captured copy reads its source at every replay,
+    so that one is kept for good.
     """
     flat = torch.frombuffer(bytearray(packed), dtype=torch.int64).view(rows, -1)
     if device.type != "cuda":
@@ -34,7 +36,8 @@ def upload(packed: bytes, rows: int, device: torch.device) -> tuple[Tensor, ...]
 
 
 class _Reserve:
-    """Pinned memory for captured copies, allocated beforehand: pinning memory is not allowed while a stream is being captured."""
+    """Pinned memory for captured copies, allocated beforehand: pinning memory is not allowed while a stream
+    is being captured."""
 
     ELEMENTS = 2**17  # 1 MiB; a table of a model with 224 matrices takes 1120 to 1792
 

@@ -19,5 +19,6 @@ class Lift:
     def direction(
         self, basis: Tensor, normalised: Tensor, *, grad: Tensor | None, projected: Tensor | None, state: dict[str, Tensor]
     ) -> Tensor:
-        """D from P (m, r), N (r, n), G' (m, n) and R (r, n), all in fp32 (fp64 for fp64); `state` moves in place."""
+        """D from P (m, r), N (r, n), G' (m, n) and R (r, n), all in fp32 (fp64 for fp64); `state` moves in
+        place."""
         raise NotImplementedError

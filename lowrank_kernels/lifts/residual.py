@@ -1,4 +1,5 @@
-"""Fira's lift (Chen et al., arXiv 2410.01623): what the subspace leaves out of the gradient moves the weight too."""
+"""Fira's lift (Chen et al., arXiv 2410.01623): what the subspace leaves out of the gradient moves the weight
+too."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ GAMMA = 1.01
 class Residual(Lift):
     """D = P·N + φ·S,  S = G' − P·R,  φⱼ = ‖N₌ⱼ‖ / ‖R₌ⱼ‖ for column j, and 0 where R₌ⱼ is.
 
-    φ·S is scaled down to ‖φ·S‖ = γ·(its norm at the step before) where it would have grown by more than γ = 1.01, unless that norm was
-    zero, as before the first step. All of it is decided on the device.
+    φ·S is scaled down to ‖φ·S‖ = γ·(its norm at the step before) where it would have grown by more than γ =
+    1.01, unless that norm was zero, as before the first step. All of it is decided on the device.
     """
 
     name = "residual"

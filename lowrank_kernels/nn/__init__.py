@@ -1,4 +1,5 @@
-"""Layers that train in a random subspace (RSO): SubspaceLinear, and the conversion of a model to it and back."""
+"""Layers that train in a random subspace (RSO): SubspaceLinear, and the conversion of a model to it and
+back."""
 
 from .convert import to_dense, to_subspace
 from .linear import SubspaceLayer, SubspaceLinear

@@ -22,7 +22,8 @@ SHARED = (
     ("q", "k", "v"),
     ("wi_0", "wi_1"),
 )
-"""Names of layers beside each other that mostly read the same input: in LLaMA and its kin, BERT, Meta's own LLaMA, T5."""
+"""Names of layers beside each other that mostly read the same input: in LLaMA and its kin, BERT, Meta's own
+LLaMA, T5."""
 
 
 def to_subspace(
@@ -33,31 +34,35 @@ def to_subspace(
     seed: int = 0,
     share: Sequence[Sequence[str]] | str | None = "auto",
 ) -> nn.Module:
-    """Turns linear layers into SubspaceLinear (a Conv1D of transformers into SubspaceConv1D), in place; returns the model. `to_dense` is
-    the inverse.
+    """Turns linear layers into SubspaceLinear (a Conv1D of transformers into SubspaceConv1D), in place;
+    returns the model. `to_dense` is the inverse.
 
-    Layers stay the objects that they are, with their hooks, names and weights; a weight stops requiring a gradient, and the layer's
-    `coordinates` start to. Build the optimizer afterwards. Parameters that are not converted train as before.
+    Layers stay the objects that they are, with their hooks, names and weights; a weight stops requiring a
+    gradient, and the layer's `coordinates` start to. Build the optimizer afterwards. Parameters that are not
+    converted train as before.
 
     Args:
         model: any module, or an nn.Linear itself. Layers with a frozen weight are left alone.
         rank: r ≥ 1. A layer with fewer in_features stays as it is; a warning names it.
-        target_modules: as in `param_groups`: "all-linear" (all but the output head and layers tied to an embedding), a list of strings
-            that names contain or match, or a regular expression for whole names. nn.Linear and Conv1D are converted, no subclass.
+        target_modules: as in `param_groups`: "all-linear" (all but the output head and layers tied to an
+            embedding), a list of strings that names contain or match, or a regular expression for whole
+            names. nn.Linear and Conv1D are converted, no subclass.
         distribution: of P: "gaussian", "haar" or "rademacher"; see SubspaceLinear.
-        seed: P is a function of (seed, the layer's name, outer step); the same on every rank of a data-parallel run. Layers of equal
-            names, in two models or in parts that are converted one by one, have equal Ps where the seeds are equal.
+        seed: P is a function of (seed, the layer's name, outer step); the same on every rank of a
+            data-parallel run. Layers of equal names, in two models or in parts that are converted one by one,
+            have equal Ps where the seeds are equal.
         share: lists of names of layers that share P, and Z = x·P where they read the same tensor, such as
-            [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]: children of one module with equal in_features. "auto" (default):
-            the names that the usual decoders use. None: no sharing. Layers that share P and are given different tensors compute
-            different Zs; a tensor that was changed between two layers in a way that autograd cannot see (`x.data`, memory shared with
-            NumPy) counts as the same.
+            [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]: children of one module with equal
+            in_features. "auto" (default): the names that the usual decoders use. None: no sharing. Layers
+            that share P and are given different tensors compute different Zs; a tensor that was changed
+            between two layers in a way that autograd cannot see (`x.data`, memory shared with NumPy) counts
+            as the same.
 
     Raises:
-        ValueError: a rank under 1 or above the in_features of all layers, an unknown distribution, target_modules that match nothing or
-        nothing that can be converted, a layer that is converted already, a weight that another module uses too, a model in
-        DistributedDataParallel, which has to be put around the converted one. TypeError: a seed that is no int, a sharded weight. The model
-        is then as it was.
+        ValueError: a rank under 1 or above the in_features of all layers, an unknown distribution,
+        target_modules that match nothing or nothing that can be converted, a layer that is converted already,
+        a weight that another module uses too, a model in DistributedDataParallel, which has to be put around
+        the converted one. TypeError: a seed that is no int, a sharded weight. The model is then as it was.
     """
     check_is_module(model)
     _check_not_wrapped(model)
@@ -107,7 +112,8 @@ def _warn_of_narrow(narrow: dict[str, nn.Module], rank: int) -> None:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Turns every converted layer back into what it was, with the weight that it has, in place, trainable; returns the model."""
+    """Turns every converted layer back into what it was, with the weight that it has, in place, trainable;
+    returns the model."""
     _check_not_wrapped(model)
     for module in list(model.modules()):
         if isinstance(module, SubspaceLayer):
@@ -116,7 +122,8 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
-    """DistributedDataParallel reduces the gradients of the parameters that it finds when it is built, and of no others."""
+    """DistributedDataParallel reduces the gradients of the parameters that it finds when it is built, and of
+    no others."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("the model is in DistributedDataParallel, which would not reduce the new parameters' gradients; convert it first")
 
@@ -154,14 +161,16 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """An nn.Linear or Conv1D itself, with a weight that is neither complex nor computed from others, as by parametrizations and pruning."""
+    """An nn.Linear or Conv1D itself, with a weight that is neither complex nor computed from others, as by
+    parametrizations and pruning."""
     return (
         (type(module) is nn.Linear or is_conv1d(module)) and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
     )
 
 
 def _check_not_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """A weight that another module uses would get that module's gradient too, which has no coordinates to go to."""
+    """A weight that another module uses would get that module's gradient too, which has no coordinates to go
+    to."""
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,5 @@
-"""SubspaceLinear: a linear layer that saves Z = x·P for its backward pass, not x, and trains the r × out coordinates of its weight.
+"""SubspaceLinear: a linear layer that saves Z = x·P for its backward pass, not x, and trains the r × out
+coordinates of its weight.
 
 SubspaceConv1D is the same for the Conv1D of transformers, which stores the transpose of the weight.
 """
@@ -123,21 +124,24 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
         y = x·Wᵀ + b          saved for the backward pass: Z = x·P, nothing of size in_features
         dx = dy·W,  dB = Zᵀ·dy,  db = Σ dy          the gradient of W is never formed
 
-    W (out, in) is `weight`, always up to date and not trained directly. B (r, out) is `coordinates`, the parameter: it carries the
-    gradient dB for RSOAdamW, which moves W, and stays zero, since W has already moved. P (in, r) is in no checkpoint: `subspace` draws
-    it from a seed and keeps it until the next one. Saved activations: tokens × r elements of the dtype that the product has, the input's
-    or autocast's, once for all layers that share a Subspace and read the same tensor. The state_dict is that of nn.Linear, `weight` and
-    `bias`.
+    W (out, in) is `weight`, always up to date and not trained directly. B (r, out) is `coordinates`, the
+    parameter: it carries the gradient dB for RSOAdamW, which moves W, and stays zero, since W has already
+    moved. P (in, r) is in no checkpoint: `subspace` draws it from a seed and keeps it until the next one.
+    Saved activations: tokens × r elements of the dtype that the product has, the input's or autocast's, once
+    for all layers that share a Subspace and read the same tensor. The state_dict is that of nn.Linear,
+    `weight` and `bias`.
 
-    With coordinates.requires_grad_(False), and where gradients are off, it is nn.Linear. What reads the weight outside of this layer's
-    forward, such as a module tied to it later, trains nothing. Second derivatives raise RuntimeError, as do transforms of torch.func.
+    With coordinates.requires_grad_(False), and where gradients are off, it is nn.Linear. What reads the
+    weight outside of this layer's forward, such as a module tied to it later, trains nothing. Second
+    derivatives raise RuntimeError, as do transforms of torch.func.
 
     Args:
         in_features, out_features, bias, device, dtype: of nn.Linear.
         rank: r, from 1 to in_features.
-        distribution: of P, with E[P·Pᵀ] = I: "gaussian" N(0, 1/r) (default), "haar" sqrt(in/r)·Q with orthonormal Q, "rademacher" ±1/√r.
-        seed: P is a function of (seed, outer step) and its shape, so layers that are to have different Ps need different seeds;
-            `to_subspace` gives them such.
+        distribution: of P, with E[P·Pᵀ] = I: "gaussian" N(0, 1/r) (default), "haar" sqrt(in/r)·Q with
+            orthonormal Q, "rademacher" ±1/√r.
+        seed: P is a function of (seed, outer step) and its shape, so layers that are to have different Ps
+            need different seeds; `to_subspace` gives them such.
 
     Raises:
         ValueError: rank, distribution or dtype out of range. TypeError: a seed that is no int.
@@ -166,7 +170,8 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
 
 
 class SubspaceConv1D(SubspaceLayer):
-    """The Conv1D of transformers (GPT-2), y = x·W + b with `weight` W (in, out), as SubspaceLinear: only `to_subspace` makes one."""
+    """The Conv1D of transformers (GPT-2), y = x·W + b with `weight` W (in, out), as SubspaceLinear: only
+    `to_subspace` makes one."""
 
     transposed = True
 

@@ -1,4 +1,5 @@
-"""Which converted layer a parameter belongs to, and that no optimizer but RSOAdamW trains one without effect."""
+"""Which converted layer a parameter belongs to, and that no optimizer but RSOAdamW trains one without
+effect."""
 
 from __future__ import annotations
 

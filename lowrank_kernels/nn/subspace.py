@@ -16,7 +16,8 @@ from ..subspaces import DISTRIBUTIONS, draw_projection, own_memory
 
 @dataclass(frozen=True)
 class _Projected:
-    """Z of an input that is still in use, where and how it was computed, and how many layers may yet ask for it."""
+    """Z of an input that is still in use, where and how it was computed, and how many layers may yet ask for
+    it."""
 
     x: weakref.ref[Tensor]
     circumstances: tuple[object, ...]
@@ -25,10 +26,11 @@ class _Projected:
 
 
 class Subspace:
-    """P (in_features, r) with E[P·Pᵀ] = I, a function of (seed, place, outer_step): drawn where it is needed, in no checkpoint.
+    """P (in_features, r) with E[P·Pᵀ] = I, a function of (seed, place, outer_step): drawn where it is needed,
+    in no checkpoint.
 
-    in_features, rank, distribution, seed: see SubspaceLinear. place: numbers that keep the Ps of one seed apart. outer_step: how often
-    the optimizer has moved on to a new P.
+    in_features, rank, distribution, seed: see SubspaceLinear. place: numbers that keep the Ps of one seed
+    apart. outer_step: how often the optimizer has moved on to a new P.
     """
 
     def __init__(self, in_features: int, rank: int, distribution: str, seed: int, *place: int) -> None:
@@ -49,7 +51,8 @@ class Subspace:
 
     @property
     def fingerprint(self) -> int:
-        """A signed 64-bit number that differs where the Ps do: of seed, place and distribution. Checkpoints hold it."""
+        """A signed 64-bit number that differs where the Ps do: of seed, place and distribution. Checkpoints
+        hold it."""
         return philox.signed64(philox.derive_seed(self.seed, list(DISTRIBUTIONS).index(self.distribution), *self.place))
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -87,7 +90,8 @@ class Subspace:
                 matrix.copy_(fresh)
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Z = x·P, outside of autograd: (…, in_features) → (…, r). Layers that give the same x get the same Z."""
+        """Z = x·P, outside of autograd: (…, in_features) → (…, r). Layers that give the same x get the same
+        Z."""
         with torch.no_grad():
             if self.layers == 1 or torch.compiler.is_compiling():  # the compiler finds equal products by itself
                 return x @ self.matrix(weight.device, weight.dtype)
@@ -119,7 +123,8 @@ class Subspace:
 
 
 def _circumstances(x: Tensor) -> tuple[object, ...]:
-    """What must not change for x·P to be the same, and to be there: writes to x, autocast, and on a GPU the stream."""
+    """What must not change for x·P to be the same, and to be there: writes to x, autocast, and on a GPU the
+    stream."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
     stream = torch.cuda.current_stream(x.device) if kind == "cuda" else None

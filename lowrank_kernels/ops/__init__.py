@@ -1,5 +1,5 @@
-"""The refresh's torch.library operators: plain PyTorch (range_finder.py, subspaces/), or csrc/ in C++ and CUDA where it is built
-(extension.py).
+"""The refresh's torch.library operators: plain PyTorch (range_finder.py, subspaces/), or csrc/ in C++ and
+CUDA where it is built (extension.py).
 
 `LOWRANK_KERNELS_REFERENCE=1` in the environment forces the default everywhere, for debugging.
 """

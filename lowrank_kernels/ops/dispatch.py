@@ -1,4 +1,5 @@
-"""Which implementation an operator runs: the default everywhere, a device's own where it has one and it covers the case."""
+"""Which implementation an operator runs: the default everywhere, a device's own where it has one and it
+covers the case."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ REFERENCE_FORCED = os.environ.get("LOWRANK_KERNELS_REFERENCE", "0") not in ("", 
 
 
 def define(name: str, schema: str, fake: Callable, default: Callable) -> Callable:
-    """Defines lowrank_kernels::name with its fake and its default implementation; returns the callable operator."""
+    """Defines lowrank_kernels::name with its fake and its default implementation; returns the callable
+    operator."""
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
     torch.library.register_fake(qualified, fake)
@@ -30,14 +32,16 @@ def register(name: str, device_type: str, implementation: Callable) -> None:
 
 
 def written(*tensors: torch.Tensor) -> None:
-    """Tells autograd that a kernel wrote these, so that a backward pass through their old values raises, as after any in-place op."""
+    """Tells autograd that a kernel wrote these, so that a backward pass through their old values raises, as
+    after any in-place op."""
     if any(tensor.is_inference() for tensor in tensors[:1]):  # those have no version; the tensors of a call are all of a kind
         tensors = tuple(tensor for tensor in tensors if not tensor.is_inference())
     torch.autograd.graph.increment_version(tensors)
 
 
 def outside_training(function: Callable) -> Callable:
-    """Runs `function` without autograd and, where it is on, without autocast, in which no basis would come out orthonormal."""
+    """Runs `function` without autograd and, where it is on, without autocast, in which no basis would come
+    out orthonormal."""
 
     @functools.wraps(function)
     @torch.no_grad()

@@ -1,9 +1,10 @@
-"""The operators that a subspace refresh is made of: schemas, fakes, and defaults in PyTorch (range_finder.py). csrc/ registers its own.
+"""The operators that a subspace refresh is made of: schemas, fakes, and defaults in PyTorch
+(range_finder.py). csrc/ registers its own.
 
-`grads` are matrices (m, n) of one shape and batches of them (batch, m, n), in the dtype their products run in; what is found is one
-batch. On a CPU the compiled operators look at each of the matrices on the way; over a batch they take one way for all, as on a GPU, where
-none of them waits for the device. Vectors are columns that lie one after another in memory: (batch, m, k) is the transpose of a
-contiguous (batch, k, m).
+`grads` are matrices (m, n) of one shape and batches of them (batch, m, n), in the dtype their products run
+in; what is found is one batch. On a CPU the compiled operators look at each of the matrices on the way; over
+a batch they take one way for all, as on a GPU, where none of them waits for the device. Vectors are columns
+that lie one after another in memory: (batch, m, k) is the transpose of a contiguous (batch, k, m).
 """
 
 from __future__ import annotations

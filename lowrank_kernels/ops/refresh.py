@@ -1,6 +1,7 @@
 """The refresh in checked functions: orthonormalise, range_finder, sample_importance, choose_bases.
 
-Out of the operators of parts.py and the selections of subspaces/. Nothing here is differentiable, and autocast does not reach in.
+Out of the operators of parts.py and the selections of subspaces/. Nothing here is differentiable, and
+autocast does not reach in.
 """
 
 from __future__ import annotations
@@ -48,11 +49,13 @@ def _check_rank(rank: int, limit: int, shape: torch.Size) -> None:
 
 @dispatch.outside_training
 def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
-    """Q with QᵀQ = I whose first k columns span Y's first k: (…, m, l), l ≤ m → the same shape, fp32 (fp64 for fp64).
+    """Q with QᵀQ = I whose first k columns span Y's first k: (…, m, l), l ≤ m → the same shape, fp32 (fp64
+    for fp64).
 
-    Columns that are zero, not finite or dependent become random directions (a function of `seed`), so Q is always a full
-    orthonormal set, to 1e-5. Shifted CholeskyQR (Fukaya et al. 2020). Raises ValueError if l > m.
-    TypeError for an integer or complex matrix. For m up to some 10⁶; sums much longer than that cost fp32 more.
+    Columns that are zero, not finite or dependent become random directions (a function of `seed`), so Q is
+    always a full orthonormal set, to 1e-5. Shifted CholeskyQR (Fukaya et al. 2020). Raises ValueError if l >
+    m. TypeError for an integer or complex matrix. For m up to some 10⁶; sums much longer than that cost fp32
+    more.
     """
     if not matrix.is_floating_point():
         raise TypeError(f"matrix must be real floating-point, got {matrix.dtype}; convert it first")
@@ -65,28 +68,33 @@ def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
 
 @dispatch.outside_training
 def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Leading left singular vectors and values of G, by a randomized range finder (Halko, Martinsson, Tropp 2011).
+    """Leading left singular vectors and values of G, by a randomized range finder (Halko, Martinsson, Tropp
+    2011).
 
         Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  basis = Q·W
 
-    Where l = r + oversample columns are a fifth of the short side or more, products with A = G·Gᵀ on that side take the place of those
-    with G: Y = A·Ω;  3·q times: Y = (A − s·I)·orth(Y). That is cheaper, and more accurate on slowly decaying spectra.
+    Where l = r + oversample columns are a fifth of the short side or more, products with A = G·Gᵀ on that
+    side take the place of those with G: Y = A·Ω, then 3·q times Y = (A − s·I)·orth(Y). That is cheaper, and more
+    accurate on slowly decaying spectra.
 
     Args:
-        grad: (…, m, n), any real floating dtype; products run at its precision with fp32 accumulation on a GPU, in fp32 on a CPU.
+        grad: (…, m, n), any real floating dtype; products run at its precision with fp32 accumulation on a
+            GPU, in fp32 on a CPU.
         rank: r, from 1 to min(m, n).
-        oversample: columns sketched beyond r, ≥ 0. Where r + oversample reaches min(m, n) there is no sketch: the whole spectrum
-            is computed from the Gram matrix of the short side.
-        power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying spectrum.
+        oversample: columns sketched beyond r, ≥ 0. Where r + oversample reaches min(m, n) there is no sketch:
+            the whole spectrum is computed from the Gram matrix of the short side.
+        power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying
+            spectrum.
         seed: any int; one Ω serves a whole batch.
 
     Returns:
-        basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The right basis is that
-        of `grad.mT`. A zero or rank-deficient G gives a basis completed with random directions; one that is not finite gives a
-        random basis and NaN for sigma.
+        basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The
+        right basis is that of `grad.mT`. A zero or rank-deficient G gives a basis completed with random
+        directions; one that is not finite gives a random basis and NaN for sigma.
 
     Raises:
-        ValueError: shape, rank, oversample or power_iters out of range. TypeError: an integer, complex or sparse gradient.
+        ValueError: shape, rank, oversample or power_iters out of range. TypeError: an integer, complex or
+            sparse gradient.
     """
     if not grad.is_floating_point() or grad.layout != torch.strided:
         raise TypeError(f"grad must be a dense real floating-point tensor, got {grad.dtype}, {grad.layout}; convert it first")
@@ -112,10 +120,11 @@ def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: i
 
 @dispatch.outside_training
 def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) -> Tensor:
-    """r directions drawn one after another without replacement, P(i) ∝ σᵢ among those left (I3S, arXiv 2502.05790).
+    """r directions drawn one after another without replacement, P(i) ∝ σᵢ among those left (I3S, arXiv
+    2502.05790).
 
-    The law of `torch.multinomial(sigma, rank, replacement=False)`, as the top r of log σ + Gumbel noise: no host sync, and a pure
-    function of the seed. Zero weights come last.
+    The law of `torch.multinomial(sigma, rank, replacement=False)`, as the top r of log σ + Gumbel noise: no
+    host sync, and a pure function of the seed. Zero weights come last.
 
     Args:
         sigma: (…, k) weights ≥ 0, floating point.
@@ -156,17 +165,19 @@ def choose_bases(
     dtype: torch.dtype,
     found_inf: Tensor | None = None,
 ) -> list[Tensor]:
-    """One basis (m, r) of `dtype` for each gradient, each in memory of its own; the optimizers' refresh, in one call.
+    """One basis (m, r) of `dtype` for each gradient, each in memory of its own; the optimizers' refresh, in
+    one call.
 
-    A gradient that is all zero chooses none: the old one stays, or zeros are what there is at the first refresh ("random" needs none).
+    A gradient that is all zero chooses none: the old one stays, or zeros are what there is at the first
+    refresh ("random" needs none).
 
     Args:
         grads: matrices as stored, of equal shape and device; the right side works on their transposes.
-        previous: the bases in use, which stay where a gradient is not finite or found_inf ≠ 0 (decided on the device); None at the
-            first refresh, when such a gradient gets a random basis.
+        previous: the bases in use, which stay where a gradient is not finite or found_inf ≠ 0 (decided on the
+            device); None at the first refresh, when such a gradient gets a random basis.
         selection, svd: keys of subspaces.SELECTIONS and SVDS.
-        places: (number of the parameter, expert) of each matrix. All draws are functions of (seed, place, refresh_number); the sketch is
-            one of (seed, refresh_number) and shared.
+        places: (number of the parameter, expert) of each matrix. All draws are functions of (seed, place,
+            refresh_number); the sketch is one of (seed, refresh_number) and shared.
     """
     from .. import subspaces  # which is made of operators
 

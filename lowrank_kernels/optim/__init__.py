@@ -1,4 +1,5 @@
-"""torch.optim wrappers: groups, buckets, the schedule of refreshes. They know backends, ops and subspaces, never Triton."""
+"""torch.optim wrappers: groups, buckets, the schedule of refreshes. They know backends, ops and subspaces,
+never Triton."""
 
 from . import methods
 from .methods import *  # noqa: F403

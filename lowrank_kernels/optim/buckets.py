@@ -1,4 +1,5 @@
-"""Parameters of a group that one step moves together: equal in shape, strides, dtype and device. Nothing here is kept."""
+"""Parameters of a group that one step moves together: equal in shape, strides, dtype and device. Nothing here
+is kept."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ States = dict[Tensor, dict[str, Any]]
 
 @dataclass
 class Members:
-    """Parameters with a gradient, and their states, empty before the first step. rank: clamped. places: their numbers in the group.
+    """Parameters with a gradient, and their states, empty before the first step. rank: clamped. places: their
+    numbers in the group.
 
     matrices: how many each of them stands for; experts are several. grads: one for each matrix, as stored.
     """
@@ -58,9 +60,9 @@ def matrices_of(tensor: Tensor) -> list[Tensor]:
 def buckets(group: dict[str, Any], group_index: int, states: States, layout: Callable[[Tensor, bool, int], Layout]) -> list[Members]:
     """The low-rank group's parameters that have a gradient, in order of first appearance.
 
-    layout: what the state of a parameter holds beside its basis, from its side and rank; shapes of one matrix.
-    Raises TypeError or ValueError for gradients and states that no step can use. Checks stand where a bucket is made: its members have
-    the same shapes.
+    layout: what the state of a parameter holds beside its basis, from its side and rank; shapes of one
+    matrix. Raises TypeError or ValueError for gradients and states that no step can use. Checks stand where a
+    bucket is made: its members have the same shapes.
     """
     places, held = list(range(len(group["params"]))), group["params"]
     if len(set(map(id, held))) != len(held):
@@ -75,7 +77,8 @@ def buckets(group: dict[str, Any], group_index: int, states: States, layout: Cal
         for place in places:
             check_grad(group, group_index, place)
         raise
-    # Each of these is a loop that Python runs fast; one over parameters that asks all of it of each takes twice the time.
+    # Each of these is a loop that Python runs fast; one over parameters that asks all of it of each takes
+    # twice the time.
     shapes = [param.shape for param in held], [grad.shape for grad in grads]
     kinds = [param.dtype for param in held], [grad.dtype for grad in grads], [param.device for param in held]
     alike: dict[Any, list[int]] = {}
@@ -118,7 +121,8 @@ def check_grad(group: dict[str, Any], group_index: int, place: int) -> None:
 
 
 def _check_states(members: Members, group: dict[str, Any], group_index: int, layout: Layout) -> None:
-    """That states go with the parameters as they now are; those of a model that was cast or moved follow it. Kernels rely on it."""
+    """That states go with the parameters as they now are; those of a model that was cast or moved follow it.
+    Kernels rely on it."""
     present = [state for state in members.states if state]
     if not present:
         return

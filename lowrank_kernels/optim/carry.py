@@ -14,9 +14,10 @@ from ..storage import Storage
 def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storage: Storage) -> None:
     """Before state["basis"] becomes `fresh`, (m, r) or (experts, m, r).
 
-    "keep": they stay as they are, in the coordinates of the new basis (GaLore, I3S). "rotate": turned by C = P_newᵀ·P_old, as the rule says
-    (LDAdam, arXiv 2410.16103). "reset": zero, and the count of updates with them. Where a basis stays, as with a gradient that is not
-    finite, so do they: it is decided on the device, and for each expert alone.
+    "keep": they stay as they are, in the coordinates of the new basis (GaLore, I3S). "rotate": turned by C =
+    P_newᵀ·P_old, as the rule says (LDAdam, arXiv 2410.16103). "reset": zero, and the count of updates with
+    them. Where a basis stays, as with a gradient that is not finite, so do they: it is decided on the device,
+    and for each expert alone.
     """
     if moments == "keep":
         return

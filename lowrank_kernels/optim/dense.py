@@ -1,4 +1,5 @@
-"""Groups without `rank`: torch's own functional AdamW, fused where its fused kernel computes what is meant."""
+"""Groups without `rank`: torch's own functional AdamW, fused where its fused kernel computes what is
+meant."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def dense_adamw_step_(
     group: dict[str, Any], states: dict[Tensor, dict[str, Any]], grad_scale: Tensor | None, found_inf: Tensor | None
 ) -> None:
-    """The update of torch.optim.AdamW(fused=True), bit for bit, with the same state: step, exp_avg, exp_avg_sq.
+    """The update of torch.optim.AdamW(fused=True), bit for bit, with the same state: step, exp_avg,
+    exp_avg_sq.
 
-    That kernel pairs elements by their place in memory. Where weight, gradient and moments lie differently, or the weight has gaps, and
-    where there is no such kernel (complex parameters, other devices), torch picks its default.
+    That kernel pairs elements by their place in memory. Where weight, gradient and moments lie differently,
+    or the weight has gaps, and where there is no such kernel (complex parameters, other devices), torch picks
+    its default.
     """
     params = [param for param in dict.fromkeys(group["params"]) if param.grad is not None]
     current = {param: states.get(param) or _new_state(param, group.get("capturable", False)) for param in params}
@@ -89,7 +92,8 @@ def _new_state(param: Tensor, capturable: bool) -> dict[str, Tensor]:
 
 
 def _paired_in_memory(param: Tensor, *others: Tensor) -> bool:
-    """Whether equal places in memory hold equal elements, and the parameter's memory is all its own, without gaps or overlaps."""
+    """Whether equal places in memory hold equal elements, and the parameter's memory is all its own, without
+    gaps or overlaps."""
     if param.is_contiguous() and all(other.is_contiguous() for other in others):
         return True
     dimensions = [dimension for dimension, size in enumerate(param.shape) if size != 1]

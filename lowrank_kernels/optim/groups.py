@@ -1,4 +1,5 @@
-"""What a parameter group may hold: its keys, its parameters, and every check of them that can be made at construction."""
+"""What a parameter group may hold: its keys, its parameters, and every check of them that can be made at
+construction."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from . import keys
 
 NAME = "_lowrank_kernels_name"
-"""Attribute of a parameter by which it is known in whatever groups and optimizers a user or a framework puts it into."""
+"""Attribute of a parameter by which it is known in whatever groups and optimizers a user or a framework puts
+it into."""
 ALL_KEYS = (*keys.LOW_RANK, keys.CALLS, *keys.ADAMW, keys.CAPTURABLE)
 """Of a low-rank group."""
 
@@ -40,7 +42,8 @@ def is_low_rank(group: dict[str, Any]) -> bool:
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:
-    """(rows, columns) of the matrices a parameter stands for: 2-D as is, [experts, m, n] a batch, more dimensions [out, -1]."""
+    """(rows, columns) of the matrices a parameter stands for: 2-D as is, [experts, m, n] a batch, more
+    dimensions [out, -1]."""
     if param.dim() == 3:
         return param.shape[1], param.shape[2]
     return param.shape[0], math.prod(param.shape[1:])
@@ -57,11 +60,13 @@ def is_right(shape: tuple[int, int], proj_type: str) -> bool:
 
 
 def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, int]:
-    """Before the group's step number `calls`: the last one at which parameter number `place` was to refresh, and that refresh's number.
+    """Before the group's step number `calls`: the last one at which parameter number `place` was to refresh,
+    and that refresh's number.
 
-    Without `stagger` that is where calls mod gap = 0. With it parameter i of k refreshes where calls mod gap = ⌊i·gap / k⌋: every number
-    below gap is taken by ⌊k / gap⌋ or ⌈k / gap⌉ parameters. k counts all of the group, with a gradient or without. The step is negative
-    where there was none yet. All random draws of a refresh are keyed by its number: 0 for a basis of the first period.
+    Without `stagger` that is where calls mod gap = 0. With it parameter i of k refreshes where calls mod gap
+    = ⌊i·gap / k⌋: every number below gap is taken by ⌊k / gap⌋ or ⌈k / gap⌉ parameters. k counts all of the
+    group, with a gradient or without. The step is negative where there was none yet. All random draws of a
+    refresh are keyed by its number: 0 for a basis of the first period.
     """
     gap = group["update_proj_gap"]
     offset = place * gap // len(group["params"]) if group["stagger"] else 0
@@ -70,9 +75,11 @@ def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, in
 
 
 def complete(group: dict[str, Any], group_index: int, fixed: dict[str, Any], preferred: dict[str, Any]) -> None:
-    """Fills a low-rank group's missing keys with their defaults and raises ValueError or TypeError for what cannot work.
+    """Fills a low-rank group's missing keys with their defaults and raises ValueError or TypeError for what
+    cannot work.
 
-    fixed: values that the optimizer's class stands for; preferred: its own defaults. A group without `rank` gets only AdamW's checks.
+    fixed: values that the optimizer's class stands for; preferred: its own defaults. A group without `rank`
+        gets only AdamW's checks.
     """
     where = describe(group, group_index)
     check_names(group, group_index)
@@ -92,7 +99,8 @@ def missing_in_older(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_names(group: dict[str, Any], group_index: int, own: Iterable[str] = keys.names(ALL_KEYS)) -> None:
-    """Raises ValueError for keys that cannot be meant, and for names of parameters that are not as many as these."""
+    """Raises ValueError for keys that cannot be meant, and for names of parameters that are not as many as
+    these."""
     where = describe(group, group_index)
     keys.check_names(group, own, where)
     if (given := group.get("param_names")) is not None and len(given) != len(group["params"]):

@@ -26,7 +26,8 @@ REQUIRED = object()
 class Key:
     """`checked` returns the value as Python's own type, so that a checkpoint holds nothing else, or raises.
 
-    TypeError for another type, ValueError for a value out of range; both name the key, the value and where it was found.
+    TypeError for another type, ValueError for a value out of range; both name the key, the value and where it
+    was found.
     """
 
     name: str
@@ -217,7 +218,8 @@ UNSUPPORTED: dict[str, Any] = {
 FOREIGN = ("params", "param_names", "initial_lr", "lr_scale", "base_momentum", "max_momentum")
 """Of torch, its schedulers and of training scripts, where they resemble keys of ours."""
 NEAR_MISS = 0.8
-"""Of difflib's ratio: `update_gap` for update_proj_gap has 0.80, `maximise` for maximize 0.88, `keeps` for eps 0.75."""
+"""Of difflib's ratio: `update_gap` for update_proj_gap has 0.80, `maximise` for maximize 0.88, `keeps` for
+eps 0.75."""
 
 
 def names(keys: Iterable[Key]) -> tuple[str, ...]:
@@ -238,7 +240,8 @@ def check_values(group: dict[str, Any], keys: Iterable[Key], where: str) -> None
 
 
 def check_names(group: dict[str, Any], own: Iterable[str], where: str) -> None:
-    """Raises ValueError for a key of torch's AdamW that is not supported, unless it is off, and for one that nearly is one of ours.
+    """Raises ValueError for a key of torch's AdamW that is not supported, unless it is off, and for one that
+    nearly is one of ours.
 
     Other keys pass, as torch's optimizers let them: frameworks tag groups with them.
     """
@@ -253,7 +256,8 @@ def check_names(group: dict[str, Any], own: Iterable[str], where: str) -> None:
 
 
 def check_arguments(optimizer: str, options: dict[str, Any], own: Iterable[str], of_groups: Iterable[str], remedy: str) -> None:
-    """Raises TypeError for keyword arguments that an optimizer does not have; the unsupported ones of torch's AdamW may be off."""
+    """Raises TypeError for keyword arguments that an optimizer does not have; the unsupported ones of torch's
+    AdamW may be off."""
     for name, value in options.items():
         if name in of_groups:
             raise TypeError(f"{optimizer}() takes no {name!r}, which belongs to {remedy}")

@@ -22,8 +22,9 @@ def load_uncast(
     check: Callable[[dict[str, Any]], dict[str, Any]],
     restore: Callable[[dict[str, Any]], None],
 ) -> None:
-    """`load` is torch's load_state_dict. `check` gets the dict that it will take, and gives it completed or raises; `restore` gets that one
-    afterwards, to put states back as they were saved. Hooks of the user run as with torch's: before `check`, and after `restore`.
+    """`load` is torch's load_state_dict. `check` gets the dict that it will take, and gives it completed or
+    raises; `restore` gets that one afterwards, to put states back as they were saved. Hooks of the user run
+    as with torch's: before `check`, and after `restore`.
     """
     final: dict[str, Any] = {}
 
@@ -56,7 +57,8 @@ def refuse_projectors(incoming: dict[str, Any]) -> None:
 def complete_older(
     param_groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]], missing: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Fills in what an older version did not save: keys with the value that they had then, and where its refreshes stand.
+    """Fills in what an older version did not save: keys with the value that they had then, and where its
+    refreshes stand.
 
     There each parameter counted its own steps, and refreshed where that count was a multiple of the gap.
     """
@@ -87,7 +89,8 @@ def changes(group: dict[str, Any], saved: dict[str, Any], own: Iterable[keys.Key
 def check_low_rank(
     state: dict[str, Any], expected: dict[str, tuple[int, ...]], batch: Sequence[int], saved: dict[str, Any], where: str
 ) -> None:
-    """Raises ValueError for a checkpoint's state of a projected parameter, if it can be none. expected: the shapes for one matrix."""
+    """Raises ValueError for a checkpoint's state of a projected parameter, if it can be none. expected: the
+    shapes for one matrix."""
     if "step" not in state:
         raise ValueError(f"the checkpoint's step is missing ({where}); it was saved for another optimizer")
     check_step(state["step"], where)
@@ -119,8 +122,8 @@ def restore_low_rank(state: dict[str, Any], saved: dict[str, Any], param: Tensor
 
 
 def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:
-    """The loaded state of a parameter that torch's AdamW moves, in memory of its own and in the parameter's strides; its fused kernel wants
-    `step` beside it."""
+    """The loaded state of a parameter that torch's AdamW moves, in memory of its own and in the parameter's
+    strides; its fused kernel wants `step` beside it."""
     for key, value in saved.items():
         if isinstance(value, Tensor):
             if key in MOMENTS:
@@ -130,7 +133,8 @@ def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -
 
 
 def check_dense(state: dict[str, Any], param: Tensor, where: str) -> None:
-    """Raises ValueError for a checkpoint's state of a parameter that torch's AdamW moves, if it can be none."""
+    """Raises ValueError for a checkpoint's state of a parameter that torch's AdamW moves, if it can be
+    none."""
     check_tensors(state, ("step", *MOMENTS), where)
     check_step(state["step"], where)
     for key in MOMENTS:

@@ -1,4 +1,5 @@
-"""LowRankOptimizer: the order of things in a step, the schedule of refreshes, and what every low-rank optimizer loads and saves."""
+"""LowRankOptimizer: the order of things in a step, the schedule of refreshes, and what every low-rank
+optimizer loads and saves."""
 
 from __future__ import annotations
 
@@ -32,21 +33,25 @@ HOST = ("cpu",)
 
 
 class LowRankOptimizer(Optimizer):
-    """Groups with `rank` are projected; the others are ordinary AdamW. A subclass names a rule, its lifts and its storages.
+    """Groups with `rank` are projected; the others are ordinary AdamW. A subclass names a rule, its lifts and
+    its storages.
 
         group → buckets → (due? choose → carry → basis.copy_) → one backends.step a bucket → calls += 1
 
-    A projected parameter's state is {"step": fp32 on its device, the updates that were made; "basis": (m, r) in its dtype;
-    "refreshed_at": the group's `calls` when that basis was chosen; the rule's and the lift's tensors}, a dense one's is
-    torch.optim.AdamW's. A parameter with a name has `draw_key` besides, a number for that name, by which its draws go on being keyed.
-    The basis is zero as long as no gradient was other than that.
+    A projected parameter's state is {"step": fp32 on its device, the updates that were made; "basis": (m, r)
+    in its dtype;
+    "refreshed_at": the group's `calls` when that basis was chosen; the rule's and the lift's tensors}, a
+    dense one's is torch.optim.AdamW's. A parameter with a name has `draw_key` besides, a number for that
+    name, by which its draws go on being keyed. The basis is zero as long as no gradient was other than that.
 
-    A group counts its own steps in `calls`; one that a GradScaler skipped is none. A basis is chosen before the first update, and with the
-    first gradient at or after each step where calls % update_proj_gap is the parameter's offset: 0, or in a group with `stagger` its share
-    of the period. Checks come before anything moves.
+    A group counts its own steps in `calls`; one that a GradScaler skipped is none. A basis is chosen before
+    the first update, and with the first gradient at or after each step where calls % update_proj_gap is the
+    parameter's offset: 0, or in a group with `stagger` its share of the period. Checks come before anything
+    moves.
 
-    With a GradScaler the step is skipped on the device. A GPU is asked whether it was only where a refresh is due. Gradients that the
-    scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32 copies, a bucket at a time.
+    With a GradScaler the step is skipped on the device. A GPU is asked whether it was only where a refresh is
+    due. Gradients that the scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32
+    copies, a bucket at a time.
     """
 
     rule: Rule
@@ -75,7 +80,8 @@ class LowRankOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it was."""
+        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it
+        was."""
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -85,7 +91,8 @@ class LowRankOptimizer(Optimizer):
             raise
 
     def _complete(self, group: dict[str, Any], index: int) -> None:
-        """Fills the group's missing keys with their defaults and raises ValueError or TypeError for what cannot work."""
+        """Fills the group's missing keys with their defaults and raises ValueError or TypeError for what
+        cannot work."""
         groups.complete(group, index, self.fixed, self.preferred)
         if groups.is_low_rank(group):
             groups.warn_if_clamped(group, index, self._clamp_warned)
@@ -110,7 +117,8 @@ class LowRankOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. Returns the closure's loss, if one is given.
 
-        Inside a CUDA graph, which takes capturable=True, it is the update alone; `refresh` says how bases come into it.
+        Inside a CUDA graph, which takes capturable=True, it is the update alone; `refresh` says how bases
+        come into it.
         """
         loss = None
         if closure is not None:
@@ -217,12 +225,14 @@ class LowRankOptimizer(Optimizer):
         return upload(pack([seeds]), 1, members.device)[0]
 
     def _places(self, group: dict[str, Any], members: Members, slot: int) -> list[tuple[int, int]]:
-        """(key of the parameter, number of the matrix in it): what the random draws of each of its matrices are keyed by."""
+        """(key of the parameter, number of the matrix in it): what the random draws of each of its matrices
+        are keyed by."""
         key = self._draw_key(group, members.places[slot], members.states[slot])
         return [(key, number) for number in range(members.matrices)]
 
     def _draw_key(self, group: dict[str, Any], place: int, state: dict[str, Any]) -> int:
-        """A number for the parameter's name; its index in the optimizer where it has no name, or an older checkpoint knew none."""
+        """A number for the parameter's name; its index in the optimizer where it has no name, or an older
+        checkpoint knew none."""
         if "draw_key" in state:
             return state["draw_key"]
         named = None if state else groups.draw_key(group, place)
@@ -242,7 +252,8 @@ class LowRankOptimizer(Optimizer):
     # The refresh.
 
     def _due(self, group: dict[str, Any], index: int, low_rank: list[Members]) -> list[dict[tuple[int, str], list[int]]]:
-        """For each bucket (number of the refresh, kind) → slots of the members that need a basis before this update; [] where none does.
+        """For each bucket (number of the refresh, kind) → slots of the members that need a basis before this
+        update; [] where none does.
 
         kind: "first", where there is no state yet; "next"; "waits", for the first gradient that is not zero.
         """
@@ -280,7 +291,8 @@ class LowRankOptimizer(Optimizer):
         return fresh
 
     def _choose(self, group: dict[str, Any], members: Members, number: int, kind: str, slots: list[int]) -> list[Tensor]:
-        """One for each matrix. Of those that wait only matrices without a basis get one; a CPU chooses no other, a GPU takes no other."""
+        """One for each matrix. Of those that wait only matrices without a basis get one; a CPU chooses no
+        other, a GPU takes no other."""
         each = members.matrices
         grads = [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
         places = [place for slot in slots for place in self._places(group, members, slot)]
@@ -349,11 +361,13 @@ class LowRankOptimizer(Optimizer):
     @torch.compiler.disable
     @outside_training
     def refresh(self) -> None:
-        """What a replay of a CUDA graph that holds step() leaves to the host: call it once before each replay.
+        """What a replay of a CUDA graph that holds step() leaves to the host: call it once before each
+        replay.
 
-        Chooses the bases that are due before that update, from the gradients as they stand, which the graph last left there (or, where
-        the backward pass is a graph of its own, has just computed), into the same memory. Counts the update. Raises RuntimeError
-        without capturable=True, before the first step, and where no parameter has a gradient.
+        Chooses the bases that are due before that update, from the gradients as they stand, which the graph
+        last left there (or, where the backward pass is a graph of its own, has just computed), into the same
+        memory. Counts the update. Raises RuntimeError without capturable=True, before the first step, and
+        where no parameter has a gradient.
         """
         work = []
         for index, group in enumerate(self.param_groups):
@@ -381,7 +395,8 @@ class LowRankOptimizer(Optimizer):
             group["calls"] += 1
 
     def _compare_ranks(self) -> None:
-        """Where torch.distributed is initialised the draws of all processes have to agree. One that has none takes part as well."""
+        """Where torch.distributed is initialised the draws of all processes have to agree. One that has none
+        takes part as well."""
         held, settings = [], []
         for group in filter(groups.is_low_rank, self.param_groups):
             settings.append(tuple(group[key] for key in keys.names(keys.LOW_RANK)))
@@ -422,7 +437,8 @@ class LowRankOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but fp32 states of half-precision parameters stay fp32, and nothing loaded shares memory with `state_dict`.
+        """As torch's, but fp32 states of half-precision parameters stay fp32, and nothing loaded shares
+        memory with `state_dict`.
 
         Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
         """
@@ -449,7 +465,8 @@ class LowRankOptimizer(Optimizer):
         return final
 
     def _check_loaded_group(self, group: dict[str, Any], saved: dict[str, Any], index: int) -> list[str]:
-        """Raises ValueError where the checkpoint's group cannot be this one; else the settings that it changes."""
+        """Raises ValueError where the checkpoint's group cannot be this one; else the settings that it
+        changes."""
         if groups.is_low_rank(group) != groups.is_low_rank(saved):
             kinds = ("dense", "low-rank")
             raise ValueError(

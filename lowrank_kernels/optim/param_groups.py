@@ -21,22 +21,26 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
     Args:
         model: any module. Parameters with requires_grad=False are left out; shared ones appear once.
         rank: r of the low-rank group.
-        target_modules: "all-linear" (or "all_linear"), every linear layer but PEFT's adapters and the output head (`lm_head`, what
-            `model.get_output_embeddings()` returns, and any layer whose weight is an embedding's), and experts that lie in one
-            parameter, as Mixtral's do; or a list of strings, a module being taken where its name contains one of them
-            (`["q_proj", "mlp"]`) or matches it as a regular expression; or a regular expression that must match a module's whole name.
-            Of the modules found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]`.
-        options: any other key of a low-rank group (`update_proj_gap`, `stagger`, `scale`, `proj_type`, `selection`, `svd`,
-            `oversample`, `power_iters`, `seed`, `state_bits`, `rounding`; `lr`, `betas`, `eps`, `weight_decay`), set in the low-rank
-            group only. `capturable` is the optimizer's own argument, for both groups.
+        target_modules: "all-linear" (or "all_linear"), every linear layer but PEFT's adapters and the output
+            head (`lm_head`, what `model.get_output_embeddings()` returns, and any layer whose weight is an
+            embedding's), and experts that lie in one parameter, as Mixtral's do; or a list of strings, a
+            module being taken where its name contains one of them (`["q_proj", "mlp"]`) or matches it as a
+            regular expression; or a regular expression that must match a module's whole name. Of the modules
+            found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]`.
+        options: any other key of a low-rank group (`update_proj_gap`, `stagger`, `scale`, `proj_type`,
+            `selection`, `svd`, `oversample`, `power_iters`, `seed`, `state_bits`, `rounding`; `lr`, `betas`,
+            `eps`, `weight_decay`), set in the low-rank group only. `capturable` is the optimizer's own
+            argument, for both groups.
 
     Returns:
-        [{"params": everything else}, {"params": projected weights, "rank": rank, **options}]. The parameters remember their names, by
-        which random draws are keyed in whatever optimizer they come into. Warns where less than half of the elements of trainable matrices
-        (embeddings and head left out) are projected.
+        [{"params": everything else}, {"params": projected weights, "rank": rank, **options}]. The parameters
+        remember their names, by which random draws are keyed in whatever optimizer they come into. Warns
+        where less than half of the elements of trainable matrices (embeddings and head left out) are
+        projected.
 
     Raises:
-        ValueError: an unknown option; target_modules that match nothing, nothing that can be projected, or a converted layer.
+        ValueError: an unknown option; target_modules that match nothing, nothing that can be projected, or a
+            converted layer.
         TypeError: a model that is none.
     """
     allowed = [name for name in keys.names(ALL_KEYS) if name != "rank"]

@@ -10,9 +10,11 @@ import torch.distributed as dist
 
 
 def check_equal(parameters: Iterable[object], settings: Iterable[object], device: torch.device) -> None:
-    """Raises RuntimeError, in all processes, where two of them have the same parameters and other settings. One small all-gather.
+    """Raises RuntimeError, in all processes, where two of them have the same parameters and other settings.
+    One small all-gather.
 
-    Processes that hold other parameters, as parts of a pipeline or under ZeroRedundancyOptimizer, have nothing in common to compare.
+    Processes that hold other parameters, as parts of a pipeline or under ZeroRedundancyOptimizer, have
+    nothing in common to compare.
     parameters, settings: numbers, strings and tuples of them.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

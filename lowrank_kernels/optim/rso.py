@@ -1,4 +1,5 @@
-"""RSOAdamW: trains the coordinates of SubspaceLinear layers for some steps at a time, each time in new random subspaces."""
+"""RSOAdamW: trains the coordinates of SubspaceLinear layers for some steps at a time, each time in new random
+subspaces."""
 
 from __future__ import annotations
 
@@ -29,22 +30,27 @@ PART_ELEMENTS = 2**25
 
 
 class RSOAdamW(LowRankOptimizer):
-    """AdamW on the coordinates B of W₀ᵀ + P·B, afresh every `inner_steps` steps: randomized subspace optimization (arXiv 2502.07222).
+    """AdamW on the coordinates B of W₀ᵀ + P·B, afresh every `inner_steps` steps: randomized subspace
+    optimization (arXiv 2502.07222).
 
-        R = dB + proximal·B;  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε)
-        B = (1 − lr·wd)·B − lr·N;      Wᵀ = (1 − lr·wd)·Wᵀ − lr·P·N,      which keeps Wᵀ = W₀ᵀ + P·B, where W₀ decays as well
+        R = dB + proximal·B;  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²
+        N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε)
+        B = (1 − lr·wd)·B − lr·N
+        Wᵀ = (1 − lr·wd)·Wᵀ − lr·P·N,      which keeps Wᵀ = W₀ᵀ + P·B, where W₀ decays as well
         after `inner_steps` steps: the next P from the seed, and B = M = V = t = 0
 
-    The weights of the layers (`SubspaceLinear`, `to_subspace`) are merged at all times: nothing is to be done before evaluating or saving
-    the model. All other parameters get torch's own fused AdamW. With inner="sgd" N is M = momentum·M + R, on the layers alone.
+    The weights of the layers (`SubspaceLinear`, `to_subspace`) are merged at all times: nothing is to be done
+    before evaluating or saving the model. All other parameters get torch's own fused AdamW. With inner="sgd"
+    N is M = momentum·M + R, on the layers alone.
 
-    State of a layer: `step` (t), exp_avg and exp_avg_sq (or momentum_buffer) of (r, out) in fp32 (fp64 for fp64), where proximal is not 0
-    `displacement`, which is B, and `subspace`, a number by which load_state_dict recognises P; the group holds `outer_step` and
-    `inner_step`. P is in no checkpoint. A resumed run continues bit for bit, in the middle of an outer step too; the model has to be
-    converted as it was.
+    State of a layer: `step` (t), exp_avg and exp_avg_sq (or momentum_buffer) of (r, out) in fp32 (fp64 for
+    fp64), where proximal is not 0 `displacement`, which is B, and `subspace`, a number by which
+    load_state_dict recognises P; the group holds `outer_step` and `inner_step`. P is in no checkpoint. A
+    resumed run continues bit for bit, in the middle of an outer step too; the model has to be converted as it
+    was.
 
-    Calls of step() count for `inner_steps`, also those that a GradScaler skips; t counts updates. Layers that share P belong into one
-    group.
+    Calls of step() count for `inner_steps`, also those that a GradScaler skips; t counts updates. Layers that
+    share P belong into one group.
 
     Args:
         params: `model.parameters()` after the conversion, (name, parameter) pairs or groups.
@@ -56,22 +62,24 @@ class RSOAdamW(LowRankOptimizer):
         proximal: weight of ½·proximal·‖B‖² in the inner problem (0).
         inner: "adamw", or "sgd" with momentum.
         momentum: of "sgd", in [0, 1) (0.9).
-        rounding: of the layers' weights at each step: "nearest" (default), or for layers in bf16 "stochastic", up or down at random so that
-            the mean stays, as a function of (the layer's P, index of its parameter in the group, t, element). To nearest, updates below
-            half a unit in the last place of a weight are lost.
+        rounding: of the layers' weights at each step: "nearest" (default), or for layers in bf16
+            "stochastic", up or down at random so that the mean stays, as a function of (the layer's P, index
+            of its parameter in the group, t, element). To nearest, updates below half a unit in the last
+            place of a weight are lost.
 
-    Every argument but params is a key of a group too, and may be changed between steps. Within an outer step: `inner_steps` at or below
-    the position ends it with the next call, another `inner` starts from zero moments, and a proximal term that was off until now takes
-    the B of this moment for 0.
+    Every argument but params is a key of a group too, and may be changed between steps. Within an outer step:
+    `inner_steps` at or below the position ends it with the next call, another `inner` starts from zero
+    moments, and a proximal term that was off until now takes the B of this moment for 0.
 
-    Where torch.distributed is initialised the first step compares subspaces of all processes, in one small all-gather, and raises
-    RuntimeError where they differ.
+    Where torch.distributed is initialised the first step compares subspaces of all processes, in one small
+    all-gather, and raises RuntimeError where they differ.
 
     Raises:
-        ValueError, TypeError: at construction for what is out of range, a mistyped key, parameters of which none belongs to a
-        converted layer, sharded parameters, layers that share P in different groups. RuntimeError in step(): a layer of these parameters
-        was converted after the optimizer was built, its P belongs to another optimizer, its weight has a gradient of its own or is no
-        parameter any more, or a CUDA graph is being captured. A warning names layers that had no gradient in the first outer step.
+        ValueError, TypeError: at construction for what is out of range, a mistyped key, parameters of which
+        none belongs to a converted layer, sharded parameters, layers that share P in different groups.
+        RuntimeError in step(): a layer of these parameters was converted after the optimizer was built, its P
+        belongs to another optimizer, its weight has a gradient of its own or is no parameter any more, or a
+        CUDA graph is being captured. A warning names layers that had no gradient in the first outer step.
     """
 
     moves_coordinates = True
@@ -103,7 +111,8 @@ class RSOAdamW(LowRankOptimizer):
             remedy="lowrank_kernels.to_subspace(model, rank=…, …)",
         )
         self._met: set[Tensor] = set()
-        """Coordinates that had a gradient in the first outer step, also where a GradScaler skipped all of it."""
+        """Coordinates that had a gradient in the first outer step, also where a GradScaler skipped all of
+        it."""
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
         super().__init__(params, adamw | own | keys.defaults(keys.POSITION))
@@ -135,7 +144,8 @@ class RSOAdamW(LowRankOptimizer):
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it was."""
+        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it
+        was."""
         super().add_param_group(param_group)
         if self._built:
             group = self.param_groups[-1]
@@ -387,7 +397,8 @@ def _move_subspaces(layers: Layers, outer_step: int) -> None:
 
 
 def _buckets(group: dict[str, Any], layers: Layers) -> list[Members]:
-    """Coordinates with a gradient whose layers' weights are alike, at most PART_ELEMENTS of their gradients at a time."""
+    """Coordinates with a gradient whose layers' weights are alike, at most PART_ELEMENTS of their gradients
+    at a time."""
     found: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
     places = {param: place for place, param in enumerate(group["params"])}
     for param, layer in layers.items():

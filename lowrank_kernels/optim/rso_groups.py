@@ -1,4 +1,5 @@
-"""What a group of RSOAdamW may hold: its keys, where it stands, its converted layers, and every check that can be made of them."""
+"""What a group of RSOAdamW may hold: its keys, where it stands, its converted layers, and every check that
+can be made of them."""
 
 from __future__ import annotations
 

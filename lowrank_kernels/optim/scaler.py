@@ -1,4 +1,5 @@
-"""What a GradScaler asks of a step: gradients divided by its scale, and a step that is skipped on the device."""
+"""What a GradScaler asks of a step: gradients divided by its scale, and a step that is skipped on the
+device."""
 
 from __future__ import annotations
 
@@ -13,10 +14,11 @@ from .buckets import Members
 
 @contextlib.contextmanager
 def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
-    """The members' gradients divided by the scale inside, and left so after a step that was made, as torch's fused AdamW does.
+    """The members' gradients divided by the scale inside, and left so after a step that was made, as torch's
+    fused AdamW does.
 
-    16-bit gradients are divided in fp32 copies: their own quotients would underflow. A failed step leaves all as they were,
-    exactly so for scales that are powers of two, as a scaler's are.
+    16-bit gradients are divided in fp32 copies: their own quotients would underflow. A failed step leaves all
+    as they were, exactly so for scales that are powers of two, as a scaler's are.
     """
     if grad_scale is None:
         yield
@@ -41,7 +43,8 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
 
 
 class Skips:
-    """Steps of a group that a scaler may have skipped on a GPU since the host last asked, which waits for it."""
+    """Steps of a group that a scaler may have skipped on a GPU since the host last asked, which waits for
+    it."""
 
     def __init__(self) -> None:
         self._skipped: Tensor | None = None

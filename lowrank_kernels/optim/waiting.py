@@ -1,7 +1,9 @@
-"""Parameters whose gradients have been all zero so far. They wait with their first basis: an arbitrary one would last a whole period.
+"""Parameters whose gradients have been all zero so far. They wait with their first basis: an arbitrary one
+would last a whole period.
 
-The basis of such a matrix is zero, and so is its update: this is all that a checkpoint has to hold. On a GPU the host learns later that a
-parameter has its basis; until then it lets bases be chosen that the device then does not take.
+The basis of such a matrix is zero, and so is its update: this is all that a checkpoint has to hold. On a GPU
+the host learns later that a parameter has its basis; until then it lets bases be chosen that the device then
+does not take.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Waiting:
         self._unknown: list[tuple[Callable[[], bool], Tensor, list[Tensor]]] = []
 
     def note(self, params: list[Tensor], bases: list[Tensor]) -> None:
-        """These have got a basis, or a part of it, or zeros because there was no gradient to choose it from."""
+        """These have got a basis, or a part of it, or zeros because there was no gradient to choose it
+        from."""
         if not params:
             return
         chosen = torch.stack([_is_chosen(basis) for basis in bases])
@@ -34,7 +37,8 @@ class Waiting:
         self._take_in()
 
     def settle(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """Takes in what is known by now; the first time looks at all bases, which may come from a checkpoint, and waits for a GPU."""
+        """Takes in what is known by now; the first time looks at all bases, which may come from a checkpoint,
+        and waits for a GPU."""
         if not self._examined:
             self._examined = True
             bases = {param: state["basis"] for param, state in states.items() if "basis" in state}

@@ -19,7 +19,8 @@ class Rule:
         raise NotImplementedError
 
     def update(self, projected: Tensor, state: dict[str, Tensor], step: float | Tensor, **options: Any) -> Tensor:
-        """N (…, r, n) from R (…, r, n), both in fp32 (fp64 for fp64); `state` moves in place. step: the number of this update, from 1."""
+        """N (…, r, n) from R (…, r, n), both in fp32 (fp64 for fp64); `state` moves in place. step: the
+        number of this update, from 1."""
         raise NotImplementedError
 
     def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:

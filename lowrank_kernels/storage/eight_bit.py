@@ -1,15 +1,16 @@
 """8-bit moments: one byte an element and one fp32 scale for each block of 64 neighbours along n.
 
-A block's scale s is its largest |value|. A code is linear in a root of the value, so that the values of a block may span several
-orders of magnitude:
+A block's scale s is its largest |value|. A code is linear in a root of the value, so that the values of a
+block may span several orders of magnitude:
 
     M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋             m = s·sign(c − 128)·((c − 128)/127)²
     V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0       v = s·(c/255)⁴
 
-Neighbouring codes of M are 1.6 % apart at the top and 6e-5·s at the bottom, those of √V 0.8 % and 1.5e-5·√s. V > 0 keeps
-a code of 1 at least, so that N stays finite. A block whose largest value is under 2⁻¹²⁶ becomes zero; in one that holds a NaN or an
-infinity all values decode to NaN. Codes are uint8 (…, r, n), scales fp32 (…, r, ⌈n / 64⌉). Blockwise coding of Adam's moments:
-Dettmers et al., "8-bit optimizers via block-wise quantization", arXiv 2110.02861; the codes here need no table.
+Neighbouring codes of M are 1.6 % apart at the top and 6e-5·s at the bottom, those of √V 0.8 % and 1.5e-5·√s.
+V > 0 keeps a code of 1 at least, so that N stays finite. A block whose largest value is under 2⁻¹²⁶ becomes
+zero; in one that holds a NaN or an infinity all values decode to NaN. Codes are uint8 (…, r, n), scales fp32
+(…, r, ⌈n / 64⌉). Blockwise coding of Adam's moments: Dettmers et al., "8-bit optimizers via block-wise
+quantization", arXiv 2110.02861; the codes here need no table.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def encode_(m: Tensor, v: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_s
 
 
 def _peak(values: Tensor) -> Tensor:
-    """Largest |value| of each block in fp32: NaN in a block that is not finite, 0 where it is under the smallest normal number."""
+    """Largest |value| of each block in fp32: NaN in a block that is not finite, 0 where it is under the
+    smallest normal number."""
     padded = torch.nn.functional.pad(values.abs(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     peak = padded.amax(-1).to(torch.float32)
     return peak.where(peak >= SMALLEST, 0 * peak).where(peak.isfinite(), torch.nan)
@@ -67,7 +69,8 @@ def _spread(scale: Tensor, like: Tensor) -> Tensor:
 
 
 class EightBit(Storage):
-    """M and V of AdamW as codes, each with its scales beside it: exp_avg and exp_avg_scale, exp_avg_sq and exp_avg_sq_scale."""
+    """M and V of AdamW as codes, each with its scales beside it: exp_avg and exp_avg_scale, exp_avg_sq and
+    exp_avg_sq_scale."""
 
     name = "eight_bit"
 

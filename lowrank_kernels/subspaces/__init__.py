@@ -1,5 +1,5 @@
-"""How a basis is chosen: one file a selection, each `(Spectrum, rank, seeds) → basis`, and the refresh, made of the operators of
-ops/parts.py; and the random projections of RSO, which no gradient chooses."""
+"""How a basis is chosen: one file a selection, each `(Spectrum, rank, seeds) → basis`, and the refresh, made
+of the operators of ops/parts.py; and the random projections of RSO, which no gradient chooses."""
 
 from .distributions import DISTRIBUTIONS, draw_projection
 from .overlap import subspace_overlap

@@ -27,7 +27,8 @@ def _gaussian(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
 
 
 def _haar(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
-    # The R of CholeskyQR has a positive diagonal, which makes Q unique and so as rotation-invariant as the Gaussian.
+    # The R of CholeskyQR has a positive diagonal, which makes Q unique and so as rotation-invariant as the
+    # Gaussian.
     return orthonormalise(_in_pieces(_normals, seeds, m, rank, dtype)[None])[0] * math.sqrt(m / rank)
 
 
@@ -62,6 +63,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, int, int, torch.dtype], Tensor]] = {
 
 
 def draw_projection(distribution: str, m: int, rank: int, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """P (m, r), r ≤ m: computed in fp32 (fp64 for fp64) and rounded once to `dtype`. Equal on CPU and GPU to rounding."""
+    """P (m, r), r ≤ m: computed in fp32 (fp64 for fp64) and rounded once to `dtype`. Equal on CPU and GPU to
+    rounding."""
     wide = torch.promote_types(dtype, torch.float32)
     return DISTRIBUTIONS[distribution](philox.seed_tensor([seed], device), m, rank, wide).to(dtype)

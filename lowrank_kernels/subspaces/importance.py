@@ -1,4 +1,5 @@
-"""I3S (arXiv 2502.05790): r directions sampled from the singular vectors, without replacement, with probability ∝ σ."""
+"""I3S (arXiv 2502.05790): r directions sampled from the singular vectors, without replacement, with
+probability ∝ σ."""
 
 from __future__ import annotations
 
@@ -20,10 +21,10 @@ LEAST_BLOCK = 8
 def importance(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
     """(batch, m, r), columns sorted by σ.
 
-    Where all k = min(m, n) values are known, exactly the paper's law. Else the leading l = 2r + oversample are, and the k − l others get
-    weights of their sum and their energy, as far as those can be told: tail.py. One that is drawn becomes a random direction of
-    (I − UUᵀ)·G·ω, orthonormalised: among themselves those come ∝ σ², not σ. On a GPU nothing depends on how many are drawn, so nothing
-    waits.
+    Where all k = min(m, n) values are known, exactly the paper's law. Else the leading l = 2r + oversample
+    are, and the k − l others get weights of their sum and their energy, as far as those can be told: tail.py.
+    One that is drawn becomes a random direction of (I − UUᵀ)·G·ω, orthonormalised: among themselves those
+    come ∝ σ², not σ. On a GPU nothing depends on how many are drawn, so nothing waits.
     """
     if spectrum.whole_is_cheaper(rank):
         vectors, sigma = spectrum.whole(rank)
@@ -47,7 +48,8 @@ def _pick(vectors: Tensor, columns: Tensor) -> Tensor:
 
 
 def _drawn(directions: Tensor, block: Tensor, tail: Tensor, seed: int) -> Tensor:
-    """The complement for as many columns of the block as may be drawn; on a CPU for as many of each matrix as are."""
+    """The complement for as many columns of the block as may be drawn; on a CPU for as many of each matrix as
+    are."""
     if not algorithms.may_look(tail):
         return complement(directions, block, seed)
     counts = tail.sum(dim=-1).tolist()
@@ -60,10 +62,11 @@ def _drawn(directions: Tensor, block: Tensor, tail: Tensor, seed: int) -> Tensor
 
 
 def complement(directions: Tensor, block: Tensor, seed: int) -> Tensor:
-    """Orthonormal columns of the span of Y = (I − UUᵀ)·Z for orthonormal U: (…, m, h) and (…, m, t) with h + t ≤ m → (…, m, t).
+    """Orthonormal columns of the span of Y = (I − UUᵀ)·Z for orthonormal U: (…, m, h) and (…, m, t) with h +
+    t ≤ m → (…, m, t).
 
-    Twice is enough; the second time also clears what completion put into U. A seed of its own each time: U may itself be completed,
-    and the same draws again would lie in it.
+    Twice is enough; the second time also clears what completion put into U. A seed of its own each time: U
+    may itself be completed, and the same draws again would lie in it.
     """
     for again in range(2):
         basis = parts.orthonormalise(block, philox.signed64(philox.derive_seed(seed, again)))

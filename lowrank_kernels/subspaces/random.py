@@ -1,4 +1,5 @@
-"""A random orthonormal basis, which needs no gradient: the orthonormalised Gaussian is uniform over subspaces."""
+"""A random orthonormal basis, which needs no gradient: the orthonormalised Gaussian is uniform over
+subspaces."""
 
 from __future__ import annotations
 

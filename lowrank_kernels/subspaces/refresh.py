@@ -23,10 +23,11 @@ SELECTIONS: dict[str, Callable[[Spectrum, int, Sequence[int]], Tensor]] = {
 SVDS = ("randomized", "exact")
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-"""Elements of the largest intermediate of the matrices that are worked on together. In fp32 they take 16 MiB and, on a GPU, 512 MiB, of
-which some four are held at a time."""
+"""Elements of the largest intermediate of the matrices that are worked on together. In fp32 they take 16 MiB
+and, on a GPU, 512 MiB, of which some four are held at a time."""
 APART_FROM_ELEMENTS = 2**20
-"""From so many on, matrices on a GPU are multiplied one by one where they lie; smaller ones are copied into one batch."""
+"""From so many on, matrices on a GPU are multiplied one by one where they lie; smaller ones are copied into
+one batch."""
 
 
 def choose_bases(
@@ -102,7 +103,8 @@ def _choose_chunk(
 def own_memory(basis: Tensor) -> Tensor:
     """A copy (…, m, r) that keeps nothing else alive, in the order that the device's products want.
 
-    By rows on a GPU, where the kernels read r neighbours at a time; by columns on a CPU, where Pᵀ then needs no copy.
+    By rows on a GPU, where the kernels read r neighbours at a time; by columns on a CPU, where Pᵀ then needs
+    no copy.
     """
     if basis.device.type == "cpu":
         return basis.mT.clone(memory_format=torch.contiguous_format).mT

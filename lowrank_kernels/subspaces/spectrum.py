@@ -13,16 +13,19 @@ from .. import range_finder as algorithms
 from ..ops import parts
 
 WHOLE_FROM = 5
-"""On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it where 5·r ≥ min(m, n)."""
+"""On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it
+where 5·r ≥ min(m, n)."""
 WHOLE_TO = 128
 """… or where the short side is no longer than this."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """svd = "randomized" (range finder with `oversample` and `power_iters`) or "exact" (full SVD, for which a GPU waits).
+    """svd = "randomized" (range finder with `oversample` and `power_iters`) or "exact" (full SVD, for which a
+    GPU waits).
 
-    `grads` as the operators take them, `peak` (batch,) what parts.peaks gives for them; `seed` draws the sketch.
+    `grads` as the operators take them, `peak` (batch,) what parts.peaks gives for them; `seed` draws the
+    sketch.
     """
 
     grads: Sequence[Tensor]
@@ -38,21 +41,24 @@ class Spectrum:
         return self.grads[0].shape[-2:]
 
     def leading(self, count: int, oversample: int) -> tuple[Tensor, Tensor]:
-        """The leading `count` left singular vectors (batch, m, count) and values (batch, count), descending."""
+        """The leading `count` left singular vectors (batch, m, count) and values (batch, count),
+        descending."""
         if self.svd == "exact":
             vectors, sigma = self._exact()
             return vectors[..., :count], sigma[..., :count]
         return parts.leading(self.grads, self.peak, count, oversample, self.power_iters, self.seed)
 
     def whole_is_cheaper(self, rank: int) -> bool:
-        """Whether to know the whole spectrum, of which r directions are sampled, rather than 2r directions and a block beside them."""
+        """Whether to know the whole spectrum, of which r directions are sampled, rather than 2r directions
+        and a block beside them."""
         short = min(self.shape)
         if self.svd == "exact" or 2 * rank + self.oversample >= short:
             return True
         return algorithms.may_look(self.peak) and (WHOLE_FROM * rank >= short or short <= WHOLE_TO)
 
     def whole(self, rank: int) -> tuple[Tensor, Tensor]:
-        """All k = min(m, n) values (batch, k), in no order, and what `left` makes left singular vectors of: (batch, m or k, k)."""
+        """All k = min(m, n) values (batch, k), in no order, and what `left` makes left singular vectors of:
+        (batch, m or k, k)."""
         return self._exact() if self.svd == "exact" else parts.short_side_spectrum(self.grads, rank)
 
     def left(self, vectors: Tensor) -> Tensor:
@@ -70,7 +76,8 @@ class Spectrum:
     def _exact(self) -> tuple[Tensor, Tensor]:
         """Left singular vectors (batch, m, k) and values (batch, k), k = min(m, n), by a full SVD.
 
-        Of G over its peak, for cuSOLVER does not scale as LAPACK does. fp32 vectors of either are orthonormal to some 2e-5 only.
+        Of G over its peak, for cuSOLVER does not scale as LAPACK does. fp32 vectors of either are orthonormal
+        to some 2e-5 only.
         """
         matrix = algorithms.over_peak(self.grads, self.peak)
         vectors, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)

@@ -1,16 +1,19 @@
-"""The singular values that a sketch leaves out: their sum, from two moments of theirs and the values that are known.
+"""The singular values that a sketch leaves out: their sum, from two moments of theirs and the values that are
+known.
 
-E = Σσ² and F = Σσ⁴ over the k − l values that are not known are read off a block of them, B = (I − UUᵀ)·G·Ω: BᵀB has E on average on its
-diagonal, and squares that are F on average beside it. S = Σσ lies between E·sqrt(E / F) and sqrt(E·(k − l)), which are far apart. Three
-families that start at a known σ_a narrow it down, each made to have the energy after it:
+E = Σσ² and F = Σσ⁴ over the k − l values that are not known are read off a block of them, B = (I − UUᵀ)·G·Ω:
+BᵀB has E on average on its diagonal, and squares that are F on average beside it. S = Σσ lies between
+E·sqrt(E / F) and sqrt(E·(k − l)), which are far apart. Three families that start at a known σ_a narrow it
+down, each made to have the energy after it:
 
     t values σ_a, then nothing            S = E / σ_a
     σ_a·exp(−c·j),   j = 1 … k − a
     σ_a·(1 + j/a)^−p
 
-The logarithm of S is interpolated between theirs, to where log(E·σ_a² / F) lies between theirs. So it is right for a cliff, an exponential,
-a power law and a flat tail. Where the block's rank is not full, it is the rank of all that is left out, and S at most sqrt(E·rank). The
-anchor is a = 3/2·r: the last values of a sketch come out too low.
+The logarithm of S is interpolated between theirs, to where log(E·σ_a² / F) lies between theirs. So it is
+right for a cliff, an exponential, a power law and a flat tail. Where the block's rank is not full, it is the
+rank of all that is left out, and S at most sqrt(E·rank). The anchor is a = 3/2·r: the last values of a sketch
+come out too low.
 """
 
 from __future__ import annotations
@@ -31,10 +34,12 @@ TINY = torch.finfo(torch.float64).tiny
 
 
 def tail_weights(block: Tensor, sigma: Tensor, count: int, anchor: int) -> Tensor:
-    """Weights (batch, count) of the values left out, from B (batch, m, s) and the σ (batch, l) that are known, descending.
+    """Weights (batch, count) of the values left out, from B (batch, m, s) and the σ (batch, l) that are
+    known, descending.
 
-    All E / S, t = S² / E times, the last in part, and zero after that: their sum is S and that of their squares E. What is left of a
-    cliff then has as many weights as directions, so that none are drawn that do not exist.
+    All E / S, t = S² / E times, the last in part, and zero after that: their sum is S and that of their
+    squares E. What is left of a cliff then has as many weights as directions, so that none are drawn that do
+    not exist.
     """
     known = sigma.shape[-1]
     unit = peaks([block]).clamp_min(TINY)
@@ -77,7 +82,8 @@ def _moments(gram: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_after(energy: Tensor, fourth: Tensor, least: Tensor, count: int, known: int) -> Tensor:
-    """Σσ over the `count` values from number `known` + 1 on, of those moments, `least` being number `known`: (batch,)."""
+    """Σσ over the `count` values from number `known` + 1 on, of those moments, `least` being number `known`:
+    (batch,)."""
     square = least.square()
     relative = (energy / square.clamp_min(TINY)).clamp_min(TINY).log()
     spread = (energy * square / fourth.clamp_min(TINY)).clamp_min(TINY).log()
@@ -95,9 +101,11 @@ def _sum_after(energy: Tensor, fourth: Tensor, least: Tensor, count: int, known:
 
 @functools.cache
 def _families(count: int, known: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables (2, RATES) of log Σx², log Σx and log(Σx² / Σx⁴), the first growing: x = exp(−c·j) and (1 + j/known)^−p, j = 1 … count.
+    """Tables (2, RATES) of log Σx², log Σx and log(Σx² / Σx⁴), the first growing: x = exp(−c·j) and (1 +
+    j/known)^−p, j = 1 … count.
 
-    Kept because making them takes 0.3 ms on a CPU, where the rest of a tail takes 0.4, and some forty launches on a GPU.
+    Kept because making them takes 0.3 ms on a CPU, where the rest of a tail takes 0.4, and some forty
+    launches on a GPU.
     """
     index = torch.arange(1, count + 1, dtype=torch.float64, device=device)
     tables = []

@@ -1,4 +1,5 @@
-"""python -m benchmarks.gpu without a GPU: whatever its stages do, all of them run, in time, and evidence is left."""
+"""python -m benchmarks.gpu without a GPU: whatever its stages do, all of them run, in time, and evidence is
+left."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""Iterations of a layer and of blocks: what is built, run and counted, and the search for the largest batch."""
+"""Iterations of a layer and of blocks: what is built, run and counted, and the search for the largest
+batch."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""The rso suite: bytes and flops against counting by hand, what is measured, and that nothing wrong is timed or shown."""
+"""The rso suite: bytes and flops against counting by hand, what is measured, and that nothing wrong is timed
+or shown."""
 
 import json
 import re

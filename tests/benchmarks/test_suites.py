@@ -1,4 +1,5 @@
-"""Every suite end to end on a tiny model: rows with all their fields, nothing wrong timed, nothing skipped without a reason."""
+"""Every suite end to end on a tiny model: rows with all their fields, nothing wrong timed, nothing skipped
+without a reason."""
 
 import builtins
 import contextlib
@@ -200,7 +201,8 @@ def test_what_runs_out_of_memory_is_skipped_before_the_clock_starts(monkeypatch)
 
 
 def test_a_failure_of_ours_is_its_own_row_and_the_rest_goes_on(monkeypatch):
-    """Of one variant; the others are timed. Without the first there is nothing to compare with, and nothing is."""
+    """Of one variant; the others are timed. Without the first there is nothing to compare with, and nothing
+    is."""
     chosen = {name: contenders.STEP[name] for name in ("lowrank_kernels", "AdamW(fused=True), full rank")}
     variant = "lowrank_kernels, 8-bit states"
     monkeypatch.setattr(contenders, "STEP", chosen | {variant: failing})
@@ -589,7 +591,8 @@ def test_a_slow_contender_is_timed_once(monkeypatch):
 
 
 class Gpu:
-    """What timing.py asks of a GPU. A run's launches take the host `launch_cycles`; of more than a queue of 1000 it waits for the GPU."""
+    """What timing.py asks of a GPU. A run's launches take the host `launch_cycles`; of more than a queue of
+    1000 it waits for the GPU."""
 
     def __init__(self, monkeypatch, launch_cycles=0, launches=10, capturable=True):
         self.order, self.launch_cycles, self.launches, self.capturable = [], launch_cycles, launches, capturable

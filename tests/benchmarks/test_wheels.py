@@ -22,7 +22,8 @@ def make_wheel(folder, name, version, files, tag="py3-none-any"):
 
 
 def test_a_contender_comes_from_a_wheel_and_nothing_stays(tmp_path):
-    """It is timed, its version recorded; what is installed comes first, and a wheel for another Python keeps no other out."""
+    """It is timed, its version recorded; what is installed comes first, and a wheel for another Python keeps
+    no other out."""
     peer = "import torch\n\n\nclass APOLLOAdamW(torch.optim.SGD):\n    def __init__(self, groups, lr):\n"
     peer += '        super().__init__([{"params": groups[0]["params"]}], lr=lr)\n'
     make_wheel(tmp_path, "apollo_torch", "7.5", {"apollo_torch/__init__.py": peer})

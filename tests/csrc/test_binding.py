@@ -1,4 +1,5 @@
-"""What only a torch with CUDA can build is at least checked by the compiler here, with the one header that a CPU build of torch lacks."""
+"""What only a torch with CUDA can build is at least checked by the compiler here, with the one header that a
+CPU build of torch lacks."""
 
 import re
 import shutil

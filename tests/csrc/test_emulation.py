@@ -1,4 +1,5 @@
-"""The bodies of the CUDA kernels, run on the host by csrc/cuda/emulate.cpp: results, barriers, and the limits their headers state."""
+"""The bodies of the CUDA kernels, run on the host by csrc/cuda/emulate.cpp: results, barriers, and the limits
+their headers state."""
 
 import ctypes
 import itertools
@@ -78,7 +79,8 @@ def test_derived_seeds_agree_with_python(library):
 
 
 def fill(library, name, dtype, count, seeds, stream, offset=0):
-    """(batch, count) from the emulated kernel, `offset` elements past a 64-byte boundary. Nothing outside it may change."""
+    """(batch, count) from the emulated kernel, `offset` elements past a 64-byte boundary. Nothing outside it
+    may change."""
     seeds = np.array([philox.signed64(seed) for seed in seeds], np.int64)
     size = len(seeds) * count
     memory = np.full(size + 96, -77, dtype)
@@ -104,8 +106,8 @@ def test_rows_of_any_length_and_address(library, count, offset):
 
 
 def test_normal_agrees_with_python(library):
-    """Log, sin and cos are within 2 ulp = 4u on either side. The root halves what comes from log and adds u, the product adds u:
-    2u + u + 4u + u = 8u, twice."""
+    """Log, sin and cos are within 2 ulp = 4u on either side. The root halves what comes from log and adds u,
+    the product adds u: 2u + u + 4u + u = 8u, twice."""
     count = 200_001
     expected = philox.normal(philox.seed_tensor(SEEDS[:3], "cpu"), (count,), philox.SKETCH, torch.float32).double()
     actual = fill(library, "normal_f32", np.float32, count, SEEDS[:3], philox.SKETCH).double()
@@ -113,7 +115,8 @@ def test_normal_agrees_with_python(library):
 
 
 def test_gumbel_agrees_with_python(library):
-    """E is off by 4u, which shifts log E by as much, and log E itself by 4u of its value: 4u·(1 + |g|), twice."""
+    """E is off by 4u, which shifts log E by as much, and log E itself by 4u of its value: 4u·(1 + |g|),
+    twice."""
     count = 200_001
     expected = philox.gumbel(philox.seed_tensor(SEEDS[:3], "cpu"), count, philox.GUMBEL).double()
     actual = fill(library, "gumbel", np.float32, count, SEEDS[:3], philox.GUMBEL).double()
@@ -132,7 +135,8 @@ def test_ends_of_the_integers(library, word, monkeypatch):
 
 
 def cholesky_inverse(library, gram, shift=0.0, threads=0, order=SHUFFLED, seed=1):
-    """(batch, l, l) → X with Xᵀ(S + shift·I)X = I, from an output full of NaN. No race, no index out of range."""
+    """(batch, l, l) → X with Xᵀ(S + shift·I)X = I, from an output full of NaN. No race, no index out of
+    range."""
     gram = np.ascontiguousarray(gram)
     kind = gram.dtype.type
     inverse = np.full_like(gram, np.nan)
@@ -159,11 +163,12 @@ def triangular_inverse(lower):
 def residuals(gram, shift, inverse):
     """|R̂ᵀR̂ − A| and |R̂⁻ᵀ·A·R̂⁻¹ − I| for A = S + shift·I and the computed R̂⁻¹, each with its bound.
 
-    The factor satisfies |L̂L̂ᵀ − A| ≤ γ|L||Lᵀ| (Higham, theorem 10.3), the inverse by forward substitution |L̂X̂ − I| ≤ γ|L||X| (section
-    14.2). γ = (l + 8)·u: sums of l terms, and the shift, the difference, the root, the reciprocal and its product. Hence, to first
-    order, |X̂⁻¹X̂⁻ᵀ − A| ≤ γ·(|L||Lᵀ| + K + Kᵀ), K = |L||X||L||Lᵀ|; and |X̂AX̂ᵀ − I| ≤ γ·(|X||L||Lᵀ||Xᵀ| + M + Mᵀ),
-    M = |X||L||X||L|. Twice that allows for the second order. The residuals are computed in fp64 by a triangular solve and products, whose
-    errors are of the same form: negligible for fp32, and as much again for fp64.
+    The factor satisfies |L̂L̂ᵀ − A| ≤ γ|L||Lᵀ| (Higham, theorem 10.3), the inverse by forward substitution
+    |L̂X̂ − I| ≤ γ|L||X| (section 14.2). γ = (l + 8)·u: sums of l terms, and the shift, the difference, the
+    root, the reciprocal and its product. Hence, to first order, |X̂⁻¹X̂⁻ᵀ − A| ≤ γ·(|L||Lᵀ| + K + Kᵀ), K =
+    |L||X||L||Lᵀ|; and |X̂AX̂ᵀ − I| ≤ γ·(|X||L||Lᵀ||Xᵀ| + M + Mᵀ), M = |X||L||X||L|. Twice that allows for the
+    second order. The residuals are computed in fp64 by a triangular solve and products, whose errors are of
+    the same form: negligible for fp32, and as much again for fp64.
     """
     exact = gram.astype(np.float64) + float(gram.dtype.type(shift)) * np.eye(len(gram))
     exact = np.tril(exact) + np.tril(exact, -1).T
@@ -250,7 +255,8 @@ def test_limits_stated_by_the_header(library):
 
 
 def jacobi(library, matrices, max_sweeps=12, threads=0, order=SHUFFLED, seed=1):
-    """(batch, rows, l) → U·Σ (batch, rows, l) as the kernel leaves it, and the number of sweeps that had something to do. No race."""
+    """(batch, rows, l) → U·Σ (batch, rows, l) as the kernel leaves it, and the number of sweeps that had
+    something to do. No race."""
     kind = matrices.dtype.type
     vectors = np.ascontiguousarray(matrices.transpose(0, 2, 1))
     batch, l, rows = vectors.shape
@@ -266,9 +272,10 @@ def jacobi(library, matrices, max_sweeps=12, threads=0, order=SHUFFLED, seed=1):
 def check_jacobi(matrix, result, reference=None, significant=0.0):
     """Singular values relative to themselves, vectors orthogonal, and the result spans what the matrix did.
 
-    One-sided Jacobi computes each singular value to a relative error of about l·u·κ(A·D⁻¹), D the lengths of the columns (Demmel,
-    Veselić, theorem 4.1, whose factor is linear in l and in practice far smaller). Pairs are orthogonal to 2⁻²³, plus the rounding of
-    their normalised elements and dots: 8u. `significant`: singular values above this part of the largest are looked at.
+    One-sided Jacobi computes each singular value to a relative error of about l·u·κ(A·D⁻¹), D the lengths of
+    the columns (Demmel, Veselić, theorem 4.1, whose factor is linear in l and in practice far smaller). Pairs
+    are orthogonal to 2⁻²³, plus the rounding of their normalised elements and dots: 8u. `significant`:
+    singular values above this part of the largest are looked at.
     """
     unit = UNIT[matrix.dtype.type]
     exact, computed = matrix.astype(np.float64), result.astype(np.float64)
@@ -330,8 +337,8 @@ def test_jacobi_on_factors_of_graded_matrices(library, l, dtype, condition):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("l", [2, 5, 33, 136])
 def test_jacobi_with_columns_of_very_different_lengths(library, l, dtype):
-    """Lengths from 1 to 1e-12 in any order. Small singular values are the reciprocals of the inverse's large ones, where fp64's svd,
-    accurate in relation to the largest, sees them."""
+    """Lengths from 1 to 1e-12 in any order. Small singular values are the reciprocals of the inverse's large
+    ones, where fp64's svd, accurate in relation to the largest, sees them."""
     generator = np.random.default_rng(l)
     matrix = generator.standard_normal((l, l)) + 4 * np.eye(l) * np.sqrt(l)
     lengths = np.logspace(0, -12, l)
@@ -355,7 +362,8 @@ def test_jacobi_with_columns_of_very_different_lengths(library, l, dtype):
 
 @pytest.mark.parametrize("rows, l", [(40, 17), (300, 20), (1500, 12), (5, 9)])
 def test_jacobi_of_tall_and_wide_matrices(library, rows, l):
-    """Several warps a pair, and more columns than they have dimensions: the rest shrink to rounding errors."""
+    """Several warps a pair, and more columns than they have dimensions: the rest shrink to rounding
+    errors."""
     matrix = np.random.default_rng(rows).standard_normal((rows, l)).astype(np.float32)
     (result,), _ = jacobi(library, matrix[None], max_sweeps=16)
     reference = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
@@ -414,7 +422,8 @@ def test_jacobi_with_a_nan_ends_and_spares_the_other_matrices(library):
 
 @pytest.mark.parametrize("l", [7, 34])
 def test_jacobi_gives_the_same_bits_in_any_order(library, l):
-    """Blocks of a launch, threads of a phase: none may depend on another. Matrices that converge early stop alone."""
+    """Blocks of a launch, threads of a phase: none may depend on another. Matrices that converge early stop
+    alone."""
     generator = np.random.default_rng(l)
     batch = np.stack([np.eye(l), generator.standard_normal((l, l)), np.tril(generator.standard_normal((l, l)))]).astype(np.float32)
     expected, sweeps = jacobi(library, batch, order=ASCENDING)
@@ -454,7 +463,8 @@ def test_jacobi_stops_after_max_sweeps(library):
     representative(itertools.product([0.0, 1.0, 3.0, "rank 3", "zero"], [5, 40, 136]), lambda decay, l: l < 100 or decay == 3.0),
 )
 def test_eigenproblem_as_the_binding_composes_it(library, l, decay):
-    """cuda/binding.cpp's eigh: scale, shift, factor, rotate the columns of the factor, take lengths; against LAPACK's."""
+    """cuda/binding.cpp's eigh: scale, shift, factor, rotate the columns of the factor, take lengths; against
+    LAPACK's."""
     torch.manual_seed(0)
     exact = {"rank 3": torch.zeros(l), "zero": torch.zeros(l)}.get(decay)
     if exact is None:

@@ -1,6 +1,8 @@
-"""What nvcc makes of the CUDA kernels for GPUs that are not here: no warning, no spill, no block that does not fit.
+"""What nvcc makes of the CUDA kernels for GPUs that are not here: no warning, no spill, no block that does
+not fit.
 
-Everything is compiled with the flags that setup.py and PyTorch's CUDAExtension give, which take the conversions of 16-bit types away.
+Everything is compiled with the flags that setup.py and PyTorch's CUDAExtension give, which take the
+conversions of 16-bit types away.
 """
 
 import os
@@ -21,7 +23,8 @@ ARCHITECTURES = ["80", "90a", "100a"]
 REGISTERS_PER_BLOCK = 65536
 REGISTER_GRANULE = 8  # registers of a thread are allocated in eights
 STATIC_SHARED_LIMIT = 48 * 1024
-# The constant that bounds a kernel's threads a block, and how many of its kernels there are: one for each element type.
+# The constant that bounds a kernel's threads a block, and how many of its kernels there are: one for each
+# element type.
 KERNELS = {
     "cholesky_inverse": ("cholesky_inverse_kernel", "cholesky_inverse.cuh", "CHOLESKY_THREADS", 2),
     "jacobi": ("jacobi_round_kernel", "jacobi.cuh", "JACOBI_MAX_THREADS", 2),
@@ -44,8 +47,8 @@ class Reached(BaseException):
 
 @pytest.fixture(scope="module")
 def build_flags(setup_module):
-    """What setup.py and torch.utils.cpp_extension would give nvcc, read off a build that stops before its first command, but for the
-    architectures."""
+    """What setup.py and torch.utils.cpp_extension would give nvcc, read off a build that stops before its
+    first command, but for the architectures."""
     found = setup_module.find_nvcc(os.environ)
     if found is None:
         pytest.skip("no nvcc")
@@ -139,7 +142,8 @@ def test_a_block_fits(usages, name):
 
 
 def test_the_packed_triangle_may_take_all_shared_memory(usages):
-    """The limits on l in cholesky_inverse.h, which test_emulation.py checks, leave nothing for static shared memory."""
+    """The limits on l in cholesky_inverse.h, which test_emulation.py checks, leave nothing for static shared
+    memory."""
     assert [usage for usage in usages["cholesky_inverse"] if usage.shared] == []
 
 

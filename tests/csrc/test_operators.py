@@ -1,4 +1,5 @@
-"""The compiled operators beside their defaults in PyTorch: the same draws, subspaces as good, whatever threads there are."""
+"""The compiled operators beside their defaults in PyTorch: the same draws, subspaces as good, whatever
+threads there are."""
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_selections_choose_what_they_choose_in_pytorch(monkeypatch, selection, s
 @pytest.mark.parametrize("way", ["on a CPU", "as on a GPU"])
 @pytest.mark.parametrize("shape", [(144, 320), (320, 144)])
 def test_the_tail_is_drawn_as_in_pytorch(monkeypatch, way, shape):
-    """On a spectrum with gaps, whose known directions are the same to rounding: so are the tail's, and what is drawn."""
+    """On a spectrum with gaps, whose known directions are the same to rounding: so are the tail's, and what
+    is drawn."""
     torch.manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(side, 144, dtype=torch.float64))[0] for side in shape)
     sigma = torch.cat([0.9 ** torch.arange(24), torch.full((120,), 0.03)]).double()
@@ -95,7 +97,8 @@ def test_bits_hang_on_no_thread_count():
 @pytest.mark.parametrize("shape, rank", [((256, 700), 64), ((700, 256), 64), ((256, 700), 16)])
 @pytest.mark.parametrize("decay", [0.0, 2.0])
 def test_memory_beyond_the_gradient(shape, rank, decay):
-    """G may be copied once, where its transpose is wanted; all else is thin: a few times (m + n)·l, in fp64 at most."""
+    """G may be copied once, where its transpose is wanted; all else is thin: a few times (m + n)·l, in fp64
+    at most."""
     torch.manual_seed(0)
     grad = torch.randn(shape) * (torch.arange(1, shape[1] + 1) ** -decay)
     ops.range_finder(grad, rank)
@@ -135,7 +138,8 @@ def test_refresh_does_not_wait_for_a_gpu():
 
 
 def test_the_shift_of_a_power_iteration_makes_it_more_accurate(monkeypatch):
-    """On Gaussian noise: the compiled one finds more than a plain iteration of as many products with G·Gᵀ does."""
+    """On Gaussian noise: the compiled one finds more than a plain iteration of as many products with G·Gᵀ
+    does."""
     monkeypatch.setattr(range_finder, "GRAM_STEPS", 3)
     energies = {"plain": 0.0, "compiled": 0.0}
     for seed in range(4):

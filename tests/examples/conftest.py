@@ -45,7 +45,8 @@ def command(prose):
 
 @pytest.fixture(scope="session")
 def pretrain_process(command):
-    """Run it as a command, in a process of its own. An exit status other than `status` fails the test with what it printed."""
+    """Run it as a command, in a process of its own. An exit status other than `status` fails the test with
+    what it printed."""
 
     def run(*arguments, status=0, cwd=None, env=None) -> Done:
         done = subprocess.run(

@@ -1,4 +1,5 @@
-"""What the tests of the example share: where it is, a run small enough for a test, and how to read what it wrote."""
+"""What the tests of the example share: where it is, a run small enough for a test, and how to read what it
+wrote."""
 
 import json
 from pathlib import Path
@@ -37,7 +38,8 @@ def rows(path: Path) -> list[dict]:
 
 
 def arithmetic(found: list[dict]) -> list[dict]:
-    """The rows without what a clock or the memory counter put there: what is left is bit-identical whenever the arithmetic is."""
+    """The rows without what a clock or the memory counter put there: what is left is bit-identical whenever
+    the arithmetic is."""
     return [{key: value for key, value in row.items() if key not in ("optimizer_ms", "wall_s", "peak_bytes")} for row in found]
 
 

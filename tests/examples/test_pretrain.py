@@ -15,7 +15,8 @@ from pretrain_runs import SCRIPT, rows, trajectory
 
 METHODS = ("adamw", "galore", "i3s", "rso")
 REFRESHES = {"adamw": [], "galore": [1, 3, 5], "i3s": [1, 3, 5], "rso": [2, 4, 6]}
-"""Bases are chosen before the steps that count 0, 2, 4 before their increment; RSO draws after every second step."""
+"""Bases are chosen before the steps that count 0, 2, 4 before their increment; RSO draws after every second
+step."""
 
 
 @pytest.fixture(scope="module")

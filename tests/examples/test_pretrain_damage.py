@@ -1,4 +1,5 @@
-"""What can go wrong with a run's directory: a second process, a full disk, damaged files. One sentence each, and nothing is written."""
+"""What can go wrong with a run's directory: a second process, a full disk, damaged files. One sentence each,
+and nothing is written."""
 
 import errno
 import json
@@ -36,7 +37,8 @@ def refused(pretrain, *arguments) -> str:
 
 @pytest.fixture(scope="module")
 def stopped(pretrain, tmp_path_factory):
-    """A run that was stopped after GaLore's checkpoint of step 4, with a row of step 5 behind it; do not alter it."""
+    """A run that was stopped after GaLore's checkpoint of step 4, with a row of step 5 behind it; do not
+    alter it."""
     import training
 
     directory = tmp_path_factory.mktemp("stopped") / "run"

@@ -27,7 +27,8 @@ def test_a_byte_changes_no_earlier_logit_and_every_later_one(position):
     changed[0, position] = (changed[0, position] + 1) % 32
     with torch.no_grad():
         difference = (model()(tokens) - model()(changed)).abs().amax(-1)[0]
-    # Positions are computed together, so a kernel may round differently; it cannot do so by more than a few ulp of a logit of size ~10.
+    # Positions are computed together, so a kernel may round differently; it cannot do so by more than a few
+    # ulp of a logit of size ~10.
     assert difference[:position].max().item() < 1e-13 if position else True
     assert (difference[position:] > 1e-6).all()
 
@@ -96,7 +97,8 @@ def test_weights_are_a_function_of_the_seed():
 
 
 def test_an_untrained_model_knows_nothing():
-    """At initialization the loss is that of a uniform guess, ln 256, within the spread of logits of std 0.02·sqrt(128)."""
+    """At initialization the loss is that of a uniform guess, ln 256, within the spread of logits of std
+    0.02·sqrt(128)."""
     fresh = llama.Llama(dataclasses.replace(llama.SIZES["tiny"], layers=1), 256).initialize(0)
     tokens = torch.randint(256, (4, 33), generator=torch.Generator().manual_seed(0))
     assert llama.loss(fresh, tokens).item() == pytest.approx(math.log(256), abs=0.15)

@@ -29,7 +29,8 @@ def gradients(settings, pieces):
 def test_accumulation_equals_one_big_batch(pieces):
     whole_loss, whole = gradients(MICRO, 1)
     loss, summed = gradients(MICRO, pieces)
-    # fp32 sums of 64 terms in another order: relative error ≲ 64 · 2⁻²⁴ ≈ 4e-6, and rounding through the layers, a few times that.
+    # fp32 sums of 64 terms in another order: relative error ≲ 64 · 2⁻²⁴ ≈ 4e-6, and rounding through the
+    # layers, a few times that.
     assert loss == pytest.approx(whole_loss, rel=2e-5)
     assert (summed - whole).norm() < 2e-5 * whole.norm()
 
@@ -84,7 +85,8 @@ def test_rso_is_built_as_the_settings_say():
 @pytest.mark.parametrize("method", ["adamw", "galore", "i3s", "rso"])
 @pytest.mark.parametrize("tie_head", [False, True])
 def test_dense_parameters_have_one_rate_under_every_method(method, tie_head):
-    """Embedding, head and norms at settings.dense_lr, what the method is about at its own: in groups of the same parameters."""
+    """Embedding, head and norms at settings.dense_lr, what the method is about at its own: in groups of the
+    same parameters."""
     settings = dataclasses.replace(MICRO, tie_head=tie_head, dense_lr=3e-3, rso_rank=8, rank=8)
     model = training.build_model(settings)
     optimizer = training.build_optimizer(model, method, 7e-4, settings)
@@ -133,7 +135,8 @@ def test_the_dense_rate_moves_the_head_and_not_the_layers(tmp_path):
 
 
 def test_saved_activations_are_counted_once_and_without_parameters():
-    """Of a model that is embedding, one projection and logits: x for the projection, Z where it is a SubspaceLinear."""
+    """Of a model that is embedding, one projection and logits: x for the projection, Z where it is a
+    SubspaceLinear."""
     tokens = torch.randint(256, (3, 17), generator=torch.Generator().manual_seed(0))
     model = training.build_model(dataclasses.replace(MICRO, model="tiny"))
     dense = memory.saved_activation_bytes(model, tokens)
@@ -148,7 +151,8 @@ def test_saved_activations_are_counted_once_and_without_parameters():
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     lowrank_kernels.to_subspace(model, rank=8, target_modules=["down_proj"])
-    # The input of down_proj (352 of fp32) is saved for nothing else, and its Z (8) takes its place, in two layers.
+    # The input of down_proj (352 of fp32) is saved for nothing else, and its Z (8) takes its place, in two
+    # layers.
     assert dense - memory.saved_activation_bytes(model, tokens) == 2 * 3 * 16 * (352 - 8) * 4
 
 
@@ -180,7 +184,8 @@ TOGETHER = {("adamw", "fp32"): (2,), ("galore", "bf16"): (1, 2), ("i3s", "fp32")
     ),
 )
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path, method, dtype, stop_after):
-    """Refreshes fall on steps 1 and 3, RSO's on 2, so the parts meet after a refresh, before one and between."""
+    """Refreshes fall on steps 1 and 3, RSO's on 2, so the parts meet after a refresh, before one and
+    between."""
     corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
     settings = dataclasses.replace(MICRO, dtype=dtype, rank=4, update_proj_gap=2, inner_steps=2, eval_every=2, eval_sequences=4, warmup=0)
 
@@ -232,7 +237,8 @@ def test_metrics_forget_what_came_after_a_position(tmp_path):
 
 @pytest.mark.parametrize("method", ["galore", pytest.param("i3s", marks=pytest.mark.slow)])
 def test_8_bit_states_learn_as_32_bit_ones_do(tmp_path, method):
-    """Held-out loss within a percent after two refreshes; longer runs stand in benchmarks/results/learning/state-bits.jsonl."""
+    """Held-out loss within a percent after two refreshes; longer runs stand in
+    benchmarks/results/learning/state-bits.jsonl."""
     corpus = text.load(None)
     losses = {}
     for bits in (32, 8):

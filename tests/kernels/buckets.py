@@ -1,6 +1,7 @@
 """Buckets of random matrices in every memory layout that a launcher accepts, each in a frame of NaN.
 
-The frame is what a missing mask would read or write: reading it makes a NaN of the result, writing it is what `frames_intact` sees.
+The frame is what a missing mask would read or write: reading it makes a NaN of the result, writing it is what
+`frames_intact` sees.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ SHAPES = (
 
 
 def framed(values: Tensor, layout: str = "rows", pad: int = 3) -> Tensor:
-    """The values as a view into a larger buffer of NaN: row-major, column-major, or with no unit stride at all.
+    """The values as a view into a larger buffer of NaN: row-major, column-major, or with no unit stride at
+    all.
 
-    pad: elements of the frame on each side. With a multiple of 16, extents that are multiples of 16 keep their 16-byte accesses.
+    pad: elements of the frame on each side. With a multiple of 16, extents that are multiples of 16 keep
+        their 16-byte accesses.
     """
     rows, columns = values.shape
     if layout == "columns":
@@ -75,7 +78,8 @@ def guarded(values: Tensor, guard: int = 2048) -> Tensor:
 
 
 def states(count: int, r: int, n: int, scale: float = 1.0) -> tuple[list[Tensor], list[Tensor]]:
-    """exp_avgs and exp_avg_sqs, row-major, of the size that gradients of size `scale` would have given them."""
+    """exp_avgs and exp_avg_sqs, row-major, of the size that gradients of size `scale` would have given
+    them."""
     exp_avgs = [guarded((scale * torch.randn(r, n, dtype=torch.float64)).float()) for _ in range(count)]
     exp_avg_sqs = [guarded((scale**2 * (0.1 + torch.rand(r, n, dtype=torch.float64))).float()) for _ in range(count)]
     return exp_avgs, exp_avg_sqs
@@ -91,14 +95,16 @@ def same_bits(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 OVER = {False: (3, 5, 7), True: (16, 16, 16)}
-"""How far m, n and r reach over the edge of a tile, by whether the shape should allow 16-byte accesses; the first is also the frame."""
+"""How far m, n and r reach over the edge of a tile, by whether the shape should allow 16-byte accesses; the
+first is also the frame."""
 
 
 def rows_of_this_machine(tables: dict) -> list[tuple[object, object, bool]]:
-    """(kind, row, wide) of configs' tables: of all architectures in the interpreter, else of this GPU and of unknown ones.
+    """(kind, row, wide) of configs' tables: of all architectures in the interpreter, else of this GPU and of
+    unknown ones.
 
-    wide: whether shapes for the row should allow 16-byte accesses. A GPU's own rows serve no others; compiled for narrow accesses, their
-    large tiles would take many seconds each.
+    wide: whether shapes for the row should allow 16-byte accesses. A GPU's own rows serve no others; compiled
+    for narrow accesses, their large tiles would take many seconds each.
     """
     archs = list(tables) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
     rows = {

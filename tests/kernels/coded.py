@@ -20,7 +20,8 @@ def guarded_codes(codes: torch.Tensor) -> torch.Tensor:
 
 
 def coded_states(count: int, r: int, n: int, scale: float = 1.0) -> list[list[torch.Tensor]]:
-    """exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales of the size that gradients of size `scale` would have given them."""
+    """exp_avgs, exp_avg_sqs, exp_avg_scales, exp_avg_sq_scales of the size that gradients of size `scale`
+    would have given them."""
     lists = [[], [], [], []]
     for _ in range(count):
         m, v = scale * torch.randn(r, n, dtype=torch.float64), scale**2 * (0.1 + torch.rand(r, n, dtype=torch.float64))
@@ -36,7 +37,8 @@ def code_frames_intact(views: list[torch.Tensor]) -> bool:
 
 
 def assert_codes(coded: tuple[torch.Tensor, ...], m: torch.Tensor, v: torch.Tensor, errors: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Codes of M and V and their scales, against the exact moments: a code is the nearest one, within its error."""
+    """Codes of M and V and their scales, against the exact moments: a code is the nearest one, within its
+    error."""
     expected, bounds = exact_codes(m, v), codes_error(m, v, errors)
     smallest = torch.where(v > 0, 0.5, 0.0)  # a code of V > 0 is 1 at least
     for name, found, exact, bound in zip(("codes of M", "codes of V"), coded[:2], expected[:2], bounds[:2], strict=True):

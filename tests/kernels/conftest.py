@@ -16,8 +16,8 @@ def seed(request):
 
 @pytest.fixture
 def poisoned_empty(monkeypatch):
-    """torch.empty gives NaN between guards of NaN: an element nobody wrote cannot pass for a result, and one written beside the
-    result is seen when the test ends.
+    """torch.empty gives NaN between guards of NaN: an element nobody wrote cannot pass for a result, and one
+    written beside the result is seen when the test ends.
     """
     guard, allocated = 4096, []
 

@@ -1,4 +1,5 @@
-"""A whole step on buckets of random matrices, by any module that has `prepare`, judged by the reference in fp64."""
+"""A whole step on buckets of random matrices, by any module that has `prepare`, judged by the reference in
+fp64."""
 
 from __future__ import annotations
 
@@ -92,11 +93,11 @@ def check(path, lists, right, device_lr=None, rounding_seeds=None, **step):
 
 
 def judge(before, after, index, right, scalars, *, seed=None, counted_on_device=False, lr_on_device=False, on_cpu_path=False, native=False):
-    """One matrix after a step against the reference on what it was before, within the bounds of the step's parts chained: an error of R
-    grows into one of N and that into one of W.
+    """One matrix after a step against the reference on what it was before, within the bounds of the step's
+    parts chained: an error of R grows into one of N and that into one of W.
 
-    seed: (1,) int64 where W is rounded stochastically. on_cpu_path: of backends/cpu.py, which rounds nothing but what it stores, and
-    where the CPU is `native` in bf16 also R and N of such bases.
+    seed: (1,) int64 where W is rounded stochastically. on_cpu_path: of backends/cpu.py, which rounds nothing
+    but what it stores, and where the CPU is `native` in bf16 also R and N of such bases.
     """
     w, g, p = (before[name][index].double() for name in NAMES[:3])
     of_weight, of_grad, of_basis = (before[name][index].dtype for name in NAMES[:3])

@@ -30,7 +30,8 @@ def path(request, monkeypatch):
 
 
 def bucket(count, m, n, r, right, dtype=torch.float32):
-    """weights, grads, bases, exp_avgs, exp_avg_sqs. Columns of the bases have length 1; the step does not need more of them."""
+    """weights, grads, bases, exp_avgs, exp_avg_sqs. Columns of the bases have length 1; the step does not
+    need more of them."""
     bases = matrices(count, m, r, dtype, scale=m**-0.5)
     return stored(count, m, n, right, dtype), stored(count, m, n, right, dtype), bases, *states(count, r, n)
 
@@ -85,7 +86,8 @@ def test_equals_its_three_launches_bit_for_bit(dtype, right, path):
 
 @SIDES
 def test_identity_basis_is_torch_adamw(right):
-    """P = I and α = 1: four steps of torch.optim.AdamW, taken in fp64. A step moves W by at most about lr, to 30u of itself."""
+    """P = I and α = 1: four steps of torch.optim.AdamW, taken in fp64. A step moves W by at most about lr, to
+    30u of itself."""
     m, n, lr = 13, 17, 0.01
     weights, _, _, exp_avgs, exp_avg_sqs = bucket(1, m, n, m, right)
     bases = [torch.eye(m, device=DEVICE)]

@@ -25,8 +25,9 @@ def complete(request):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory, complete):
-    """Of the file that AOT_REPORTS names, which `python -m benchmarks.aot --json` wrote. Else compiled once a session: with several
-    workers of pytest-xdist the first one to get here does it, the others wait for its file."""
+    """Of the file that AOT_REPORTS names, which `python -m benchmarks.aot --json` wrote. Else compiled once a
+    session: with several workers of pytest-xdist the first one to get here does it, the others wait for its
+    file."""
     if path := os.environ.get("AOT_REPORTS"):
         return aot.read(Path(path))
     options = [] if complete else ["--sample", "--workers", "1"]
@@ -115,7 +116,8 @@ def test_tensor_cores(reports):
 
 
 def expected_narrow_accesses(report):
-    """What a wide shape loads and stores in less than 16 bytes a thread: numbers of a matrix, and scales of 8-bit moments."""
+    """What a wide shape loads and stores in less than 16 bytes a thread: numbers of a matrix, and scales of
+    8-bit moments."""
     coded, stochastic, on_device = (option in report.options for option in aot.OPTIONS)
     if report.kernel != "single_pass":
         # Addresses of two matrices, two rows of scales, a counter; the seed.
@@ -123,7 +125,8 @@ def expected_narrow_accesses(report):
         counts = {"LDG.E.64": 2 + 2 * coded + counted + stochastic, "LDG.E": report.found_inf + counted}
         counts["LDG.E"] += on_device and report.kernel == "back_project"  # lr
         if coded:
-            # A thread has 4 neighbours: 16 bytes of R, and with its warp 128 bytes in a row of codes. More would cost registers.
+            # A thread has 4 neighbours: 16 bytes of R, and with its warp 128 bytes in a row of codes. More
+            # would cost registers.
             counts["LDG.E"] += 2 + 2
             counts["STG.E"] = 2 + 2
             counts["STG.E.64"] = int(report.normalised == "bf16")
@@ -144,7 +147,8 @@ def expected_narrow_accesses(report):
 
 
 def test_wide_accesses(reports):
-    """Aligned shapes move 16 bytes an access, but for numbers of a matrix: table, found_inf, steps, seeds, scales."""
+    """Aligned shapes move 16 bytes an access, but for numbers of a matrix: table, found_inf, steps, seeds,
+    scales."""
     assert not failures(reports, lambda r: r.wide and r.narrow() != expected_narrow_accesses(r) and r.narrow())
 
 

@@ -192,7 +192,8 @@ def test_learning_rate_on_the_device(right):
 
 
 def check_drawn(weights, bases, normalised, right, seeds, step, counts=None, sharp=0.9, **update):
-    """Rounded stochastically, with the reference's draws: what differs lies within the fp32 error of a threshold."""
+    """Rounded stochastically, with the reference's draws: what differs lies within the fp32 error of a
+    threshold."""
     before = [weight.double() for weight in weights]
     launched(weights, bases, normalised, right, counts, **update, rounding_seeds=seeds, step=step)
     tf32 = tf32_unit(bases[0].dtype)
@@ -223,7 +224,8 @@ def test_stochastic_rounding(shape, right):
 @SIDES
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_stochastic_rounding_of_any_layout(layout, right):
-    """The draws belong to elements, not to places in memory. fp32 bases, for a change; tf32 widens the intervals."""
+    """The draws belong to elements, not to places in memory. fp32 bases, for a change; tf32 widens the
+    intervals."""
     seeds = philox.seed_tensor([11, 12, 13], DEVICE)
     weights = stored(3, 67, 70, right, torch.bfloat16, layout)
     normalised = normalised_of(3, 35, 70)

@@ -64,7 +64,8 @@ def test_fails_outside(): launch(); torch.testing.assert_close(torch.ones(1), to
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory):
-    """One run of the lane on a copy of the sources that is broken in several places: the message of each failed test, "" of the others."""
+    """One run of the lane on a copy of the sources that is broken in several places: the message of each
+    failed test, "" of the others."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in ("lowrank_kernels", "benchmarks", "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "*.so", "_build.json"))

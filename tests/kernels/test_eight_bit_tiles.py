@@ -126,7 +126,8 @@ def test_what_is_not_finite_poisons_its_block_alone(bad, at):
 
 
 def test_zero_and_tiny_blocks():
-    """A block of zeros, one whose peak is the largest subnormal, one whose peak is the smallest normal number."""
+    """A block of zeros, one whose peak is the largest subnormal, one whose peak is the smallest normal
+    number."""
     m = torch.zeros(1, 192, device=DEVICE)
     m[0, 64], m[0, 128], m[0, 129] = -(2.0**-126 - 2.0**-149), -(2.0**-126), 2.0**-127
     v = m.abs()

@@ -1,4 +1,5 @@
-"""The IR lane: it covers every row, finds nothing in the kernels, and finds what was broken in a copy of them."""
+"""The IR lane: it covers every row, finds nothing in the kernels, and finds what was broken in a copy of
+them."""
 
 import importlib.util
 import os
@@ -127,8 +128,9 @@ for name, found in {
 
 @needs_ttsem
 def test_barrier_taken_out_of_the_8_bit_path():
-    """Between load and store of a scale stand the kernel's own barrier and that of a conversion of layouts, either of which would do; the
-    compiler's own lets the conversions of both scales use the same shared memory.
+    """Between load and store of a scale stand the kernel's own barrier and that of a conversion of layouts,
+    either of which would do; the compiler's own lets the conversions of both scales use the same shared
+    memory.
     """
     done = lane(BARRIERS, program=("-c",))
     assert done.returncode == 0, done.stderr[-4000:]

@@ -68,7 +68,8 @@ def test_extreme_scales(scale):
 
 
 def test_first_step_from_zero_has_size_one():
-    """M̂ = R and V̂ = R²: N = R / (|R| + ε), so the bias corrections cancel exactly what the betas left out."""
+    """M̂ = R and V̂ = R²: N = R / (|R| + ε), so the bias corrections cancel exactly what the betas left
+    out."""
     projected = torch.randn(1, 20, 30, device=DEVICE)
     r = projected.double().clone()
     zeros = [torch.zeros(20, 30, device=DEVICE)], [torch.zeros(20, 30, device=DEVICE)]
@@ -111,7 +112,8 @@ def test_found_inf_of_zero_changes_nothing():
 
 
 def updated(states, projected, out, counts=None, found_inf=None, **adam):
-    """The launch on four lists of 8-bit moments, or on two of fp32 ones; counts: each matrix's own, on the device."""
+    """The launch on four lists of 8-bit moments, or on two of fp32 ones; counts: each matrix's own, on the
+    device."""
     rows = table.pointer_table(*states, *([counts] if counts else []))
     scales = {"exp_avg_scales_at": rows[2], "exp_avg_sq_scales_at": rows[3]} if len(states) == 4 else {}
     launch = moments.prepare(

@@ -1,4 +1,5 @@
-"""The whole step in one launch. Its parts are tested beside the launches of two passes, tile functions by themselves."""
+"""The whole step in one launch. Its parts are tested beside the launches of two passes, tile functions by
+themselves."""
 
 import gc
 import weakref
@@ -49,7 +50,8 @@ def seeds(count, dtype):
 
 @pytest.mark.parametrize(("coded", "on_device", "dtype", "right"), pairwise([False, True], [False, True], DTYPES, [False, True]), ids=str)
 def test_against_the_reference(coded, on_device, dtype, right):
-    """bf16 weights are rounded stochastically where moments are 8-bit on the left side and fp32 on the right, to nearest elsewhere."""
+    """bf16 weights are rounded stochastically where moments are 8-bit on the left side and fp32 on the right,
+    to nearest elsewhere."""
     lists, device_lr = bucket(3, 70, 130, 17, right, dtype, coded), None
     if on_device:
         lists["steps"], device_lr = [torch.full((), float(t), device=DEVICE) for t in (0, 3, 1000)], torch.tensor(0.1, device=DEVICE)
@@ -185,7 +187,8 @@ def test_stochastic_draws(right):
 
 @SIDES
 def test_stochastic_rounding_is_unbiased(right):
-    """W = 1 decays to 0.999, which lies between two bf16: the mean over many elements is 0.999, not a neighbour 5e-4 or 3e-3 away."""
+    """W = 1 decays to 0.999, which lies between two bf16: the mean over many elements is 0.999, not a
+    neighbour 5e-4 or 3e-3 away."""
     m, n = 96, 256
     lists = bucket(1, m, n, 4, right, torch.bfloat16)
     lists["weights"][0].fill_(1.0)
@@ -241,7 +244,8 @@ def test_zero_gradient_of_a_fresh_state_only_decays(coded, right):
 
 
 def test_decay_comes_before_the_update():
-    """With W = 0 the decay has nothing to act on: the update is not decayed. A step from zero moments has size one."""
+    """With W = 0 the decay has nothing to act on: the update is not decayed. A step from zero moments has
+    size one."""
     lists = bucket(1, 6, 70, 6, False)
     lists["weights"][0].zero_(), lists["exp_avgs"][0].zero_(), lists["exp_avg_sqs"][0].zero_()
     lists["bases"][0].copy_(torch.eye(6))
@@ -285,7 +289,8 @@ def test_a_matrix_gives_the_same_bits_alone(coded):
 @CODED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_two_passes_bit_for_bit(dtype, coded, right):
-    """Where no order of summation matters: G of small integers, and a basis that selects rows. Then every rounding is the same."""
+    """Where no order of summation matters: G of small integers, and a basis that selects rows. Then every
+    rounding is the same."""
     lists = bucket(2, 70, 130, 17, right, dtype, coded)
     for grad, basis in zip(lists["grads"], lists["bases"], strict=True):
         grad.mul_(4).round_()

@@ -66,7 +66,8 @@ def test_a_default_device_does_not_leak_in():
 
 
 def test_captured_copies_have_a_source_of_their_own():
-    """A graph reads its source at every replay: no two captures share memory, and none is handed out again."""
+    """A graph reads its source at every replay: no two captures share memory, and none is handed out
+    again."""
     reserve = upload._Reserve()
     with pytest.raises(RuntimeError, match="take one step outside of the graph first"):
         reserve.take(torch.tensor([[1, 2], [3, 4]]))

@@ -1,4 +1,5 @@
-"""The three launches chained, with every option of a step; what each launch does alone is tested beside it."""
+"""The three launches chained, with every option of a step; what each launch does alone is tested beside
+it."""
 
 import gc
 import weakref

@@ -72,7 +72,8 @@ class Saved(torch.autograd.graph.saved_tensors_hooks):
 def product_error(a, b, dtype, of_a=0.0):
     """E of a·b, (n, k) times (k, m), for an a that is known to `of_a`, the result stored in `dtype`.
 
-    Products and sums in fp32, in fp64 for fp64: (k + 1)·u·|a||b|, as in tolerances.project_error; the store adds its u of the result.
+    Products and sums in fp32, in fp64 for fp64: (k + 1)·u·|a||b|, as in tolerances.project_error; the store
+    adds its u of the result.
     """
     a, b = a.double(), b.double()
     unit = 2.0**-52 if dtype == torch.float64 else ACCUMULATION_UNIT

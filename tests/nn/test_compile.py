@@ -1,4 +1,5 @@
-"""SubspaceLinear under torch.compile: one graph, the values of eager mode, Z alone saved, no new graph with a new P."""
+"""SubspaceLinear under torch.compile: one graph, the values of eager mode, Z alone saved, no new graph with a
+new P."""
 
 import copy
 

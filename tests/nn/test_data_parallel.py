@@ -1,4 +1,5 @@
-"""DistributedDataParallel over gloo, two processes: only coordinates and what is not converted travel; every rank has the same P."""
+"""DistributedDataParallel over gloo, two processes: only coordinates and what is not converted travel; every
+rank has the same P."""
 
 import gloo
 import pytest

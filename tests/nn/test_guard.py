@@ -1,4 +1,5 @@
-"""Only RSOAdamW moves a converted layer: any other optimizer says so, and optimizers of other models notice nothing."""
+"""Only RSOAdamW moves a converted layer: any other optimizer says so, and optimizers of other models notice
+nothing."""
 
 import copy
 import subprocess

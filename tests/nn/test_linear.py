@@ -129,7 +129,8 @@ def block(**options):
 
 
 def test_autocast():
-    """Forward as nn.Linear's under autocast, backward outside, as is usual; Z in the type of the computation."""
+    """Forward as nn.Linear's under autocast, backward outside, as is usual; Z in the type of the
+    computation."""
     layer = lrk.SubspaceLinear(12, 9, rank=5)
     x = torch.randn(7, 12, requires_grad=True)
     dense = nn.Linear(12, 9)

@@ -1,4 +1,5 @@
-"""SubspaceLinear as a module: checkpoints, copies, moves between dtypes and devices, and what it shows of itself."""
+"""SubspaceLinear as a module: checkpoints, copies, moves between dtypes and devices, and what it shows of
+itself."""
 
 import copy
 import io
@@ -35,7 +36,8 @@ def same(first, second):
 
 
 def check_whole(model, expected):
-    """Every layer is known by its parameters, its coordinates are zero and beside the weight; gradients are the expected ones."""
+    """Every layer is known by its parameters, its coordinates are zero and beside the weight; gradients are
+    the expected ones."""
     for layer in layers_of(model).values():
         assert layer_of(layer.weight) is layer and layer_of(layer.coordinates) is layer
         assert (layer.coordinates.device, layer.coordinates.dtype) == (layer.weight.device, layer.weight.dtype)

@@ -95,7 +95,8 @@ def test_activation_checkpointing_changes_no_gradient(dtype):
 
 @DTYPES
 def test_training_and_back_to_dense(dtype):
-    """Two outer steps on one device: all layers move, and the dense model computes what the converted one did."""
+    """Two outer steps on one device: all layers move, and the dense model computes what the converted one
+    did."""
     model, x = converted(dtype), torch.randn(TOKENS, 12, device=DEVICE).to(dtype)
     optimizer = lrk.RSOAdamW(model.parameters(), lr=1e-2, inner_steps=2)
     before = [p.detach().clone() for p in model.parameters()]

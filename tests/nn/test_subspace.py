@@ -1,4 +1,5 @@
-"""Layers that share P: one Z where they read one tensor, another where they do not, and nothing kept after use."""
+"""Layers that share P: one Z where they read one tensor, another where they do not, and nothing kept after
+use."""
 
 import copy
 

@@ -15,7 +15,8 @@ needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures
 
 
 class FakeCapture:
-    """On a CPU: while `active`, torch says that a CUDA stream is being captured. A step taken then stands for a replay of one that was."""
+    """On a CPU: while `active`, torch says that a CUDA stream is being captured. A step taken then stands for
+    a replay of one that was."""
 
     def __init__(self, monkeypatch):
         self.active = False
@@ -65,7 +66,8 @@ def test_it_trains_as_without(options):
 @pytest.mark.parametrize("save_at", [1, 6, 8])
 @pytest.mark.parametrize("before, after", [(True, True), (True, False), (False, True)])
 def test_resume_is_bit_identical_also_into_the_other_kind(save_at, before, after):
-    """A checkpoint brings its capturable with it, as torch's does; set otherwise afterwards, it goes on with the same numbers."""
+    """A checkpoint brings its capturable with it, as torch's does; set otherwise afterwards, it goes on with
+    the same numbers."""
     straight, optimizer = build(capturable=before)
     train(straight, optimizer, 13)
     stopped, optimizer_before = build(capturable=before)
@@ -91,7 +93,8 @@ def test_copies_count_on():
 
 @pytest.mark.parametrize("stagger", [False, True])
 def test_refresh_and_replays_are_the_steps_themselves(capture, stagger):
-    """Where the backward pass runs before refresh(), replays give what eager steps give, refreshes included."""
+    """Where the backward pass runs before refresh(), replays give what eager steps give, refreshes
+    included."""
     eager, replayed = (build(capturable=True, stagger=stagger) for _ in range(2))
     train(*eager, 11)
     model, optimizer = replayed
@@ -175,7 +178,8 @@ def test_a_scaler_skips_a_step_as_if_it_had_not_been(bad_steps):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """As on a GPU, where nothing is read of found_inf but where it must be: how many skips there were each time that the host asks."""
+    """As on a GPU, where nothing is read of found_inf but where it must be: how many skips there were each
+    time that the host asks."""
     found, ask = [], scaler_module.Skips.ask
     monkeypatch.setattr(base, "HOST", ())
 
@@ -276,7 +280,8 @@ def test_a_pickle_of_before_these_keys():
 @needs_a_gpu
 @pytest.mark.parametrize("options", [{}, {"state_bits": 8}, {"rounding": "stochastic", "dtype": torch.bfloat16}], ids=str)
 def test_a_cuda_graph_of_the_step(options):
-    """The backward pass eagerly, the step as a graph: equal to eager steps to the bit, with a rate that changes between replays."""
+    """The backward pass eagerly, the step as a graph: equal to eager steps to the bit, with a rate that
+    changes between replays."""
     lr = torch.tensor(1e-2, device="cuda")
     eager = build(device="cuda", capturable=True, lr=lr.clone(), **options)
     model, optimizer = build(device="cuda", capturable=True, lr=lr.clone(), **options)

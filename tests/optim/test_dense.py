@@ -1,4 +1,5 @@
-"""Dense parameters whose weight, gradient and moments do not lie alike in memory, against torch.optim.AdamW in its plain form."""
+"""Dense parameters whose weight, gradient and moments do not lie alike in memory, against torch.optim.AdamW
+in its plain form."""
 
 import copy
 
@@ -115,7 +116,8 @@ def test_what_lies_alike_takes_the_fused_kernel(monkeypatch):
 
 @pytest.mark.parametrize("build", OPTIMIZERS)
 def test_resumed_into_another_memory_format(build):
-    """A convolution's checkpoint of a contiguous model, loaded into one in channels_last, continues as if nothing had happened."""
+    """A convolution's checkpoint of a contiguous model, loaded into one in channels_last, continues as if
+    nothing had happened."""
 
     def run(formats):
         torch.manual_seed(0)

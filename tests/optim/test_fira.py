@@ -28,7 +28,8 @@ def fira_step(w, g, p, m, v, last, t, *, lr, scale, wd, right, eps=1e-8):
 @pytest.mark.parametrize("selection", ["dominant", "importance"])
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (2, 12, 30)], ids=str)
 def test_against_the_formula(shape, selection):
-    """Gradients of which little lies outside of the basis, then much, so that the limiter acts, then little again, so that it does not."""
+    """Gradients of which little lies outside of the basis, then much, so that the limiter acts, then little
+    again, so that it does not."""
     parameter = nn.Parameter(torch.randn(shape))
     group = {"params": [parameter], "rank": 4, "selection": selection}
     optimizer = lrk.FiraAdamW([group], lr=0.05, weight_decay=0.1)

@@ -41,13 +41,15 @@ def test_with_p_identity_and_scale_1_it_is_adamw(monkeypatch, proj_type, dtype):
         low_rank.step()
         adamw.step()
     for a, b in zip(ours, theirs, strict=True):
-        # 25 steps, each rounding a weight of size ~1 once; bf16 weights also lose the part of a step below half an ulp.
+        # 25 steps, each rounding a weight of size ~1 once; bf16 weights also lose the part of a step below
+        # half an ulp.
         tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 25 * 2.0**-8}[dtype]
         assert (a.double() - b.double()).norm() <= tolerance * b.double().norm()
 
 
 def galore_rule(parameter, grad, basis, state, lr, betas, scale, step, right):
-    """GaLore's published update (arXiv 2403.03507, algorithm 2, as in its released optimizer): Adam's ε on the uncorrected root."""
+    """GaLore's published update (arXiv 2403.03507, algorithm 2, as in its released optimizer): Adam's ε on
+    the uncorrected root."""
     low = grad @ basis if right else basis.mT @ grad
     state["m"] = betas[0] * state["m"] + (1 - betas[0]) * low
     state["v"] = betas[1] * state["v"] + (1 - betas[1]) * low**2
@@ -72,7 +74,8 @@ def test_with_eps_0_and_no_decay_it_is_galores_rule(shape):
         optimizer.step()
         found = optimizer.state[parameter]["basis"]
         assert lrk.subspace_overlap(found, basis).item() == pytest.approx(1, abs=1e-10)
-        # A singular vector's sign is arbitrary and its moments carry over a refresh, so the rule runs on the basis in use.
+        # A singular vector's sign is arbitrary and its moments carry over a refresh, so the rule runs on the
+        # basis in use.
         mine = galore_rule(mine, parameter.grad, found, state, 0.03, (0.9, 0.99), 0.25, step, right)
         assert torch.allclose(parameter, mine, rtol=1e-12, atol=1e-13)
 
@@ -183,7 +186,8 @@ def test_defaults_of_device_and_dtype_do_not_leak_in(selection):
 
 @pytest.mark.parametrize("selection", ["random", "importance"])
 def test_every_draw_is_keyed_by_seed_parameter_and_refresh(selection):
-    """With one and the same gradient everywhere, bases differ between parameters, refreshes and seeds, and repeat with them."""
+    """With one and the same gradient everywhere, bases differ between parameters, refreshes and seeds, and
+    repeat with them."""
     grad = torch.randn(20, 60)
 
     def bases(seed):

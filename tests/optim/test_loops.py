@@ -1,4 +1,5 @@
-"""What a training loop expects of any optimizer: schedulers, closures, hooks, autocast around a step, a compiled loop."""
+"""What a training loop expects of any optimizer: schedulers, closures, hooks, autocast around a step, a
+compiled loop."""
 
 import functools
 

@@ -57,7 +57,8 @@ def test_against_the_formula(moments, options):
 
 @pytest.mark.parametrize("moments", ["rotate", "reset"])
 def test_a_basis_that_stays_leaves_them_as_they_are(moments):
-    """A gradient that is not finite keeps the old basis; of two experts only the one whose basis changes is carried."""
+    """A gradient that is not finite keeps the old basis; of two experts only the one whose basis changes is
+    carried."""
     optimizer, parameter, before, grad = around_a_refresh(moments, shape=(2, 8, 12))
     parameter.grad[0, 0, 0] = float("nan")  # spoils the first column of R
     optimizer.step()

@@ -1,4 +1,5 @@
-"""Random draws are keyed by a parameter's name, where one is known, and checkpoints keep what they were made with."""
+"""Random draws are keyed by a parameter's name, where one is known, and checkpoints keep what they were made
+with."""
 
 import copy
 
@@ -80,7 +81,8 @@ def test_wrappers_do_not_change_names():
 
 @pytest.mark.parametrize("saved_with_names", [True, False])
 def test_a_checkpoint_keeps_what_it_was_made_with(saved_with_names):
-    """Rounding and bases of a resumed run are those of the run that was saved, whatever the optimizer that takes over knows."""
+    """Rounding and bases of a resumed run are those of the run that was saved, whatever the optimizer that
+    takes over knows."""
 
     def fresh(named):
         model, optimizer = build(rank=4, update_proj_gap=2, selection="random", dtype=torch.bfloat16, rounding="stochastic")

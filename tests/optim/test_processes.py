@@ -1,4 +1,5 @@
-"""Two processes over gloo: draws that differ are refused, ZeroRedundancyOptimizer gives what one process does, FSDP1 is refused by name."""
+"""Two processes over gloo: draws that differ are refused, ZeroRedundancyOptimizer gives what one process
+does, FSDP1 is refused by name."""
 
 import gloo
 import pytest
@@ -36,7 +37,8 @@ def train(parallel, optimizer, steps=5):
 
 
 def outcome(build, **options):
-    """Of a few steps under DistributedDataParallel: the weights, or what was raised and whether any weight had moved by then."""
+    """Of a few steps under DistributedDataParallel: the weights, or what was raised and whether any weight
+    had moved by then."""
     model, optimizer = build(**options)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     try:
@@ -96,7 +98,8 @@ def under_fsdp(method):
 
 
 def uneven(rank):
-    """The second process has no projected matrix: none at all, or under ZeroRedundancyOptimizer none of its own."""
+    """The second process has no projected matrix: none at all, or under ZeroRedundancyOptimizer none of its
+    own."""
     torch.manual_seed(0)
     weight, bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6))
     alone = lrk.LowRankAdamW([{"params": [weight], "rank": 2}] if rank == 0 else [bias])

@@ -16,7 +16,8 @@ from lowrank_kernels.backends import cpu
 
 
 class Naive:
-    """RSO as the paper has it: explicit W₀ and B, y = x·(W₀ᵀ + P·B), autograd for B, torch.optim.AdamW (or SGD) on it, merged by hand.
+    """RSO as the paper has it: explicit W₀ and B, y = x·(W₀ᵀ + P·B), autograd for B, torch.optim.AdamW (or
+    SGD) on it, merged by hand.
 
     Decay of the whole weight: W₀ decays beside B. The proximal term is part of the loss.
     """
@@ -106,7 +107,8 @@ def test_three_outer_steps_are_the_naive_ones_in_fp64(inner, proximal, weight_de
 @pytest.mark.parametrize("weight_decay", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_weight_is_b_kept_aside_and_merged_at_the_end_to_rounding(dtype, weight_decay):
-    """Errors of a step (tolerances.py), each carried on by 1 − lr·wd: at most their sum. The moments' own pass from step to step."""
+    """Errors of a step (tolerances.py), each carried on by 1 − lr·wd: at most their sum. The moments' own
+    pass from step to step."""
     lr, adam = 0.02, dict(beta1=0.9, beta2=0.999, eps=1e-8)
     torch.manual_seed(0)
     layer = lrk.SubspaceLinear(33, 20, rank=5, dtype=dtype, device=DEVICE)
@@ -136,9 +138,10 @@ def test_the_weight_is_b_kept_aside_and_merged_at_the_end_to_rounding(dtype, wei
 
 @pytest.mark.parametrize("lr, nearest", [(1e-4, 0.3), (3e-5, 0.7)])
 def test_stochastic_rounding_of_bf16_weights_keeps_small_updates(lr, nearest):
-    """ΔW of an outer step against the same in fp32: to nearest most of it is lost. Stochastically each of the 200 stores adds noise
-    of variance at most u²/4, u the distance of neighbours, 2⁻⁷ and less of a weight of 0.02: together √200·u/2 = 1e-3·0.8, in the mean of
-    the 65,536 elements 256 times less, so what remains is looked at along ΔW."""
+    """ΔW of an outer step against the same in fp32: to nearest most of it is lost. Stochastically each of the
+    200 stores adds noise of variance at most u²/4, u the distance of neighbours, 2⁻⁷ and less of a weight of
+    0.02: together √200·u/2 = 1e-3·0.8, in the mean of the 65,536 elements 256 times less, so what remains is
+    looked at along ΔW."""
 
     def moved(dtype, rounding):
         torch.manual_seed(0)

@@ -1,4 +1,5 @@
-"""RSOAdamW under a GradScaler: on a CPU, and by the way that a step takes on a GPU, which does not look at found_inf."""
+"""RSOAdamW under a GradScaler: on a CPU, and by the way that a step takes on a GPU, which does not look at
+found_inf."""
 
 import copy
 

@@ -1,4 +1,5 @@
-"""RSOAdamW: when a new P comes, what may change between steps, and that buckets of layers are an implementation detail."""
+"""RSOAdamW: when a new P comes, what may change between steps, and that buckets of layers are an
+implementation detail."""
 
 import copy
 
@@ -35,7 +36,8 @@ STEPS = st.lists(
 
 
 class Follower:
-    """One layer by the formulas of the docstring, in plain fp64, with whatever the group's values are at each step."""
+    """One layer by the formulas of the docstring, in plain fp64, with whatever the group's values are at each
+    step."""
 
     def __init__(self, layer):
         self.subspace = copy.deepcopy(layer.subspace)

@@ -228,7 +228,8 @@ def test_a_group_can_be_added_to_a_resumed_optimizer(copied):
 
 @pytest.mark.parametrize("other", ["sgd", "adamw"])
 def test_a_checkpoint_brings_its_inner_optimizer(other):
-    """And resumes bit for bit where inner was changed just before it was saved, so that the states are still of the one before."""
+    """And resumes bit for bit where inner was changed just before it was saved, so that the states are still
+    of the one before."""
     one = {"sgd": "adamw", "adamw": "sgd"}[other]
     model, optimizer = build(inner=one)
     train(model, optimizer, 6)

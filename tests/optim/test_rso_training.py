@@ -1,4 +1,5 @@
-"""RSOAdamW in training code: schedulers, closures, missing gradients, groups, hooks, layers that come and go."""
+"""RSOAdamW in training code: schedulers, closures, missing gradients, groups, hooks, layers that come and
+go."""
 
 import copy
 import warnings

@@ -1,4 +1,5 @@
-"""What is set is either obeyed or refused: keys of every kind of group, arguments of constructors, groups that are not what they seem."""
+"""What is set is either obeyed or refused: keys of every kind of group, arguments of constructors, groups
+that are not what they seem."""
 
 import warnings
 

@@ -21,7 +21,8 @@ def matrices(count, shapes=SHAPES):
 
 
 def random_group(params, gap, **keys):
-    """Random bases come from the draws alone, so a basis changes where there is a refresh with a new number, and nowhere else."""
+    """Random bases come from the draws alone, so a basis changes where there is a refresh with a new number,
+    and nowhere else."""
     return {"params": params, "rank": 3, "update_proj_gap": gap, "selection": "random", **keys}
 
 
@@ -38,7 +39,8 @@ def bases(optimizer):
 
 
 def refreshes(optimizer, steps, missing=lambda step: ()):
-    """Of each parameter of the low-rank groups, in order: the steps at which its basis changed. `missing` have no gradient."""
+    """Of each parameter of the low-rank groups, in order: the steps at which its basis changed. `missing`
+    have no gradient."""
     found = {param: [] for group in optimizer.param_groups if "rank" in group for param in group["params"]}
     before = bases(optimizer)
     for step in range(steps):
@@ -92,7 +94,8 @@ def test_refreshes_are_spread_over_the_period(count, gap):
 
 
 def test_each_refresh_draws_anew_and_what_it_would_have_drawn_without_it():
-    """The n-th refresh of a parameter has the number n, staggered or not, so the first two differ as much as any."""
+    """The n-th refresh of a parameter has the number n, staggered or not, so the first two differ as much as
+    any."""
     drawn = []
     for stagger in (True, False):
         torch.manual_seed(0)
@@ -209,7 +212,8 @@ def test_a_bucket_keeps_one_update_and_one_refresh_a_step(monkeypatch):
 
 
 def test_the_basis_in_use_belongs_to_the_matrix():
-    """The update of each member takes its own basis, the new one or the kept one: W moves within its columns."""
+    """The update of each member takes its own basis, the new one or the kept one: W moves within its
+    columns."""
     params = matrices(4, shapes=((8, 12),))
     optimizer = lrk.LowRankAdamW([random_group(params, 3, stagger=True)], lr=0.1)
     for _ in range(8):

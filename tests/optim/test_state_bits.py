@@ -24,7 +24,8 @@ def through_a_file(state):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("shape", [(40, 130), (130, 40), (64, 64), (3, 40, 70), (1, 7)])
 def test_state_bytes_are_the_formula(shape, dtype):
-    """2·r·(n + 4·⌈n/64⌉) and the basis; codes in one byte, scales in fp32, whatever the dtype of the weight."""
+    """2·r·(n + 4·⌈n/64⌉) and the basis; codes in one byte, scales in fp32, whatever the dtype of the
+    weight."""
     parameter = nn.Parameter(torch.randn(shape).to(dtype))
     rank = min(5, *shape)
     optimizer = lrk.LowRankAdamW([{"params": [parameter], "rank": rank, "state_bits": 8}])
@@ -115,7 +116,8 @@ def test_a_gradient_that_is_not_finite_shows_in_the_moments():
 
 
 def small_steps(rounding, steps=400):
-    """Weights of 1 with a step of 2⁻¹¹, an eighth of the distance between bf16 neighbours there (a quarter below 1)."""
+    """Weights of 1 with a step of 2⁻¹¹, an eighth of the distance between bf16 neighbours there (a quarter
+    below 1)."""
     parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
     optimizer = lrk.LowRankAdamW([{"params": [parameter], "rank": 64, "scale": 1.0, "rounding": rounding}], lr=2.0**-11)
     for _ in range(steps):
@@ -125,7 +127,8 @@ def small_steps(rounding, steps=400):
 
 
 def test_small_updates_survive_stochastic_rounding_only():
-    """Each of the 4096 weights makes a random walk with the exact mean; the update itself is P·N, known from the state."""
+    """Each of the 4096 weights makes a random walk with the exact mean; the update itself is P·N, known from
+    the state."""
     nearest, _ = small_steps("nearest")
     assert not nearest.any(), "smaller than half a unit in the last place: lost at every step"
     moved, optimizer = small_steps("stochastic")

@@ -1,4 +1,5 @@
-"""What target_modules means for models of PEFT, mixtures of experts and Hugging Face's ways of writing it; stand-ins for their classes."""
+"""What target_modules means for models of PEFT, mixtures of experts and Hugging Face's ways of writing it;
+stand-ins for their classes."""
 
 import warnings
 
@@ -115,7 +116,8 @@ def gpt(width=8):
 
 
 def test_conv1d_trains_as_the_linear_layer_that_it_is():
-    """RSO on GPT-2's layers against the same ones with the weight stored the usual way: outputs, gradients, weights after many steps."""
+    """RSO on GPT-2's layers against the same ones with the weight stored the usual way: outputs, gradients,
+    weights after many steps."""
     conv, linear = gpt(), gpt()
     for index in (0, 2):
         plain = nn.Linear(linear[index].nx, linear[index].nf)

@@ -1,4 +1,5 @@
-"""Living in a training loop: schedulers, closures, missing gradients, scalers, hooks, compiled models, devices, failures."""
+"""Living in a training loop: schedulers, closures, missing gradients, scalers, hooks, compiled models,
+devices, failures."""
 
 import copy
 import warnings
@@ -47,7 +48,8 @@ def test_missing_gradients_and_a_step_count_of_its_own():
 
 
 def test_a_parameter_trains_the_same_alone_and_among_others():
-    """Buckets are an implementation detail: what shares a launch with a matrix does not change its numbers."""
+    """Buckets are an implementation detail: what shares a launch with a matrix does not change its
+    numbers."""
     torch.manual_seed(0)
     alone, first, second = (nn.Parameter(torch.ones(20, 30)) for _ in range(3))
     one = lrk.LowRankAdamW([{"params": [alone], "rank": 4, "update_proj_gap": 3}])
@@ -265,7 +267,8 @@ def test_compiled_model(backend):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second kind of device")
 @pytest.mark.parametrize("keys", [{"selection": "random", "update_proj_gap": 2}, {"selection": "dominant", "update_proj_gap": 10}], ids=str)
 def test_groups_on_several_devices(keys):
-    """Singular vectors have free signs, which moments carried over a refresh see: the dominant ones are chosen once only."""
+    """Singular vectors have free signs, which moments carried over a refresh see: the dominant ones are
+    chosen once only."""
     torch.manual_seed(0)
     here, there = nn.Parameter(torch.ones(20, 30)), nn.Parameter(torch.ones(20, 30, device="cuda"))
     dense_here, dense_there = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5, device="cuda"))

@@ -1,4 +1,5 @@
-"""The random projections of RSO: E[P·Pᵀ] = I, the shape of each distribution, and P as a function of the seed alone."""
+"""The random projections of RSO: E[P·Pᵀ] = I, the shape of each distribution, and P as a function of the seed
+alone."""
 
 import math
 
@@ -17,16 +18,17 @@ def draw(distribution, m, rank, seed=0, dtype=torch.float64):
 
 
 def variance(distribution, m, rank):
-    """E‖P·Pᵀ − I‖²_F of one draw: m(m+1)/r for Gaussians (Wishart), m²/r − m for (m/r)·QQᵀ, m(m−1)/r for signs (no diagonal)."""
+    """E‖P·Pᵀ − I‖²_F of one draw: m(m+1)/r for Gaussians (Wishart), m²/r − m for (m/r)·QQᵀ, m(m−1)/r for
+    signs (no diagonal)."""
     return {"gaussian": m * (m + 1) / rank, "haar": m * m / rank - m, "rademacher": m * (m - 1) / rank}[distribution]
 
 
 @every_distribution
 @pytest.mark.parametrize("m, rank", [(12, 3), (7, 1), (9, 8), (6, 6), (1, 1), (33, 5)])
 def test_the_mean_of_p_p_transposed_is_the_identity(distribution, m, rank):
-    """The mean of n independent draws has E‖mean − I‖²_F = variance / n. That is a sum of about m²/2 weakly dependent squares, by
-    Markov's inequality above 9 times its expectation with a probability below 1/9, and by far below it; the seeds are fixed. The trace, m
-    in the mean, varies by 2m/r where it varies at all."""
+    """The mean of n independent draws has E‖mean − I‖²_F = variance / n. That is a sum of about m²/2 weakly
+    dependent squares, by Markov's inequality above 9 times its expectation with a probability below 1/9, and
+    by far below it; the seeds are fixed. The trace, m in the mean, varies by 2m/r where it varies at all."""
     n = 400
     drawn = torch.stack([draw(distribution, m, rank, seed) for seed in range(n)])
     products = drawn @ drawn.mT
@@ -37,7 +39,8 @@ def test_the_mean_of_p_p_transposed_is_the_identity(distribution, m, rank):
     assert abs(products.mean(0).trace().item() - m) <= of_trace
     if 1 < m and (rank < m or distribution != "haar"):  # what is known of each draw
         assert (products - torch.eye(m)).square().sum((-1, -2)).mean().item() == pytest.approx(variance(distribution, m, rank), rel=0.15)
-    # Every element has mean 0 and variance 1/r: its mean over n draws is within 5 of its standard deviations, of which 165 are looked at.
+    # Every element has mean 0 and variance 1/r: its mean over n draws is within 5 of its standard deviations,
+    # of which 165 are looked at.
     assert drawn.mean(0).abs().max() <= 5 / math.sqrt(rank * n)
 
 

@@ -1,4 +1,5 @@
-"""Importance sampling draws as often as exact sampling without replacement would, whole spectrum or sketch."""
+"""Importance sampling draws as often as exact sampling without replacement would, whole spectrum or
+sketch."""
 
 import functools
 
@@ -29,7 +30,8 @@ def found_by(m, n, name, share, count):
 
 
 def representative(*cases):
-    """Tail and draws stand in Python once: for each way in which directions are found some of the cases are enough; the others are slow."""
+    """Tail and draws stand in Python once: for each way in which directions are found some of the cases are
+    enough; the others are slow."""
     ways = ("operators", "as on a GPU", "PyTorch")
     kept = [pytest.param(way, *rest) for way, *rest in cases]
     every = [(way, *rest) for way in ways for rest in dict.fromkeys(tuple(rest) for _, *rest in cases)]
@@ -81,7 +83,8 @@ def test_inclusion_in_a_wide_matrix_is_that_of_exact_sampling(name):
 
 @pytest.mark.parametrize("shape, rank", [((64, 160), 4), pytest.param((144, 360), 9, marks=pytest.mark.slow)])
 def test_inclusion_through_the_optimizer(shape, rank):
-    """A fixed gradient, a refresh at every step. Without the noise in common that tames chance in the tests above."""
+    """A fixed gradient, a refresh at every step. Without the noise in common that tames chance in the tests
+    above."""
     steps = 400
     grad, law = law_of(*shape, "exp(-i/6)", 16)
     weight = torch.nn.Parameter(torch.zeros(shape, device=DEVICE))

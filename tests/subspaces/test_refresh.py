@@ -57,7 +57,8 @@ def test_every_selection_gives_an_orthonormal_basis(refresh_implementation, sele
 @pytest.mark.parametrize("svd", SVDS)
 @pytest.mark.parametrize("shape, rank", [((40, 100), 8), ((100, 40), 40), ((64, 65), 3)])
 def test_a_gradient_of_zeros_chooses_no_basis(selection, svd, shape, rank):
-    """Zeros at the first refresh, the old one later; but for random ones, which need no gradient. The rest of the batch has its own."""
+    """Zeros at the first refresh, the old one later; but for random ones, which need no gradient. The rest of
+    the batch has its own."""
     torch.manual_seed(0)
     grads = [torch.randn(shape, device=DEVICE), torch.zeros(shape, device=DEVICE)]
     first = fresh(grads, rank, selection=selection, svd=svd)
@@ -98,7 +99,8 @@ def test_random_needs_no_gradient():
 
 @pytest.mark.gpu
 def test_importance_samples_singular_vectors_by_their_value():
-    """With the whole spectrum known, how often each direction is in the basis is the law of torch.multinomial."""
+    """With the whole spectrum known, how often each direction is in the basis is the law of
+    torch.multinomial."""
     torch.manual_seed(0)
     draws, rank, sigma = 6000, 3, [8.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.25, 0.1]
     grad, left = with_spectrum(8, 20, sigma)
@@ -116,7 +118,8 @@ def test_importance_samples_singular_vectors_by_their_value():
 
 @pytest.mark.gpu
 def test_importance_over_a_sketch_draws_the_tail_as_often_as_it_weighs():
-    """16 directions of 144 known: a draw of one of the others gives a direction outside of them, as often as they weigh."""
+    """16 directions of 144 known: a draw of one of the others gives a direction outside of them, as often as
+    they weigh."""
     torch.manual_seed(0)
     m, rank, draws = 144, 4, 600
     sigma = torch.cat([torch.linspace(8, 4, 16), torch.full((128,), 1.0)])
@@ -247,7 +250,8 @@ def test_exact_vectors_of_equal_elements_are_orthonormal(refresh_implementation,
 @pytest.mark.gpu
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e38])
 def test_an_exact_svd_is_handed_numbers_around_one(monkeypatch, scale):
-    """cuSOLVER does not scale, so that squares of larger ones would overflow, and those of smaller ones vanish."""
+    """cuSOLVER does not scale, so that squares of larger ones would overflow, and those of smaller ones
+    vanish."""
     grad = torch.nn.functional.normalize(torch.randn(40, 60, dtype=torch.float64, device=DEVICE), dim=1)
     grad = (grad * scale * torch.logspace(0, -3, 40, dtype=torch.float64, device=DEVICE)[:, None]).float()
     peaks, svd = [], torch.linalg.svd

@@ -2,7 +2,8 @@
 
     M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / c1) / (sqrt(V / c2) + ε);  c = 1 − βᵗ
 
-t and the learning rate come from the host, or from the device where the host must not know them (CUDA graphs, capturable optimizers).
+t and the learning rate come from the host, or from the device where the host must not know them (CUDA graphs,
+capturable optimizers).
 """
 
 import math
@@ -22,8 +23,8 @@ def log(beta: float) -> float:
 def bias_correction(t, log_beta):
     """1 − βᵗ = −expm1(t·ln β) in fp32, for t ≥ 1 and ln β < 0, −∞ included (β = 0).
 
-    x = t·ln β is off by 2u, which −expm1 does not magnify. 1 − exp(x) would cancel near 0, so there it is x times a Taylor polynomial; the
-    first term left out is 1/12! at x = −1.
+    x = t·ln β is off by 2u, which −expm1 does not magnify. 1 − exp(x) would cancel near 0, so there it is x
+    times a Taylor polynomial; the first term left out is 1/12! at x = −1.
     """
     x = t * log_beta
     near = tl.maximum(x, -1.0)
@@ -56,7 +57,8 @@ def step_number(steps_at, matrix, step):
 
 @triton.jit
 def bias_corrections(steps_at, matrix, first, second):
-    """(1 − β1ᵗ, 1 − β2ᵗ) in fp32: `first` and `second` as they are, or, where steps_at is not None, from t and them as ln β1, ln β2."""
+    """(1 − β1ᵗ, 1 − β2ᵗ) in fp32: `first` and `second` as they are, or, where steps_at is not None, from t
+    and them as ln β1, ln β2."""
     first = tl.cast(first, tl.float32)
     second = tl.cast(second, tl.float32)
     if steps_at is not None:
@@ -68,8 +70,8 @@ def bias_corrections(steps_at, matrix, first, second):
 
 @triton.jit
 def coefficients(device_lr, first, second):
-    """(decay, step size) = (1 − lr·wd, lr·α) in fp32: `first` and `second` themselves, which the host has in double; or, where device_lr is
-    not None (one fp32), from first, second = wd, α.
+    """(decay, step size) = (1 − lr·wd, lr·α) in fp32: `first` and `second` themselves, which the host has in
+    double; or, where device_lr is not None (one fp32), from first, second = wd, α.
     """
     first = tl.cast(first, tl.float32)
     second = tl.cast(second, tl.float32)
@@ -82,7 +84,8 @@ def coefficients(device_lr, first, second):
 
 @triton.jit
 def update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2):
-    """The new M and V, fp32. 1 − β comes from the host: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5 of itself."""
+    """The new M and V, fp32. 1 − β comes from the host: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5
+    of itself."""
     m = tl.cast(beta1, tl.float32) * m + tl.cast(one_minus_beta1, tl.float32) * r
     v = tl.cast(beta2, tl.float32) * v + tl.cast(one_minus_beta2, tl.float32) * (r * r)
     return m, v
@@ -92,7 +95,8 @@ def update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2):
 def normalise(m, v, correction1, correction2, eps):
     """N, fp32, from the new moments and bias_corrections.
 
-    Correctly rounded division and root: the fast ones flush subnormals, and the kernels wait for memory anyway.
+    Correctly rounded division and root: the fast ones flush subnormals, and the kernels wait for memory
+    anyway.
     """
     root = tl.sqrt_rn(tl.div_rn(v, correction2))
     return tl.div_rn(tl.div_rn(m, correction1), root + tl.cast(eps, tl.float32))

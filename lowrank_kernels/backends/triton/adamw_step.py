@@ -17,8 +17,9 @@ from . import single_pass, table, two_pass
 def step(bucket: Bucket, hyper: Hyper) -> None:
     """The step in place on weights and states of a bucket (`Bucket.check` says of which kind).
 
-    Weights, gradients and bases are fp32, bf16 or fp16, independently; states are plain fp32 or in 8 bits, row-major. Where found_inf is
-    not zero, weights and states keep their bits. The pointer table is written anew. No step synchronises with the device.
+    Weights, gradients and bases are fp32, bf16 or fp16, independently; states are plain fp32 or in 8 bits,
+    row-major. Where found_inf is not zero, weights and states keep their bits. The pointer table is written
+    anew. No step synchronises with the device.
     """
     names = [*eight_bit.MOMENTS, *(name for name in eight_bit.SCALES if name in bucket.states)]
     lists = [bucket.weights, bucket.grads, bucket.bases, *(bucket.states[name] for name in names)]
@@ -41,5 +42,6 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
 
 
 def choose_path(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, count: int, aligned: bool) -> ModuleType:
-    """The module whose `prepare` serves the bucket: single_pass where it has tiles for it and enough programs to fill the device."""
+    """The module whose `prepare` serves the bucket: single_pass where it has tiles for it and enough programs
+    to fill the device."""
     return single_pass if single_pass.serves(weight, grad, basis, exp_avg, count=count, aligned=aligned) else two_pass

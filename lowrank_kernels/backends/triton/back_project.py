@@ -1,7 +1,7 @@
 """W' = (1 − lr·wd)·W' − lr·α·P·N: decay first, one rounding on the store, to nearest or stochastically.
 
-W' is W of shape (m, n) on the left side and Wᵀ on the right, where the stored W is (n, m): the two sides differ in strides, and in
-which way the random bits of a stochastic rounding run.
+W' is W of shape (m, n) on the left side and Wᵀ on the right, where the stored W is (n, m): the two sides
+differ in strides, and in which way the random bits of a stochastic rounding run.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,11 +79,12 @@ def back_project_(
 ) -> None:
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place, for every matrix of a bucket, in one launch.
 
-    weights: B as stored, (m, n), or (n, m) on the right side, with any strides. bases: B of (m, r). normalised: (B, r, n) of fp32 or
-    16 bits, rounded to the bases' dtype for the dot, which accumulates in fp32 (fp32 bases: in tf32
-    where torch allows it). Where found_inf is non-zero the weights keep their bits. rounding_seeds: (B,) int64, for bf16 weights rounded
-    stochastically, at the update after the device_steps that each has had, one fp32 element a matrix; at the first without. Raises
-    ValueError for a list that is not a bucket and for shapes that do not fit.
+    weights: B as stored, (m, n), or (n, m) on the right side, with any strides. bases: B of (m, r).
+    normalised: (B, r, n) of fp32 or 16 bits, rounded to the bases' dtype for the dot, which accumulates in
+    fp32 (fp32 bases: in tf32 where torch allows it). Where found_inf is non-zero the weights keep their bits.
+    rounding_seeds: (B,) int64, for bf16 weights rounded stochastically, at the update after the device_steps
+    that each has had, one fp32 element a matrix; at the first without. Raises ValueError for a list that is
+    not a bucket and for shapes that do not fit.
     """
     check(weights, bases, right, found_inf)
     m, rank = bases[0].shape
@@ -110,11 +111,13 @@ def check(weights: list[Tensor], bases: list[Tensor], right: bool, found_inf: Te
 def prepare(
     weights_at: Tensor, bases_at: Tensor, weight: Tensor, basis: Tensor, *, right: bool, aligned: bool, steps_at: Tensor | None = None
 ) -> Callable:
-    """The launch for one bucket, given its table: launch(normalised, *, lr, scale, weight_decay, found_inf, …) on the current device.
+    """The launch for one bucket, given its table: launch(normalised, *, lr, scale, weight_decay, found_inf,
+    …) on the current device.
 
-    weight and basis stand for the shapes, strides and dtypes of all; of them only numbers are kept. The launch takes device_lr, one
-    fp32 on the device, instead of lr; and for bf16 weights rounding_seeds, (B,) int64, which rounds them stochastically, with the
-    number of this update: `step`, or what the fp32 counters at steps_at say.
+    weight and basis stand for the shapes, strides and dtypes of all; of them only numbers are kept. The
+    launch takes device_lr, one fp32 on the device, instead of lr; and for bf16 weights rounding_seeds, (B,)
+    int64, which rounds them stochastically, with the number of this update: `step`, or what the fp32 counters
+    at steps_at say.
     """
     weight = weight.mT if right else weight
     (m, rank), n = basis.shape, weight.shape[1]

@@ -1,10 +1,11 @@
-"""8-bit moments on tiles: the format of lowrank_kernels/storage/eight_bit.py, 64 neighbours along n to an fp32 scale.
+"""8-bit moments on tiles: the format of lowrank_kernels/storage/eight_bit.py, 64 neighbours along n to an
+fp32 scale.
 
     M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋             m = s·sign(c − 128)·((c − 128)/127)²
     V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0       v = s·(c/255)⁴
 
-A tile is (ROWS, COLS) with COLS a multiple of 64 and its first column at a multiple of 64 of the matrix; its scales are
-(ROWS, COLS // 64). In memory codes are row-major (r, n), scales row-major (r, ⌈n / 64⌉).
+A tile is (ROWS, COLS) with COLS a multiple of 64 and its first column at a multiple of 64 of the matrix; its
+scales are (ROWS, COLS // 64). In memory codes are row-major (r, n), scales row-major (r, ⌈n / 64⌉).
 """
 
 import triton
@@ -32,7 +33,8 @@ def decode_v(codes, scales):
 def encode_m(m, inside):
     """M in fp32 → uint8 codes (ROWS, COLS) and fp32 scales (ROWS, COLS // 64).
 
-    inside: which elements exist, (ROWS, COLS) or what broadcasts to it; what the others hold reaches no scale.
+    inside: which elements exist, (ROWS, COLS) or what broadcasts to it; what the others hold reaches no
+        scale.
     """
     m = tl.where(inside, m, 0.0)
     scales, share = _scales_and_shares(m)

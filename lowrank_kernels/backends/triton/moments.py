@@ -1,7 +1,8 @@
 """M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε).
 
-Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch.optim.AdamW. M and V are stored in fp32, or as 8-bit
-codes with a scale for each 64 neighbours along n, see eight_bit.py; N comes from the new moments before they are coded again.
+Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch.optim.AdamW. M and V are
+stored in fp32, or as 8-bit codes with a scale for each 64 neighbours along n, see eight_bit.py; N comes from
+the new moments before they are coded again.
 """
 
 from collections.abc import Callable, Sequence
@@ -81,10 +82,11 @@ def update_moments_(
 ) -> Tensor:
     """Updates M and V in place and returns N, for every matrix of a bucket, in one launch.
 
-    exp_avgs, exp_avg_sqs: B row-major (r, n) fp32. projected: (B, r, n) fp32, R on entry. N goes to `out`, (B, r, n) of fp32, bf16
-    or fp16; by default to `projected`, overwriting R. `step` is t, counted from 1; or device_steps hold t − 1, one fp32 element a
-    matrix. Where found_inf is non-zero nothing is written, so M and V keep their bits and N is undefined. Raises ValueError for a
-    list that is not a bucket and for shapes that do not fit.
+    exp_avgs, exp_avg_sqs: B row-major (r, n) fp32. projected: (B, r, n) fp32, R on entry. N goes to `out`,
+    (B, r, n) of fp32, bf16 or fp16; by default to `projected`, overwriting R. `step` is t, counted from 1; or
+    device_steps hold t − 1, one fp32 element a matrix. Where found_inf is non-zero nothing is written, so M
+    and V keep their bits and N is undefined. Raises ValueError for a list that is not a bucket and for shapes
+    that do not fit.
     """
     check(exp_avgs, exp_avg_sqs, projected, step, found_inf, device_steps, out)
     out = projected if out is None else out
@@ -131,10 +133,11 @@ def prepare(
     exp_avg_sq_scales_at: Tensor | None = None,
     steps_at: Tensor | None = None,
 ) -> Callable:
-    """The launch for one bucket: launch(projected, normalised, *, beta1, beta2, eps, step, found_inf), on the current device.
+    """The launch for one bucket: launch(projected, normalised, *, beta1, beta2, eps, step, found_inf), on the
+    current device.
 
-    exp_avg stands for the shape of all; of it only numbers are kept. With scales the moments are 8-bit codes. steps_at: addresses
-    of fp32 counters, instead of `step`.
+    exp_avg stands for the shape of all; of it only numbers are kept. With scales the moments are 8-bit codes.
+    steps_at: addresses of fp32 counters, instead of `step`.
     """
     rows, columns = exp_avg.shape
     config = configs.MOMENTS if exp_avg_scales_at is None else configs.MOMENTS_8BIT

@@ -1,6 +1,7 @@
 """R = PᵀG', accumulated in fp32.
 
-G' is G of shape (m, n) on the left side and Gᵀ on the right, where the stored G is (n, m): the two sides differ in strides alone.
+G' is G of shape (m, n) on the left side and Gᵀ on the right, where the stored G is (n, m): the two sides
+differ in strides alone.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,8 @@ def _project_kernel(
     g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
     block_k = tl.full((), BLOCK_K, tl.int64)
 
-    # The tile is accumulated as Rᵀ: n is then the long side of the dot, which wgmma wants to be at least 64, whatever the rank.
+    # The tile is accumulated as Rᵀ: n is then the long side of the dot, which wgmma wants to be at least 64,
+    # whatever the rank.
     acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for k in range(0, m, BLOCK_K):
         in_k = offs_k < m - k
@@ -51,11 +53,12 @@ def _project_kernel(
 
 
 def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
-    """R = PᵀG' for every matrix of a bucket, in one launch: B bases (m, r), B gradients as stored → (B, r, n) fp32.
+    """R = PᵀG' for every matrix of a bucket, in one launch: B bases (m, r), B gradients as stored → (B, r, n)
+    fp32.
 
-    Gradients are (m, n), or (n, m) on the right side, with any strides. A gradient and a basis of one 16-bit dtype are multiplied
-    as such, anything else in fp32 (tf32 where torch allows it); the sum over m is fp32. Raises ValueError for a
-    list that is not a bucket and for shapes that do not fit.
+    Gradients are (m, n), or (n, m) on the right side, with any strides. A gradient and a basis of one 16-bit
+    dtype are multiplied as such, anything else in fp32 (tf32 where torch allows it); the sum over m is fp32.
+    Raises ValueError for a list that is not a bucket and for shapes that do not fit.
     """
     check(bases, grads, right)
     rank, n = bases[0].shape[1], grads[0].shape[0 if right else 1]

@@ -1,8 +1,11 @@
-"""Stochastic rounding to bf16 on tiles: E[result] = value. The draws of reference.round_stochastically, bit for bit.
+"""Stochastic rounding to bf16 on tiles: E[result] = value. The draws of reference.round_stochastically, bit
+for bit.
 
-A bf16 is the upper half of an fp32. Element (i, j) of the matrix as it is stored adds 16 random bits to the lower half, then drops it:
+A bf16 is the upper half of an fp32. Element (i, j) of the matrix as it is stored adds 16 random bits to the
+lower half, then drops it:
 
-    word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, t))[j % 8 // 2],  its lower half where j is even, else its upper
+    word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, t))[j % 8 // 2],
+        its lower half where j is even, else its upper
 """
 
 import triton
@@ -17,8 +20,9 @@ ROUNDING = tl.constexpr(philox.ROUNDING)
 def round_stochastically(w, first_m, first_n, seed, t, RIGHT: tl.constexpr):
     """A tile of W' in fp32, (BLOCK_M, BLOCK_N) with its first element at (first_m, first_n) of (m, n) → bf16.
 
-    RIGHT: the stored matrix is the transpose of W'. The tile and its start are multiples of 8 along the stored row, so that one
-    Philox call serves 8 neighbours. seed: int64; t: the number of this update, int32. Values that are not finite are rounded to nearest.
+    RIGHT: the stored matrix is the transpose of W'. The tile and its start are multiples of 8 along the
+    stored row, so that one Philox call serves 8 neighbours. seed: int64; t: the number of this update, int32.
+    Values that are not finite are rounded to nearest.
     """
     BLOCK_M: tl.constexpr = w.shape[0]
     BLOCK_N: tl.constexpr = w.shape[1]

@@ -1,11 +1,14 @@
-"""A step in one launch: R = PᵀG', the moments, N, W' = (1 − lr·wd)·W' − lr·α·P·N, with R and N never in memory.
+"""A step in one launch: R = PᵀG', the moments, N, W' = (1 − lr·wd)·W' − lr·α·P·N, with R and N never in
+memory.
 
-A program owns BLOCK_N columns of one matrix. It reads them of G once, sums R over m in fp32, brings its part of the moments up to
-date, keeps N on the chip, in the dtype of the bases, and then reads and writes its columns of W once. P is read twice, from L2 but for
-the first program that needs it. G', W' are G, W of shape (m, n) on the left side and their transposes on the right, where the
-stored ones are (n, m): the two sides differ in strides, and in which way the random bits of a stochastic rounding run.
+A program owns BLOCK_N columns of one matrix. It reads them of G once, sums R over m in fp32, brings its part
+of the moments up to date, keeps N on the chip, in the dtype of the bases, and then reads and writes its
+columns of W once. P is read twice, from L2 but for the first program that needs it. G', W' are G, W of shape
+(m, n) on the left side and their transposes on the right, where the stored ones are (n, m): the two sides
+differ in strides, and in which way the random bits of a stochastic rounding run.
 
-Which row of configs.SINGLE_PASS serves a bucket is an estimate so far: no figure of it was measured on a GPU yet.
+Which row of configs.SINGLE_PASS serves a bucket is an estimate so far: no figure of it was measured on a GPU
+yet.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def _advance(
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rᵀ (BLOCK_N, ROWS) of rows from first_r and columns from first_n → N (ROWS, BLOCK_N); M and V are brought up to date in memory."""
+    """Rᵀ (BLOCK_N, ROWS) of rows from first_r and columns from first_n → N (ROWS, BLOCK_N); M and V are
+    brought up to date in memory."""
     r = r.T
     offs_r = first_r + tl.arange(0, r.shape[0])
     offs_n = first_n + tl.arange(0, r.shape[1])
@@ -60,8 +64,8 @@ def _advance(
         m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
         m_codes, m_scales = eight_bit.encode_m(m, inside)
         v_codes, v_scales = eight_bit.encode_v(v, inside)
-        # Every warp of a block of 64 has loaded its scale, and one of them stores it. The conversion of its layout brings the barrier that
-        # must stand between, which benchmarks/ir looks for.
+        # Every warp of a block of 64 has loaded its scale, and one of them stores it. The conversion of its
+        # layout brings the barrier that must stand between, which benchmarks/ir looks for.
         tl.store(exp_avg_scale + offs_s, m_scales, mask=in_blocks)
         tl.store(exp_avg_sq_scale + offs_s, v_scales, mask=in_blocks)
         tl.store(exp_avg + offs, m_codes, mask=inside)
@@ -83,7 +87,8 @@ def _advance_2(
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """_advance in two slices of rows, one after the other: only a part of M and V is in registers beside R."""
+    """_advance in two slices of rows, one after the other: only a part of M and V is in registers beside
+    R."""
     left, right = _halves(r)
     upper = _advance(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
@@ -102,7 +107,8 @@ def _advance_4(
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """In four; a function for each depth, because Triton up to 3.4 does not end its look at a function that calls itself."""
+    """In four; a function for each depth, because Triton up to 3.4 does not end its look at a function that
+    calls itself."""
     left, right = _halves(r)
     upper = _advance_2(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
@@ -194,8 +200,9 @@ def _adamw_step_kernel(
     p_at = basis + offs_k[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
     block_k = tl.full((), BLOCK_K, tl.int64)
-    # The tile is accumulated as Rᵀ: cutting it into slices of rows then moves nothing between threads of wgmma's layout, and n is the
-    # long side of the dot, which wgmma wants to be at least 64, whatever the rank.
+    # The tile is accumulated as Rᵀ: cutting it into slices of rows then moves nothing between threads of
+    # wgmma's layout, and n is the long side of the dot, which wgmma wants to be at least 64, whatever the
+    # rank.
     r = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for k in range(0, m, BLOCK_K):
         in_k = (offs_k < m - k)[:, None]
@@ -242,7 +249,8 @@ def _adamw_step_kernel(
     p_at = basis + offs_m[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     w_at = weight + offs_m[:, None].to(tl.int64) * stride_wm + offs_n[None, :].to(tl.int64) * stride_wn
     block_m = tl.full((), BLOCK_M, tl.int64)
-    # W is not an operand of the dot, so it is not pipelined on its own: each round asks for the tile of the next one.
+    # W is not an operand of the dot, so it is not pipelined on its own: each round asks for the tile of the
+    # next one.
     w_next = tl.load(w_at, mask=(offs_m < m)[:, None] & in_n, other=0.0)
     for i in range(0, m, BLOCK_M):
         in_m = (offs_m < m - i)[:, None]
@@ -259,7 +267,8 @@ def _adamw_step_kernel(
 
 
 def serves(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, count: int, aligned: bool) -> bool:
-    """Whether there is a row for these tensors, see row_for, and its programs are many enough to fill the device."""
+    """Whether there is a row for these tensors, see row_for, and its programs are many enough to fill the
+    device."""
     row = row_for(weight, grad, basis, exp_avg, aligned=aligned)
     if row is None:
         return False
@@ -272,7 +281,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def row_for(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, aligned: bool) -> configs.SinglePassConfig | None:
-    """The row of configs.SINGLE_PASS for a bucket like these tensors; None where there is none, and for mixed dtypes."""
+    """The row of configs.SINGLE_PASS for a bucket like these tensors; None where there is none, and for mixed
+    dtypes."""
     if not weight.dtype == grad.dtype == basis.dtype:
         return None
     arch = configs.architecture(basis.device)
@@ -294,8 +304,9 @@ def prepare(
 ) -> Callable[..., None]:
     """The step of one bucket of `count` matrices, given its table, where there is a row for it (`row_for`).
 
-    The tensors stand for the shapes, strides and dtypes of all; of them only numbers are kept. Moments are 8-bit codes where the
-    table has their scales, and steps are counted on the device where it has counters. aligned: all addresses are multiples of 16.
+    The tensors stand for the shapes, strides and dtypes of all; of them only numbers are kept. Moments are
+    8-bit codes where the table has their scales, and steps are counted on the device where it has counters.
+    aligned: all addresses are multiples of 16.
     """
     row = row_for(weight, grad, basis, exp_avg, aligned=aligned)
     if row is None:
@@ -317,7 +328,8 @@ def prepare(
     launch, options = functools.partial(_adamw_step_kernel[(tiles, count)], *fixed), vars(row)
 
     def run(*, lr, beta1, beta2, eps, weight_decay, scale, step, found_inf, device_lr, rounding_seeds) -> None:
-        # Differences and products are taken in double: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5 of itself.
+        # Differences and products are taken in double: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5
+        # of itself.
         if counted_on_device:
             first, second = adam.log(beta1), adam.log(beta2)
         else:

@@ -1,7 +1,7 @@
 """Pointer tables: what lets one launch serve a whole bucket.
 
-A bucket is a list of B matrices of equal shape, dtype and strides. Its addresses live in an int64 tensor on the device; a program
-loads its own (pointers.py). It is written anew at each step, by one asynchronous copy.
+A bucket is a list of B matrices of equal shape, dtype and strides. Its addresses live in an int64 tensor on
+the device; a program loads its own (pointers.py). It is written anew at each step, by one asynchronous copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ MAX_MATRICES = 65535  # second dimension of a CUDA grid
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a whole step's table: for each list of the bucket B addresses, (B,) int64 on the device. None: the list is absent."""
+    """The rows of a whole step's table: for each list of the bucket B addresses, (B,) int64 on the device.
+    None: the list is absent."""
 
     weights: Tensor
     grads: Tensor
@@ -35,7 +36,8 @@ class Rows:
 
 
 def rows_of(lists: Sequence[Sequence[Tensor]], steps: Sequence[Tensor]) -> tuple[Rows, bool]:
-    """The table of a bucket's step, and whether every matrix starts at a multiple of 16 bytes; a step's count is read as one float.
+    """The table of a bucket's step, and whether every matrix starts at a multiple of 16 bytes; a step's count
+    is read as one float.
 
     lists: weights, grads, bases, exp_avgs, exp_avg_sqs and, for 8-bit moments, their scales.
     """
@@ -55,7 +57,8 @@ def _addresses(bucket: Sequence[Tensor]) -> list[int]:
 
 
 def aligned(*buckets: list[Tensor]) -> bool:
-    """True when every address is a multiple of 16 bytes. An address that a kernel loads from memory carries no such fact."""
+    """True when every address is a multiple of 16 bytes. An address that a kernel loads from memory carries
+    no such fact."""
     return all(_multiples_of_16(_addresses(bucket)) for bucket in buckets)
 
 
@@ -64,7 +67,8 @@ def _multiples_of_16(addresses: list[int]) -> bool:
 
 
 def wide(*matrices: Tensor) -> bool:
-    """True when Triton can prove 16-byte accesses: a unit stride, and extents and the other stride multiples of 16 elements."""
+    """True when Triton can prove 16-byte accesses: a unit stride, and extents and the other stride multiples
+    of 16 elements."""
     return all(1 in tensor.stride() and all(size % 16 == 0 for size in (*tensor.shape, max(tensor.stride()))) for tensor in matrices)
 
 
@@ -89,7 +93,8 @@ def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ..
         raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {dtype}")
     if row_major and not first.is_contiguous():
         raise ValueError(f"{name} must be row-major, got shape {tuple(shape)} with strides {stride}")
-    # Each of these is a loop that Python runs fast; which one it is that differs is looked up only if there is one.
+    # Each of these is a loop that Python runs fast; which one it is that differs is looked up only if there
+    # is one.
     shapes, dtypes = [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors]
     strides, devices = list(map(Tensor.stride, tensors)), list(map(Tensor.get_device, tensors))
     alike = shapes.count(shape), dtypes.count(dtype), strides.count(stride), devices.count(first.get_device())
@@ -104,7 +109,8 @@ def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ..
 
 
 def check_batch(name: str, batch: Tensor, bucket: list[Tensor], dtypes: tuple[torch.dtype, ...], shape=None) -> None:
-    """A (B, r, n) tensor that goes with a bucket: row-major, on its device, `shape` (default: the bucket's) a matrix."""
+    """A (B, r, n) tensor that goes with a bucket: row-major, on its device, `shape` (default: the bucket's) a
+    matrix."""
     expected = (len(bucket), *(bucket[0].shape if shape is None else shape))
     if tuple(batch.shape) != expected or not batch.is_contiguous():
         raise ValueError(f"{name} must be row-major of shape {expected}, got {tuple(batch.shape)} with strides {batch.stride()}")
