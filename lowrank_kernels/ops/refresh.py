@@ -74,8 +74,8 @@ def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: i
         Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  basis = Q·W
 
     Where l = r + oversample columns are a fifth of the short side or more, products with A = G·Gᵀ on that
-    side take the place of those with G: Y = A·Ω, then 3·q times Y = (A − s·I)·orth(Y). That is cheaper, and more
-    accurate on slowly decaying spectra.
+    side take the place of those with G: Y = A·Ω, then 3·q times Y = (A − s·I)·orth(Y). That is cheaper, and
+    more accurate on slowly decaying spectra.
 
     Args:
         grad: (…, m, n), any real floating dtype; products run at its precision with fp32 accumulation on a
