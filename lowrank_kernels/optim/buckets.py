@@ -178,10 +178,10 @@ def _follow(state: dict[str, Any], param: Tensor) -> None:
     state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device).reshape(())
     if state["basis"].dtype == param.dtype and state["basis"].device == param.device:
         return
-    wide = torch.promote_types(param.dtype, torch.float32)
+    state_dtype = torch.promote_types(param.dtype, torch.float32)
     for key, value in state.items():
         if key == "basis":
             state[key] = own_memory(value.to(param.device, param.dtype))
         elif isinstance(value, Tensor) and key != "step":
             is_moment = value.is_floating_point() and not key.endswith("scale")
-            state[key] = value.to(param.device, wide if is_moment else value.dtype)
+            state[key] = value.to(param.device, state_dtype if is_moment else value.dtype)

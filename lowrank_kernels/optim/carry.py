@@ -23,12 +23,12 @@ def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storag
         return
     old = state["basis"]
     changed = (fresh != old).flatten(-2).any(-1)[..., None, None]
-    wide = torch.promote_types(old.dtype, torch.float32)
-    stored = {name: state[name] for name in storage.layout(rule.state(1, 1), wide)}
+    state_dtype = torch.promote_types(old.dtype, torch.float32)
+    stored = {name: state[name] for name in storage.layout(rule.state(1, 1), state_dtype)}
     if moments == "rotate":
-        values = storage.load(stored, wide)
-        turn = fresh.mT.to(wide) @ old.to(wide)
-        rule.rotate(values, torch.where(changed, turn, torch.eye(turn.shape[-1], dtype=wide, device=turn.device)))
+        values = storage.load(stored, state_dtype)
+        turn = fresh.mT.to(state_dtype) @ old.to(state_dtype)
+        rule.rotate(values, torch.where(changed, turn, torch.eye(turn.shape[-1], dtype=state_dtype, device=turn.device)))
         storage.store_(values, stored)
         return
     for tensor in stored.values():

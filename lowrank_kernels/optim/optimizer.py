@@ -354,8 +354,8 @@ class LowRankOptimizer(Optimizer):
     def _layout(self, hyper: Hyper, param: Tensor, right: bool, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shapes, for one matrix, and dtypes of the tensors that the rule and the lift keep."""
         rows, columns = groups.matrix_shape(param)
-        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-        layout = hyper.storage.layout(hyper.rule.state(rank, rows if right else columns), wide)
+        state_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        layout = hyper.storage.layout(hyper.rule.state(rank, rows if right else columns), state_dtype)
         return layout | {name: (shape, torch.float32) for name, shape in hyper.lift.state().items()}
 
     @torch.compiler.disable

@@ -276,18 +276,20 @@ class RSOAdamW(LowRankOptimizer):
     def _state_of(self, param: Tensor, group: dict[str, Any], hyper: Hyper) -> dict[str, Any]:
         """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""
         state, needed = self.state[param], hyper.rule.state(*param.shape)
-        wide = torch.promote_types(param.dtype, torch.float32)
+        state_dtype = torch.promote_types(param.dtype, torch.float32)
         if any(key not in state for key in needed):
             for rule in self.rules.values():
                 for key in rule.state(*param.shape):
                     state.pop(key, None)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer_of(param).subspace.fingerprint
-            state |= {key: torch.zeros(param.shape, dtype=wide, device=param.device) for key in needed}
-        elif any(isinstance(value, Tensor) and value.dtype != wide for key, value in state.items() if key != "step"):  # the model was cast
-            state |= {key: value.to(wide) for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+            state |= {key: torch.zeros(param.shape, dtype=state_dtype, device=param.device) for key in needed}
+        elif any(
+            isinstance(value, Tensor) and value.dtype != state_dtype for key, value in state.items() if key != "step"
+        ):  # the model was cast
+            state |= {key: value.to(state_dtype) for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
         if group["proximal"] and "displacement" not in state:
-            state["displacement"] = torch.zeros(param.shape, dtype=wide, device=param.device)
+            state["displacement"] = torch.zeros(param.shape, dtype=state_dtype, device=param.device)
         return state
 
     # The refresh: the next P, for the next forward pass.
@@ -382,10 +384,10 @@ class RSOAdamW(LowRankOptimizer):
                 if param not in layers:
                     loading.restore_dense(state, saved, param)
                     continue
-                wide = torch.promote_types(param.dtype, torch.float32)
+                state_dtype = torch.promote_types(param.dtype, torch.float32)
                 for key, value in saved.items():
                     if isinstance(value, Tensor):
-                        dtype = torch.float32 if key == "step" else wide
+                        dtype = torch.float32 if key == "step" else state_dtype
                         state[key] = value.detach().to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
             _move_subspaces(layers, group["outer_step"])
 

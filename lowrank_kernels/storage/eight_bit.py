@@ -74,14 +74,14 @@ class EightBit(Storage):
 
     name = "eight_bit"
 
-    def layout(self, shapes: dict[str, tuple[int, int]], wide: torch.dtype) -> Layout:
+    def layout(self, shapes: dict[str, tuple[int, int]], state_dtype: torch.dtype) -> Layout:
         if set(shapes) != set(MOMENTS):
             raise ValueError(f"state_bits=8 codes AdamW's moments, and this rule keeps {', '.join(shapes)}; use state_bits=32")
         codes = {name: (shape, torch.uint8) for name, shape in shapes.items()}
         return codes | {f"{name}_scale": (scales_shape(shape), torch.float32) for name, shape in shapes.items()}
 
-    def load(self, stored: dict[str, Tensor], wide: torch.dtype) -> dict[str, Tensor]:
-        return dict(zip(MOMENTS, decode(*(stored[name] for name in (*MOMENTS, *SCALES)), wide), strict=True))
+    def load(self, stored: dict[str, Tensor], state_dtype: torch.dtype) -> dict[str, Tensor]:
+        return dict(zip(MOMENTS, decode(*(stored[name] for name in (*MOMENTS, *SCALES)), state_dtype), strict=True))
 
     def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
         encode_(*(values[name] for name in MOMENTS), *(stored[name] for name in (*MOMENTS, *SCALES)))

@@ -11,10 +11,10 @@ from .storage import Layout, Storage
 class Plain(Storage):
     name = "plain"
 
-    def layout(self, shapes: dict[str, tuple[int, int]], wide: torch.dtype) -> Layout:
-        return {name: (shape, wide) for name, shape in shapes.items()}
+    def layout(self, shapes: dict[str, tuple[int, int]], state_dtype: torch.dtype) -> Layout:
+        return {name: (shape, state_dtype) for name, shape in shapes.items()}
 
-    def load(self, stored: dict[str, Tensor], wide: torch.dtype) -> dict[str, Tensor]:
+    def load(self, stored: dict[str, Tensor], state_dtype: torch.dtype) -> dict[str, Tensor]:
         return stored
 
     def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:

@@ -14,12 +14,12 @@ class Storage:
 
     name: str
 
-    def layout(self, shapes: dict[str, tuple[int, int]], wide: torch.dtype) -> Layout:
-        """What is stored for values of these names and shapes. wide: fp32, or fp64 for fp64 weights."""
+    def layout(self, shapes: dict[str, tuple[int, int]], state_dtype: torch.dtype) -> Layout:
+        """What is stored for values of these names and shapes. state_dtype: fp32, or fp64 for fp64 weights."""
         raise NotImplementedError
 
-    def load(self, stored: dict[str, Tensor], wide: torch.dtype) -> dict[str, Tensor]:
-        """The values, in `wide`; they may be the stored tensors themselves."""
+    def load(self, stored: dict[str, Tensor], state_dtype: torch.dtype) -> dict[str, Tensor]:
+        """The values, in `state_dtype`; they may be the stored tensors themselves."""
         raise NotImplementedError
 
     def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
