@@ -15,7 +15,7 @@ class Storage:
     name: str
 
     def layout(self, shapes: dict[str, tuple[int, int]], state_dtype: torch.dtype) -> Layout:
-        """What is stored for values of these names and shapes. state_dtype: fp32, or fp64 for fp64 weights."""
+        """What is stored for values of these names and shapes. state_dtype: fp32, fp64 for fp64 weights."""
         raise NotImplementedError
 
     def load(self, stored: dict[str, Tensor], state_dtype: torch.dtype) -> dict[str, Tensor]:
