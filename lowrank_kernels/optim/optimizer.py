@@ -3,6 +3,7 @@ optimizer loads and saves."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections import defaultdict
@@ -209,6 +210,8 @@ class LowRankOptimizer(Optimizer):
             found_inf=found_inf,
             rounding_seeds=self._rounding_seeds(group, members) if group["rounding"] == "stochastic" else None,
         )
+        if isinstance(hyper.lr, Tensor):
+            hyper = dataclasses.replace(hyper, lr=members.to_device(hyper.lr))
         backends.step(bucket, hyper)
         for param, matrix in copied:
             param.copy_(matrix.view(param.shape))
