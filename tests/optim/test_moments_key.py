@@ -8,6 +8,7 @@ from models import build, same_bits, train
 from torch import nn
 
 import lowrank_kernels as lrk
+from lowrank_kernels.backends import cpu
 from lowrank_kernels.storage import eight_bit
 
 
@@ -56,17 +57,20 @@ def test_against_the_formula(moments, options):
 
 
 @pytest.mark.parametrize("moments", ["rotate", "reset"])
-def test_a_basis_that_stays_leaves_them_as_they_are(moments):
-    """A gradient that is not finite keeps the old basis; of two experts only the one whose basis changes is
+def test_a_basis_that_stays_leaves_them_as_they_are(moments, monkeypatch):
+    """A gradient that is not finite keeps the old basis. A basis in bf16 is not its own inverse to more than
+    two digits, so that it is not turned into itself. Of two experts only the one whose basis changes is
     carried."""
-    optimizer, parameter, before, grad = around_a_refresh(moments, shape=(2, 8, 12))
+    monkeypatch.setattr(cpu, "NATIVE_BF16", False)
+    optimizer, parameter, before, grad = around_a_refresh(moments, shape=(2, 8, 12), dtype=torch.bfloat16)
     parameter.grad[0, 0, 0] = float("nan")  # spoils the first column of R
     optimizer.step()
     state = optimizer.state[parameter]
-    assert torch.equal(state["basis"][0], before["basis"][0]) and not torch.equal(state["basis"][1], before["basis"][1])
+    assert torch.equal(state["basis"][0], before["basis"][0])
+    assert not torch.equal(state["basis"][1], before["basis"][1])
     m, v = (moment[0] for moment in values(before))
     for found, exact in zip(values(state), advanced(m, v, before["basis"][0], grad[0]), strict=True):
-        assert torch.allclose(found[0, :, 1:], exact[:, 1:], rtol=1e-4, atol=1e-6)
+        assert torch.allclose(found[0, :, 1:], exact[:, 1:], rtol=1e-5, atol=1e-7)
 
 
 def test_nothing_else_is_carried_between_refreshes():
