@@ -267,3 +267,24 @@ def test_a_dispatch_mode_sees_the_step():
     with Seen():
         optimizer.step()
     assert "aten::addcmul_" in Seen.names, "V of the rule in plain PyTorch"
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("save_at", [1, 3, 4, 6])
+def test_a_checkpoint_of_before_groups_counted_goes_on(save_at, stagger):
+    """There `step` was an int, and nothing said when a basis was chosen: the parameter's own count did."""
+    straight, stopped, resumed = (build(stagger=stagger) for _ in range(3))
+    train(*straight, 11)
+    train(*stopped, save_at)
+    older = through_a_file(stopped[1].state_dict())
+    for group in older["param_groups"]:
+        for key in ("calls", "lift", "moments"):
+            group.pop(key, None)
+    for state in older["state"].values():
+        if state.pop("refreshed_at", None) is not None:
+            state["step"] = int(state["step"])
+    resumed[0].load_state_dict(stopped[0].state_dict())
+    resumed[1].load_state_dict(older)
+    train(*resumed, 11 - save_at, start=save_at)
+    assert same_bits(straight[0].state_dict(), resumed[0].state_dict())
+    assert same_bits(straight[1].state_dict(), resumed[1].state_dict())
