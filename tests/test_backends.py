@@ -216,6 +216,20 @@ def test_what_is_not_fused_is_composed(implementation, right, monkeypatch):
     assert all(tensor.any() for tensor in last) and not any(steps), "whoever keeps the counts raises them"
 
 
+@pytest.mark.parametrize("right", [False, True])
+def test_a_step_from_what_is_projected_is_the_step_from_gradients(right):
+    """R is an input of its own; the gradients that are there besides are not looked at."""
+    whole, hyper = formulas.bucket_of(*bucket(24, 36, 6, right, batch=2), **HYPER, right=right)
+    given, _ = formulas.bucket_of(*bucket(24, 36, 6, right, batch=2), **HYPER, right=right)
+    given.projected, given.grads = 2 * backends.project(whole), None
+    for grad in whole.grads:
+        grad.mul_(2)
+    backends.step(whole, hyper)
+    backends.step(given, hyper)
+    for a, b in zip(whole.weights + whole.states["exp_avg"], given.weights + given.states["exp_avg"], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 PROBE = """
 import torch
 from lowrank_kernels import backends

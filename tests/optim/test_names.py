@@ -14,11 +14,12 @@ OPTIONS = dict(rank=4, update_proj_gap=2, selection="random", seed=5)
 
 
 def bases_of(model, *optimizers):
-    """Name of each projected parameter → its basis after a step from the same gradients."""
+    """Name of each projected parameter → its basis after two refreshes from the same gradients."""
     x, y = batch(0)
     (model(x) - y).square().mean().backward()
-    for optimizer in optimizers:
-        optimizer.step()
+    for _ in range(3):
+        for optimizer in optimizers:
+            optimizer.step()
     states = {param: state for optimizer in optimizers for param, state in optimizer.state.items()}
     return {name: states[param]["basis"] for name, param in model.named_parameters() if "basis" in states[param]}
 
