@@ -10,6 +10,7 @@ import pytest
 import tolerances
 import torch
 
+import lowrank_kernels as lrk
 from benchmarks import formulas
 from lowrank_kernels import backends
 from lowrank_kernels.backends import cpu, cuda, reference
@@ -214,6 +215,21 @@ def test_what_is_not_fused_is_composed(implementation, right, monkeypatch):
     backends.step(made, backends.Hyper(Doubled(), BackProjection(), Plain(), lr=0.05))
     assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6) for a, b in zip(weights, exact, strict=True))
     assert all(tensor.any() for tensor in last) and not any(steps), "whoever keeps the counts raises them"
+
+
+def test_a_rule_of_its_own_has_no_8_bit_form():
+    class Optimizer(lrk.LowRankAdamW):
+        rule = Doubled()
+
+    parameter = torch.nn.Parameter(torch.ones(8, 12))
+    optimizer = Optimizer([{"params": [parameter], "rank": 2, "state_bits": 8}])
+    parameter.grad = torch.randn(8, 12)
+    with pytest.raises(ValueError, match="state_bits=8 codes AdamW's moments, and this rule keeps last"):
+        optimizer.step()
+    optimizer.param_groups[0] |= {"state_bits": 32, "moments": "rotate", "update_proj_gap": 1}
+    optimizer.step()
+    with pytest.raises(NotImplementedError, match="the rule doubled does not say"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("right", [False, True])
