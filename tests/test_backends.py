@@ -188,6 +188,21 @@ def test_kernels_tell_autograd_that_they_wrote():
     assert whole.weights[0]._version == version + 2
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_rate_on_the_device_reaches_the_kernels(fused):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("needs the interpreter, on CPU tensors")
+    number, tensor = (bucket(12, 20, 3, False) for _ in range(2))
+    for lists, lr in ((number, None), (tensor, torch.tensor(HYPER["lr"]))):
+        made, hyper = formulas.bucket_of(*lists, **HYPER, right=False, device_lr=lr)
+        if fused:
+            cuda.step(made, hyper)
+        else:
+            cuda.lift(made, hyper, cuda.update(made, hyper, cuda.project(made)))
+    assert torch.allclose(number[0][0], tensor[0][0], rtol=1e-6)
+
+
 class Doubled(Rule):
     """What no device has in one go."""
 
@@ -226,9 +241,8 @@ def test_a_rule_of_its_own_has_no_8_bit_form():
     parameter.grad = torch.randn(8, 12)
     with pytest.raises(ValueError, match="state_bits=8 codes AdamW's moments, and this rule keeps last"):
         optimizer.step()
-    optimizer.param_groups[0] |= {"state_bits": 32, "moments": "rotate", "update_proj_gap": 1}
-    optimizer.step()
-    with pytest.raises(NotImplementedError, match="the rule doubled does not say"):
+    optimizer.param_groups[0] |= {"state_bits": 32, "moments": "rotate"}
+    with pytest.raises(ValueError, match="moments='rotate' needs a rule that says .* 'doubled' does not"):
         optimizer.step()
 
 

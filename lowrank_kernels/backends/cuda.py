@@ -66,9 +66,10 @@ def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
 def lift(bucket: Bucket, hyper: Hyper, normalised: Tensor) -> None:
     from .triton import back_project
 
-    stochastic = bucket.rounding_seeds is not None
+    stochastic, on_device = bucket.rounding_seeds is not None, isinstance(hyper.lr, Tensor)
     back_project.back_project_(
-        bucket.weights, bucket.bases, normalised, lr=hyper.lr, scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right,
+        bucket.weights, bucket.bases, normalised, lr=0.0 if on_device else hyper.lr, device_lr=hyper.lr if on_device else None,
+        scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right,
         found_inf=bucket.found_inf, rounding_seeds=bucket.rounding_seeds, device_steps=bucket.steps if stochastic else None,
     )  # fmt: skip
     written(*bucket.weights)

@@ -17,22 +17,23 @@ ATTRIBUTE = "_lowrank_kernels_layer"
 
 
 class Owner:
-    """A weak reference to a layer. A pickle holds it empty: a layer that is loaded claims its parameters."""
+    """A weak reference to a layer. A pickle holds an empty set for it: a layer that is loaded claims its
+    parameters."""
 
-    def __init__(self, layer: SubspaceLayer | None = None) -> None:
-        self._layer = (lambda: None) if layer is None else weakref.ref(layer)
+    def __init__(self, layer: SubspaceLayer) -> None:
+        self._layer = weakref.ref(layer)
 
     def __call__(self) -> SubspaceLayer | None:
         return self._layer()
 
-    def __reduce__(self) -> tuple[type[Owner], tuple[()]]:
-        return Owner, ()
+    def __reduce__(self) -> tuple[type[set], tuple[()]]:
+        return set, ()  # which torch.load(weights_only=True) takes
 
 
 def layer_of(parameter: Tensor) -> SubspaceLayer | None:
     """The converted layer whose weight or coordinates this is."""
     owner = getattr(parameter, ATTRIBUTE, None)
-    layer = None if owner is None else owner()
+    layer = owner() if isinstance(owner, Owner) else None
     # A parameter that was replaced belongs to none.
     return layer if layer is not None and (parameter is layer.coordinates or parameter is layer.weight) else None
 

@@ -25,12 +25,6 @@ def define(name: str, schema: str, fake: Callable, default: Callable) -> Callabl
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def register(name: str, device_type: str, implementation: Callable) -> None:
-    """Registers a device's own implementation, unless the reference is forced."""
-    if not REFERENCE_FORCED:
-        torch.library.register_kernel(f"{NAMESPACE}::{name}", device_type, implementation)
-
-
 def written(*tensors: torch.Tensor) -> None:
     """Tells autograd that a kernel wrote these, so that a backward pass through their old values raises, as
     after any in-place op."""

@@ -15,6 +15,7 @@ from ..subspaces import own_memory
 from .groups import check_param, describe, is_right, matrix_shape
 
 States = dict[Tensor, dict[str, Any]]
+Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
 
 @dataclass
@@ -22,12 +23,13 @@ class Members:
     """Parameters with a gradient, and their states, empty before the first step. rank: clamped. places: their
     numbers in the group.
 
-    matrices: how many each of them stands for; experts are several. grads: one for each matrix, as stored.
+    per_param: how many matrices each of them stands for; experts are several. grads: one for each matrix, as
+    stored.
     """
 
     right: bool
     rank: int
-    matrices: int
+    per_param: int
     params: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -128,30 +130,44 @@ def _check_states(members: Members, group: dict[str, Any], group_index: int, lay
         return
     param = members.params[0]
     rows, columns = matrix_shape(param)
-    batch = () if param.dim() != 3 else (members.matrices,)
-    expected = {"basis": (columns if members.right else rows, members.rank)} | {name: shape for name, (shape, _) in layout.items()}
-    expected = {name: torch.Size((*batch, *shape)) for name, shape in expected.items()}
-    try:  # the first one as a whole; of the others, in loops that Python runs fast, that they lie where and as long as it does
-        fits = all(present[0][name].shape == shape for name, shape in expected.items()) and present[0]["step"].dtype == torch.float32
-        bases = [state["basis"] for state in present]
-        alike = [[basis.dtype for basis in bases].count(param.dtype), list(map(Tensor.get_device, bases)).count(param.get_device())]
-        for name, shape in expected.items():
-            alike.append([state[name].numel() for state in present].count(shape.numel()))
-        if fits and alike.count(len(present)) == len(alike):
-            return
-    except (KeyError, AttributeError):
-        pass  # the loop says what is wrong
+    batch = () if param.dim() != 3 else (members.per_param,)
+    expected = {"basis": ((columns if members.right else rows, members.rank), param.dtype)} | layout
+    expected = {name: (torch.Size((*batch, *shape)), dtype) for name, (shape, dtype) in expected.items()}
+    expected["step"] = torch.Size(), torch.float32
+    if _all_fit(present, expected, param.get_device()):
+        return
     for place, parameter, state in zip(members.places, members.params, members.states, strict=True):
         if state:
-            _follow(state, parameter)
-            _check_state(state, expected, group, describe(group, group_index, place))
+            where = describe(group, group_index, place)
+            _check_state(state, expected, group, where)
+            _follow(state, parameter, expected)
 
 
-def _check_state(state: dict[str, Any], expected: dict[str, tuple[int, ...]], group: dict[str, Any], where: str) -> None:
-    if state["basis"].shape != expected["basis"]:
+def _all_fit(states: list[dict[str, Any]], expected: Expected, device: int) -> bool:
+    """The first one as a whole; of the others, in loops that Python runs fast, what kernels rely on."""
+    count = len(states)
+    try:
+        for name, (shape, dtype) in expected.items():
+            tensors = [state[name] for state in states]
+            if tensors[0].shape != shape or [tensor.dtype for tensor in tensors].count(dtype) != count:
+                return False
+            if (
+                list(map(Tensor.get_device, tensors)).count(device) != count
+                or list(map(Tensor.numel, tensors)).count(shape.numel()) != count
+            ):
+                return False
+            if name != "basis" and not all(map(Tensor.is_contiguous, tensors)):
+                return False
+    except (KeyError, AttributeError, TypeError):
+        return False
+    return True
+
+
+def _check_state(state: dict[str, Any], expected: Expected, group: dict[str, Any], where: str) -> None:
+    if state["basis"].shape != expected["basis"][0]:
         raise ValueError(
             f"the state's basis is {tuple(state['basis'].shape)} but rank={group['rank']}, proj_type={group['proj_type']!r} need "
-            f"{tuple(expected['basis'])} ({where}); they cannot change after the first step: restore them, or delete "
+            f"{tuple(expected['basis'][0])} ({where}); they cannot change after the first step: restore them, or delete "
             "optimizer.state[param] to restart it"
         )
     if ("exp_avg_scale" in state) != (group["state_bits"] == 8):
@@ -159,29 +175,30 @@ def _check_state(state: dict[str, Any], expected: dict[str, tuple[int, ...]], gr
             f"the state has {8 if 'exp_avg_scale' in state else 32}-bit moments but state_bits={group['state_bits']} ({where}); it cannot "
             "change after the first step: restore it, or delete optimizer.state[param] to restart it"
         )
-    for name, shape in expected.items():
+    for name, (shape, dtype) in expected.items():
         if name not in state:
             raise ValueError(
                 f"the state has no {name}, which lift={group['lift']!r} needs ({where}); it cannot change after the first step: restore "
                 "it, or delete optimizer.state[param] to restart it"
             )
+        if name == "step":
+            continue
         if state[name].shape != shape:
             raise ValueError(
                 f"{name} must be {tuple(shape)}, got {tuple(state[name].shape)} ({where}); the state is of a parameter of another shape, "
                 "or of another rank"
             )
+        if state[name].is_floating_point() != dtype.is_floating_point:
+            raise ValueError(f"{name} must be {dtype}, got {state[name].dtype} ({where}); the state was made for other state_bits")
 
 
-def _follow(state: dict[str, Any], param: Tensor) -> None:
+def _follow(state: dict[str, Any], param: Tensor, expected: Expected) -> None:
     """Casts and moves a state whose parameter was, as by model.to(…)."""
-    step = state["step"]
-    state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device).reshape(())
-    if state["basis"].dtype == param.dtype and state["basis"].device == param.device:
-        return
-    state_dtype = torch.promote_types(param.dtype, torch.float32)
-    for key, value in state.items():
-        if key == "basis":
-            state[key] = own_memory(value.to(param.device, param.dtype))
-        elif isinstance(value, Tensor) and key != "step":
-            is_moment = value.is_floating_point() and not key.endswith("scale")
-            state[key] = value.to(param.device, state_dtype if is_moment else value.dtype)
+    for name, (_, dtype) in expected.items():
+        if name == "step":
+            state[name] = torch.as_tensor(state[name], dtype=dtype, device=param.device).reshape(())
+        elif name == "basis":
+            if (state[name].dtype, state[name].device) != (param.dtype, param.device):
+                state[name] = own_memory(state[name].to(param.device, param.dtype))
+        else:
+            state[name] = state[name].to(param.device, dtype).contiguous()

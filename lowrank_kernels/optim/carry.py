@@ -14,10 +14,12 @@ from ..storage import Storage
 def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storage: Storage) -> None:
     """Before state["basis"] becomes `fresh`, (m, r) or (experts, m, r).
 
-    "keep": they stay as they are, in the coordinates of the new basis (GaLore, I3S). "rotate": turned by C =
-    P_newᵀ·P_old, as the rule says (LDAdam, arXiv 2410.16103). "reset": zero, and the count of updates with
-    them. Where a basis stays, as with a gradient that is not finite, so do they: it is decided on the device,
-    and for each expert alone.
+    "keep": they stay as they are, in the coordinates of the new basis (GaLore, I3S).
+    "rotate": C = P_newᵀ·P_old turns them, as the rule says (LDAdam, arXiv 2410.16103); experts each by
+    itself.
+    "reset": they are zero, and the count of updates with them; of experts, which share one count, all.
+
+    Where a basis stays, as with a gradient that is not finite, they stay too. The device decides it.
     """
     if moments == "keep":
         return
@@ -31,6 +33,5 @@ def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storag
         rule.rotate(values, torch.where(changed, turn, torch.eye(turn.shape[-1], dtype=state_dtype, device=turn.device)))
         storage.store_(values, stored)
         return
-    for tensor in stored.values():
-        tensor.copy_(torch.where(changed, 0, tensor))
-    state["step"].copy_(torch.where(changed.any(), 0, state["step"]))
+    for tensor in (*stored.values(), state["step"]):  # one count for all experts, so their moments go with it
+        tensor.copy_(torch.where(changed.any(), 0, tensor))

@@ -70,6 +70,9 @@ def complete_older(
             group.setdefault(key, value)
         for key in counts:
             state = states[key]
+            if "refreshed_at" not in state and counts[key] == 0:  # its only step was skipped: a random basis
+                del states[key]
+                continue
             state.setdefault("refreshed_at", max(group.get("calls", 0) - 1, 0))
             if isinstance(state.get("step"), int) and state["step"] >= 0 and isinstance(state["basis"], Tensor):
                 state["step"] = torch.tensor(float(state["step"]), dtype=torch.float32, device=state["basis"].device)
@@ -145,8 +148,8 @@ def check_dense(state: dict[str, Any], param: Tensor, where: str) -> None:
             )
 
 
-def check_tensors(state: dict[str, Any], keys: Iterable[str], where: str) -> None:
-    for key in keys:
+def check_tensors(state: dict[str, Any], needed: Iterable[str], where: str) -> None:
+    for key in needed:
         if key not in state:
             raise ValueError(f"the checkpoint's {key} is missing ({where}); it was saved for another model or another optimizer")
         if not isinstance(state[key], Tensor):

@@ -39,11 +39,14 @@ class LowRankOptimizer(Optimizer):
 
         group → buckets → (due? choose → carry → basis.copy_) → one backends.step a bucket → calls += 1
 
-    A projected parameter's state is {"step": fp32 on its device, the updates that were made; "basis": (m, r)
-    in its dtype;
-    "refreshed_at": the group's `calls` when that basis was chosen; the rule's and the lift's tensors}, a
-    dense one's is torch.optim.AdamW's. A parameter with a name has `draw_key` besides, a number for that
-    name, by which its draws go on being keyed. The basis is zero as long as no gradient was other than that.
+    The state of a projected parameter holds
+
+        step            fp32 on its device, the updates that were made
+        basis           P, (m, r) in its dtype; zero as long as no gradient was other than that
+        refreshed_at    the group's `calls` when that basis was chosen
+        draw_key        of a parameter with a name: a number for it, by which its draws go on being keyed
+
+    and the tensors of the rule and the lift. The state of a dense parameter is that of torch.optim.AdamW.
 
     A group counts its own steps in `calls`; one that a GradScaler skipped is none. A basis is chosen before
     the first update, and with the first gradient at or after each step where calls % update_proj_gap is the
@@ -73,7 +76,7 @@ class LowRankOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drop everything known about the states; they may have been replaced."""
-        self._skips: defaultdict[int, Skips] = defaultdict(Skips)
+        self._skips: defaultdict[int, Skips] = defaultdict(Skips)  # by the id of a group
         self._waiting = Waiting()
         self._compared = False
 
@@ -95,8 +98,16 @@ class LowRankOptimizer(Optimizer):
         """Fills the group's missing keys with their defaults and raises ValueError or TypeError for what
         cannot work."""
         groups.complete(group, index, self.fixed, self.preferred)
+        self._check_rule(group, index)
         if groups.is_low_rank(group):
             groups.warn_if_clamped(group, index, self._clamp_warned)
+
+    def _check_rule(self, group: dict[str, Any], index: int) -> None:
+        if group.get("moments") == "rotate" and type(self.rule).rotate is Rule.rotate:
+            raise ValueError(
+                f"moments='rotate' needs a rule that says what its state is in another basis, which {self.rule.name!r} does not "
+                f"({groups.describe(group, index)}); use 'keep' or 'reset'"
+            )
 
     def _hyper(self, group: dict[str, Any]) -> Hyper:
         lr = group["lr"]
@@ -143,14 +154,16 @@ class LowRankOptimizer(Optimizer):
         skipped = found_inf is not None and found_inf.device.type in HOST and bool(found_inf.item())
         if found_inf is not None and found_inf.device.type in HOST:
             found_inf = None
-        for index, (group, _, low_rank) in enumerate(work):
-            if low_rank and not skipped:
-                self._step_group(group, index, low_rank, grad_scale, found_inf, capturing)
+        for group, _, low_rank in work:
+            # A group without any parameters, as ZeroRedundancyOptimizer leaves them, counts along.
+            if not skipped and (low_rank or (groups.is_low_rank(group) and not group["params"])):
+                self._step_group(group, low_rank, grad_scale, found_inf, capturing)
         self._after_step(skipped)
 
     def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
         """The group's dense parameters, and its buckets, after every check."""
         groups.check_values(group, index, self.fixed)
+        self._check_rule(group, index)
         if not groups.is_low_rank(group):
             for place, param in enumerate(group["params"]):
                 if param.grad is not None:
@@ -162,6 +175,11 @@ class LowRankOptimizer(Optimizer):
                 raise RuntimeError("step() is being captured in a CUDA graph; build the optimizer with capturable=True")
             if not all(state for members in low_rank for state in members.states):
                 raise RuntimeError("step() is being captured before the first step, which makes the states; take one outside of the graph")
+            if group["moments"] == "reset" and group["rounding"] == "stochastic":
+                raise RuntimeError(
+                    "a CUDA graph keeps the seeds of stochastic rounding, and moments='reset' starts the count anew: every period would "
+                    "round alike; use moments='keep' or rounding='nearest'"
+                )
         return [], low_rank
 
     def _buckets(self, group: dict[str, Any], index: int) -> list[Members]:
@@ -170,23 +188,22 @@ class LowRankOptimizer(Optimizer):
     def _step_group(
         self,
         group: dict[str, Any],
-        index: int,
         low_rank: list[Members],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
         capturing: bool,
     ) -> None:
         hyper = self._hyper(group)
-        due = [] if capturing else self._due(group, index, low_rank)
-        if any(due) and found_inf is not None and found_inf.item():
+        due = [] if capturing else self._due(group, low_rank)
+        if found_inf is not None and _is_refresh(due) and found_inf.item():
             return
-        for number, members in enumerate(low_rank):
+        for slot, members in enumerate(low_rank):
             with unscaled(members, grad_scale):
                 if due:
-                    self._refresh(group, members, self._chosen(group, members, due[number]), hyper)
+                    self._refresh(group, members, self._chosen(group, members, due[slot], found_inf), hyper)
                 self._move(group, members, hyper, found_inf)
         if found_inf is not None and not capturing:
-            self._skips[index].note(found_inf)
+            self._skips[id(group)].note(found_inf)
         group["calls"] += not capturing
 
     def _move(self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None) -> None:
@@ -197,7 +214,7 @@ class LowRankOptimizer(Optimizer):
         else:
             each = [matrices_of(param.detach()) for param in members.params]
             weights = [weight for matrices in each for weight in matrices]
-            counts = [state["step"] for state in members.states for _ in range(members.matrices)]
+            counts = [state["step"] for state in members.states for _ in range(members.per_param)]
             # Some strides give no view of a matrix.
             copied = [(param, m[0]) for param, m in zip(members.params, each, strict=True) if m[0].data_ptr() != param.data_ptr()]
         bucket = Bucket(
@@ -223,15 +240,19 @@ class LowRankOptimizer(Optimizer):
 
     def _rounding_seeds(self, group: dict[str, Any], members: Members) -> Tensor:
         """(B,) int64, a function of (seed, place)."""
-        places = (place for slot in range(len(members.params)) for place in self._places(group, members, slot))
-        seeds = [philox.signed64(philox.derive_seed(group["seed"], *place)) for place in places]
+        seeds = []
+        for slot, state in enumerate(members.states):
+            # The count of updates, which the bits hang on too, starts anew with each period of "reset".
+            period = (state["refreshed_at"],) if group["moments"] == "reset" else ()
+            places = self._places(group, members, slot)
+            seeds += [philox.signed64(philox.derive_seed(group["seed"], *place, *period)) for place in places]
         return upload(pack([seeds]), 1, members.device)[0]
 
     def _places(self, group: dict[str, Any], members: Members, slot: int) -> list[tuple[int, int]]:
         """(key of the parameter, number of the matrix in it): what the random draws of each of its matrices
         are keyed by."""
         key = self._draw_key(group, members.places[slot], members.states[slot])
-        return [(key, number) for number in range(members.matrices)]
+        return [(key, number) for number in range(members.per_param)]
 
     def _draw_key(self, group: dict[str, Any], place: int, state: dict[str, Any]) -> int:
         """A number for the parameter's name; its index in the optimizer where it has no name, or an older
@@ -254,7 +275,7 @@ class LowRankOptimizer(Optimizer):
 
     # The refresh.
 
-    def _due(self, group: dict[str, Any], index: int, low_rank: list[Members]) -> list[dict[tuple[int, str], list[int]]]:
+    def _due(self, group: dict[str, Any], low_rank: list[Members]) -> list[dict[tuple[int, str], list[int]]]:
         """For each bucket (number of the refresh, kind) → slots of the members that need a basis before this
         update; [] where none does.
 
@@ -262,7 +283,7 @@ class LowRankOptimizer(Optimizer):
         """
         self._waiting.settle(self.state)
         due = [self._due_now(group, members) for members in low_rank]
-        if any(due) and (skipped := self._skips[index].ask()):
+        if _is_refresh(due) and (skipped := self._skips[id(group)].ask()):
             group["calls"] -= skipped
             due = [self._due_now(group, members) for members in low_rank]
         return due if any(due) else []
@@ -276,27 +297,31 @@ class LowRankOptimizer(Optimizer):
                 last, number = groups.last_refresh(group, members.places[slot], group["calls"])
             if not state:
                 slots.setdefault((number, "first"), []).append(slot)
-            elif state["refreshed_at"] < last:
+            elif not last <= state["refreshed_at"] <= group["calls"]:  # a later one is another group's count
                 slots.setdefault((number, "next"), []).append(slot)
             elif waiting and members.params[slot] in waiting:
                 slots.setdefault((number, "waits"), []).append(slot)
         return slots
 
-    def _chosen(self, group: dict[str, Any], members: Members, due: dict[tuple[int, str], list[int]]) -> list[Fresh]:
+    def _chosen(
+        self, group: dict[str, Any], members: Members, due: dict[tuple[int, str], list[int]], found_inf: Tensor | None
+    ) -> list[Fresh]:
         """(slot, kind, new basis (m, r) or (experts, m, r)) of the members that are due. Changes nothing."""
         fresh: list[Fresh] = []
         for (number, kind), slots in due.items():
-            chosen = iter(self._choose(group, members, number, kind, slots))
+            chosen = iter(self._choose(group, members, number, kind, slots, found_inf))
             for slot in slots:
-                matrices = [next(chosen) for _ in range(members.matrices)]
+                matrices = [next(chosen) for _ in range(members.per_param)]
                 whole = torch.stack(matrices) if members.params[slot].dim() == 3 else matrices[0]
-                fresh.append((slot, kind, subspaces.own_memory(whole) if len(matrices) > 1 else whole))
+                fresh.append((slot, kind, whole))
         return fresh
 
-    def _choose(self, group: dict[str, Any], members: Members, number: int, kind: str, slots: list[int]) -> list[Tensor]:
+    def _choose(
+        self, group: dict[str, Any], members: Members, number: int, kind: str, slots: list[int], found_inf: Tensor | None
+    ) -> list[Tensor]:
         """One for each matrix. Of those that wait only matrices without a basis get one; a CPU chooses no
         other, a GPU takes no other."""
-        each = members.matrices
+        each = members.per_param
         grads = [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
         places = [place for slot in slots for place in self._places(group, members, slot)]
         previous = None if kind == "first" else [m for slot in slots for m in matrices_of(members.states[slot]["basis"])]
@@ -318,6 +343,7 @@ class LowRankOptimizer(Optimizer):
             refresh_number=number,
             places=[places[matrix] for matrix in wanted],
             dtype=members.params[0].dtype,
+            found_inf=None if found_inf is None or kind != "waits" else members.to_device(found_inf),
         )
         if kind != "waits":
             return chosen
@@ -334,7 +360,8 @@ class LowRankOptimizer(Optimizer):
             if kind == "first" or param in self._waiting.params:
                 first.append(slot)
             if kind == "first":
-                state |= self._new_state(group, members, slot, basis, hyper)
+                with torch.inference_mode(False):  # the states outlive a step in it
+                    state |= self._new_state(group, members, slot, subspaces.own_memory(basis), hyper)
                 self.state[param] = state
                 continue
             if kind == "next":
@@ -379,22 +406,22 @@ class LowRankOptimizer(Optimizer):
             if not group["capturable"]:
                 raise RuntimeError(f"refresh() is for steps in a CUDA graph; group {index} has capturable=False, where step() does it")
             if low_rank := self._buckets(group, index):
-                work.append((index, group, low_rank))
+                work.append((group, low_rank))
         if not work and any(map(groups.is_low_rank, self.param_groups)):
             raise RuntimeError(
                 "refresh() found no gradient to choose bases from; leave those of the graph where they are, "
                 "without a zero_grad() after step()"
             )
-        if not all(state for _, _, low_rank in work for members in low_rank for state in members.states):
+        if not all(state for _, low_rank in work for members in low_rank for state in members.states):
             raise RuntimeError("refresh() came before the first step; take one outside of the graph, which makes the states")
         # All before anything changes: what may run out of memory.
         chosen = []
-        for index, group, low_rank in work:
-            due = self._due(group, index, low_rank)
-            chosen += [(group, members, self._chosen(group, members, each)) for members, each in zip(low_rank, due, strict=False)]
+        for group, low_rank in work:
+            due = self._due(group, low_rank)
+            chosen += [(group, members, self._chosen(group, members, each, None)) for members, each in zip(low_rank, due, strict=False)]
         for group, members, fresh in chosen:
             self._refresh(group, members, fresh, self._hyper(group))
-        for _, group, _ in work:
+        for group, _ in work:
             group["calls"] += 1
 
     def _compare_ranks(self) -> None:
@@ -413,8 +440,9 @@ class LowRankOptimizer(Optimizer):
     # State.
 
     def _ask_for_skips(self) -> None:
-        for index, skips in self._skips.items():
-            self.param_groups[index]["calls"] -= skips.ask()
+        for group in self.param_groups:
+            if id(group) in self._skips:
+                group["calls"] -= self._skips[id(group)].ask()
 
     def __getstate__(self) -> dict[str, Any]:
         self._ask_for_skips()
@@ -518,3 +546,8 @@ def warn_without_rank(optimizer: LowRankOptimizer) -> None:
             UserWarning,
             stacklevel=3,
         )
+
+
+def _is_refresh(due: list[dict[tuple[int, str], list[int]]]) -> bool:
+    """Whether a basis is to be replaced or made. That of a matrix which waits is decided on the device."""
+    return any(kind != "waits" for each in due for _, kind in each)

@@ -28,9 +28,9 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             regular expression; or a regular expression that must match a module's whole name. Of the modules
             found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]`.
         options: any other key of a low-rank group (`update_proj_gap`, `stagger`, `scale`, `proj_type`,
-            `selection`, `svd`, `oversample`, `power_iters`, `seed`, `state_bits`, `rounding`; `lr`, `betas`,
-            `eps`, `weight_decay`), set in the low-rank group only. `capturable` is the optimizer's own
-            argument, for both groups.
+            `selection`, `lift`, `moments`, `svd`, `oversample`, `power_iters`, `seed`, `state_bits`,
+            `rounding`; `lr`, `betas`, `eps`, `weight_decay`), set in the low-rank group only. `capturable` is
+            the optimizer's own argument, for both groups.
 
     Returns:
         [{"params": everything else}, {"params": projected weights, "rank": rank, **options}]. The parameters

@@ -17,8 +17,6 @@ from ..backends.reference import kept_where
 from ..backends.upload import pack, upload
 from ..lifts.back_projection import BackProjection
 from ..nn import layer_of
-from ..rules.adamw import AdamW
-from ..rules.sgd import SGD
 from ..storage import Plain
 from . import groups, keys, loading, ranks, rso_groups
 from .buckets import Members, check_grad
@@ -85,8 +83,6 @@ class RSOAdamW(LowRankOptimizer):
     moves_coordinates = True
     lifts = {"back_projection": BackProjection()}
     storages = {32: Plain()}
-    rules = {"adamw": AdamW(), "sgd": SGD()}
-    """By `inner`."""
     _built = False
 
     def __init__(
@@ -183,7 +179,7 @@ class RSOAdamW(LowRankOptimizer):
                     )
 
     def _hyper(self, group: dict[str, Any]) -> Hyper:
-        rule = self.rules[group["inner"]]
+        rule = rso_groups.RULES[group["inner"]]
         return Hyper(
             rule=rule,
             lift=self.lifts["back_projection"],
@@ -219,7 +215,6 @@ class RSOAdamW(LowRankOptimizer):
     def _step_group(
         self,
         group: dict[str, Any],
-        index: int,
         low_rank: list[Members],
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
@@ -278,9 +273,8 @@ class RSOAdamW(LowRankOptimizer):
         state, needed = self.state[param], hyper.rule.state(*param.shape)
         state_dtype = torch.promote_types(param.dtype, torch.float32)
         if any(key not in state for key in needed):
-            for rule in self.rules.values():
-                for key in rule.state(*param.shape):
-                    state.pop(key, None)
+            for key in (key for names in rso_groups.INNER.values() for key in names):
+                state.pop(key, None)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer_of(param).subspace.fingerprint
             state |= {key: torch.zeros(param.shape, dtype=state_dtype, device=param.device) for key in needed}

@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ..nn import SubspaceLayer, layer_of
+from ..rules import Rule
+from ..rules.adamw import AdamW
+from ..rules.sgd import SGD
 from . import groups, keys
 from .loading import check_step, check_tensors
 
-INNER = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+RULES: dict[str, Rule] = {"adamw": AdamW(), "sgd": SGD()}
+INNER = {inner: tuple(rule.state(1, 1)) for inner, rule in RULES.items()}
 """Inner optimizers, and the tensors (r, out) of their state."""
 ALL_KEYS = (*keys.ADAMW, *keys.RSO, *keys.POSITION)
 Layers = dict[Tensor, SubspaceLayer]

@@ -36,10 +36,11 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
             raise
     remaining = iter(members.grads)
     for param in members.params:
-        divided = [next(remaining) for _ in range(members.matrices)]
+        divided = [next(remaining) for _ in range(members.per_param)]
         if divided[0].data_ptr() != param.grad.data_ptr():
             whole = torch.stack(divided) if param.dim() == 3 else divided[0]
             param.grad.copy_(whole.reshape(param.shape))
+    members.grads = grads  # fp32 copies are let go
 
 
 class Skips:

@@ -268,3 +268,13 @@ def test_hooks_run():
     y.sum().backward()
     assert torch.equal(y, expected) and calls == [(3, 12), (3, 12), ((3, 12), (3, 12))]
     assert block.q_proj.coordinates.grad.any()
+
+
+def test_parameters_of_a_converted_model_load_with_weights_only():
+    model = build()
+    buffer = io.BytesIO()
+    torch.save({"kept": model.state_dict(keep_vars=True), "named": dict(model.named_parameters())}, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert all(torch.equal(value, loaded["named"][name]) for name, value in model.named_parameters())
+    assert all(layer_of(value) is None for value in loaded["named"].values())

@@ -337,3 +337,17 @@ def test_a_cuda_graph_of_the_whole_iteration():
         graph.replay()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0] and optimizer.state[model.up.weight]["step"].item() == 43
+
+
+def test_a_matrix_that_waits_makes_no_step_wait(asked, monkeypatch):
+    """An expert without a gradient looks for its basis at each step; whether steps were skipped is not asked."""
+    monkeypatch.setattr(lrk.optim.waiting, "_on_its_way", lambda flags: (lambda: True, flags))
+    experts = torch.nn.Parameter(torch.ones(2, 8, 12))
+    optimizer = lrk.LowRankAdamW([{"params": [experts], "rank": 2, "update_proj_gap": 100}])
+    for step in range(8):
+        experts.grad = torch.randn(2, 8, 12)
+        experts.grad[0] *= step == 6
+        optimizer.found_inf = torch.tensor(float(step == 4))
+        optimizer.step()
+        assert optimizer.state[experts]["basis"][0].any() == (step >= 6)
+    assert asked == [] and optimizer.state_dict()["param_groups"][0]["calls"] == 7

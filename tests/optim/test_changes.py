@@ -11,6 +11,7 @@ from torch import nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels import backends
+from lowrank_kernels.optim import optimizer as optimizer_module
 
 
 def halve(model, optimizer):
@@ -197,3 +198,99 @@ def test_weights_of_other_strides_leave_their_bucket(monkeypatch):
     monkeypatch.setattr(backends, "step", lambda bucket, hyper: strides.append([w.stride() for w in bucket.weights]) or step(bucket, hyper))
     optimizer.step()
     assert [(1, 40)] in strides and [(40, 1)] * 2 in strides and all(len(set(each)) == 1 for each in strides)
+
+
+@pytest.mark.parametrize("bits, other", [(8, 32), (32, 8)])
+def test_other_state_bits_are_refused_before_anything_is_written(bits, other):
+    parameter = nn.Parameter(torch.randn(40, 12))
+    optimizer = lrk.LowRankAdamW([{"params": [parameter], "rank": 4, "state_bits": bits}])
+    parameter.grad = torch.randn(40, 12)
+    optimizer.step()
+    optimizer.param_groups[0]["state_bits"] = other
+    before = copy.deepcopy((parameter.data, optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match=f"the state has {bits}-bit moments but state_bits={other}"):
+        optimizer.step()
+    assert same_bits(before, (parameter.data, optimizer.state_dict()["state"]))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.bfloat16, lambda moment: moment.mT.contiguous().mT], ids=["bf16", "columns"])
+def test_moments_that_a_user_changed_are_brought_back(change):
+    """Kernels read them as row-major fp32."""
+    torch.manual_seed(0)
+    plain, changed = (nn.Parameter(torch.ones(3, 8, 12)) for _ in range(2))
+    optimizers = [lrk.LowRankAdamW([{"params": [param], "rank": 2}]) for param in (plain, changed)]
+    for number in range(3):
+        plain.grad = torch.randn_like(plain)
+        changed.grad = plain.grad.clone()
+        if number == 2:
+            state = optimizers[1].state[changed]
+            state["exp_avg"] = change(state["exp_avg"])
+        for optimizer in optimizers:
+            optimizer.step()
+    state = optimizers[1].state[changed]
+    assert state["exp_avg"].dtype == torch.float32 and state["exp_avg"].is_contiguous()
+    assert torch.allclose(plain, changed, atol=1e-4)
+
+
+def test_a_parameter_that_changes_its_group_goes_on_refreshing():
+    """Its basis was chosen at a count that the new group has not reached yet."""
+    first, second = (nn.Parameter(torch.ones(8, 12)) for _ in range(2))
+    optimizer = lrk.LowRankAdamW([{"params": [first, second], "rank": 2, "update_proj_gap": 5, "selection": "random"}])
+
+    def refreshes(steps):
+        found, before = 0, optimizer.state.get(second, {}).get("basis")
+        for _ in range(steps):
+            before = None if before is None else before.clone()
+            first.grad, second.grad = torch.randn(8, 12), torch.randn(8, 12)
+            optimizer.step()
+            found += before is None or not torch.equal(before, optimizer.state[second]["basis"])
+            before = optimizer.state[second]["basis"]
+        return found
+
+    assert refreshes(37) == 8
+    optimizer.param_groups[0]["params"] = [first]
+    optimizer.add_param_group({"params": [second], "rank": 2, "update_proj_gap": 5, "selection": "random"})
+    assert refreshes(43) == 9
+
+
+def test_groups_that_are_taken_away_take_their_skips_along(monkeypatch):
+    monkeypatch.setattr(optimizer_module, "HOST", ())
+    params = [nn.Parameter(torch.ones(8, 12)) for _ in range(3)]
+    optimizer = lrk.LowRankAdamW([{"params": [param], "rank": 2} for param in params])
+    for step in range(4):
+        for param in params:
+            param.grad = torch.randn(8, 12)
+        optimizer.found_inf = torch.tensor(float(step in (2, 3)))
+        optimizer.step()
+        if step == 2:
+            del optimizer.param_groups[0], optimizer.state[params[0]]
+    assert [group["calls"] for group in optimizer.state_dict()["param_groups"]] == [2, 2]
+
+
+def test_16_bit_gradients_are_copied_one_bucket_at_a_time(monkeypatch):
+    params = [nn.Parameter(torch.ones(8, 12 + number, dtype=torch.float16)) for number in range(4)]
+    optimizer = lrk.LowRankAdamW([{"params": params, "rank": 2}])
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
+    copies, alive = [], []
+    step = backends.step
+
+    def watch(bucket, hyper):
+        copies.extend(map(weakref.ref, bucket.grads))
+        alive.append(sum(copy() is not None for copy in copies))
+        step(bucket, hyper)
+
+    monkeypatch.setattr(backends, "step", watch)
+    optimizer.step()
+    assert alive == [1] * 4
+
+
+def test_a_step_in_inference_mode_and_one_outside():
+    parameter = nn.Parameter(torch.ones(8, 12))
+    optimizer = lrk.LowRankAdamW([{"params": [parameter], "rank": 2, "update_proj_gap": 1}])
+    parameter.grad = torch.randn(8, 12)
+    with torch.inference_mode():
+        optimizer.step()
+    optimizer.step()
+    assert optimizer.state[parameter]["step"] == 2

@@ -288,3 +288,28 @@ def test_a_checkpoint_of_before_groups_counted_goes_on(save_at, stagger):
     train(*resumed, 11 - save_at, start=save_at)
     assert same_bits(straight[0].state_dict(), resumed[0].state_dict())
     assert same_bits(straight[1].state_dict(), resumed[1].state_dict())
+
+
+def test_a_checkpoint_of_before_whose_only_step_was_skipped_starts_anew():
+    """It has a basis that no gradient chose, at step 0."""
+    low_rank = torch.randn(8, 2) @ torch.randn(2, 12)
+    parameter = nn.Parameter(torch.ones(8, 12))
+    optimizer = lrk.LowRankAdamW([{"params": [parameter], "rank": 2, "selection": "dominant"}])
+    parameter.grad = torch.randn(8, 12)
+    optimizer.step()
+    older = optimizer.state_dict()
+    del older["param_groups"][0]["calls"], older["state"][0]["refreshed_at"]
+    older["state"][0] |= {"step": 0, "exp_avg": torch.zeros(2, 12), "exp_avg_sq": torch.zeros(2, 12)}
+    optimizer.load_state_dict(older)
+    parameter.grad = low_rank
+    optimizer.step()
+    basis = optimizer.state[parameter]["basis"]
+    assert torch.allclose(basis @ (basis.mT @ low_rank), low_rank, atol=1e-4)
+
+
+def test_a_group_of_which_a_process_holds_nothing_counts_along():
+    """ZeroRedundancyOptimizer's: the count that the first process saves is the one that all load."""
+    optimizer = lrk.LowRankAdamW([{"params": [nn.Parameter(torch.ones(3))]}, {"params": [], "rank": 2}])
+    for _ in range(3):
+        optimizer.step()
+    assert optimizer.param_groups[1]["calls"] == 3

@@ -15,7 +15,7 @@ from . import single_pass, table, two_pass
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
-    """The step in place on weights and states of a bucket (`Bucket.check` says of which kind).
+    """The step in place on weights and states of a bucket, which whoever makes it has checked.
 
     Weights, gradients and bases are fp32, bf16 or fp16, independently; states are plain fp32 or in 8 bits,
     row-major. Where found_inf is not zero, weights and states keep their bits. The pointer table is written

@@ -76,6 +76,7 @@ def back_project_(
     found_inf: Tensor | None = None,
     rounding_seeds: Tensor | None = None,
     device_steps: Sequence[Tensor] | None = None,
+    device_lr: Tensor | None = None,
 ) -> None:
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place, for every matrix of a bucket, in one launch.
 
@@ -91,12 +92,13 @@ def back_project_(
     table.check_batch("normalised", normalised, bases, FLOATS, shape=(rank, weights[0].shape[0 if right else 1]))
     table.check_rounding_seeds(rounding_seeds, weights)
     table.check_counts(device_steps, weights)
+    table.check_one_float("device_lr", device_lr, weights[0].device)
     rows = table.pointer_table(weights, bases, *([] if device_steps is None else [device_steps]))
     steps_at = None if device_steps is None else rows[2]
     launch = prepare(*rows[:2], weights[0], bases[0], right=right, aligned=table.aligned(weights, bases), steps_at=steps_at)
     options = dict(lr=lr, scale=scale, weight_decay=weight_decay, found_inf=found_inf)
     with table.on_device(normalised.device):
-        launch(normalised, **options, rounding_seeds=rounding_seeds, step=1)
+        launch(normalised, **options, device_lr=device_lr, rounding_seeds=rounding_seeds, step=1)
 
 
 def check(weights: list[Tensor], bases: list[Tensor], right: bool, found_inf: Tensor | None) -> None:

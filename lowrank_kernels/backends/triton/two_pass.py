@@ -84,6 +84,6 @@ def matrices_at_once(count: int, bytes_each: int, most: int) -> int:
 
 
 def _part_of(rows: table.Rows, start: int, stop: int) -> table.Rows:
-    """The rows of some matrices, as views: a table that is refilled stays theirs."""
+    """The rows of some matrices, as views."""
     parts = {field.name: getattr(rows, field.name) for field in fields(rows)}
     return table.Rows(**{name: None if row is None else row[start:stop] for name, row in parts.items()})
