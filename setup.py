@@ -1,14 +1,14 @@
 """Builds lowrank_kernels/_C, the compiled operators of csrc/. All metadata stands in pyproject.toml.
 
 LOWRANK_KERNELS_BUILD
-    unset   build what can be built here; where nothing can be, install without it and say why
+    unset   build what can be built here; if nothing can be, install without it and say why
     0       build nothing, and remove from the source folder what an earlier build left there
-    1       what cannot be built is an error; a torch with CUDA beside no nvcc at all still gets the C++ part
+    1       fail if a part cannot be built; a torch with CUDA but no nvcc at all still gets the C++ part
     cuda    as 1, and the CUDA part must be built too
 CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean for every PyTorch extension.
 
-The library knows nothing of Python: lowrank_kernels/extension.py loads it with torch.ops.load_library, so one
-file serves every version of Python. What was built, and why not, stands beside it in _build.json.
+The library does not link to Python: lowrank_kernels/extension.py loads it with torch.ops.load_library, so one
+file serves every version of Python. _build.json beside it says what was built, and why other parts were not.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ LIBRARY = "_C" + (".pyd" if os.name == "nt" else ".so")
 FACTS = "_build.json"
 MODES = ("", "0", "1", "cuda")
 ARCHS = (80, 90, 100)  # A100, H100, B200; newer GPUs compile the PTX of the last one when they first run it
-digest = runpy.run_path(str(ROOT / PACKAGE / "source_digest.py"))["digest"]  # the loader compares by the same one
+digest = runpy.run_path(str(ROOT / PACKAGE / "source_digest.py"))["digest"]  # the loader compares with the same function
 REINSTALL = "Then reinstall, in the source folder: pip install --no-build-isolation -e ."
 
 
 class NotBuilt(Exception):
-    """Why the extension, or its CUDA part, cannot be built here, and what to do: half a sentence for the
-    user."""
+    """The extension, or its CUDA part, cannot be built here. The message says why and what to do, as half a
+    sentence for the user."""
 
 
 class NoToolkit(NotBuilt):
-    """torch has CUDA, but there is no nvcc: most machines that only run models are so."""
+    """torch has CUDA, but there is no nvcc. Most machines that only run models are like that."""
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Cuda:
     home: str
     version: str
     archs: list[str]  # as _build.json names them
-    flags: list[str]  # for nvcc; none where TORCH_CUDA_ARCH_LIST makes torch write them
+    flags: list[str]  # for nvcc; empty if TORCH_CUDA_ARCH_LIST makes torch write them
 
 
 def build_mode(environ: Mapping[str, str]) -> str:
@@ -85,8 +85,8 @@ def build_mode(environ: Mapping[str, str]) -> str:
 
 
 def sources(cuda: bool) -> list[str]:
-    """Relative to ROOT, as setuptools wants them. The .cu files hold kernels without torch; binding.cpp knows
-    both worlds."""
+    """Source files relative to ROOT, as setuptools wants them. The .cu files hold kernels without torch.
+    binding.cpp connects them with torch."""
     found = sorted(ROOT.glob("csrc/*.cpp"))
     if cuda:
         found += [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/binding.cpp"]
@@ -125,8 +125,8 @@ def compiler_version(compiler: str) -> str:
 
 
 def find_nvcc(environ: Mapping[str, str]) -> tuple[str, str] | None:
-    """(nvcc, CUDA_HOME), or None. A script that only calls nvcc may stand on PATH: nvcc itself says then
-    where its toolkit is."""
+    """(nvcc, CUDA_HOME), or None. The nvcc on PATH may be a script that only calls the real one, so ask nvcc
+    itself where its toolkit is."""
     home = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else environ.get("PATH"))
     if not nvcc and not home:
@@ -172,13 +172,13 @@ def find_cuda(torch_cuda: str | None, environ: Mapping[str, str]) -> Cuda | None
 
 
 def compile_flags(sanitize: bool) -> tuple[list[str], list[str]]:
-    """(for the C++ compiler, for the linker). The C++ standard is left to BuildExtension: each torch knows
-    what its headers need."""
+    """(flags for the C++ compiler, flags for the linker). BuildExtension chooses the C++ standard, because
+    each torch knows what its headers need."""
     if os.name == "nt":
         return ["/O2", "/openmp"], []
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # at::parallel_for is a template: its loop is compiled here
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # at::parallel_for is a template, so its loop is compiled here
     if sanitize:
-        # vptr asks for the type information of torch's classes, which torch does not export.
+        # vptr needs the type information of torch's classes, which torch does not export.
         checks = ["-fsanitize=address,undefined", "-fno-sanitize=vptr"]
         return ["-O1", "-g", "-fno-omit-frame-pointer", "-fvisibility=hidden", *checks, *openmp], [*checks, *openmp]
     return ["-O3", "-g0", "-fvisibility=hidden", *openmp], openmp
@@ -198,8 +198,8 @@ class BuildOrExplain(build_ext):
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
     def folders(self) -> list[Path]:
-        """Where the library and its facts go: the wheel's tree and, for an editable install or --inplace, the
-        source folder."""
+        """The folders for the library and its facts: the wheel's tree and, for an editable install or
+        --inplace, the source folder."""
         return [Path(self.build_lib, PACKAGE)] + ([ROOT / PACKAGE] if self.inplace else [])
 
     def run(self):
@@ -229,7 +229,7 @@ class BuildOrExplain(build_ext):
         torch = import_torch()
         facts = Facts(torch=torch.__version__, sources=digest(ROOT / "csrc"), compiler=compiler_version(compiler))
         os.environ["CXX"] = compiler
-        if shutil.which("ninja") is None:  # pip does not put the scripts of the Python it runs in on PATH
+        if shutil.which("ninja") is None:  # pip does not put the scripts of its Python on PATH
             os.environ["PATH"] += os.pathsep + sysconfig.get_path("scripts")
         cuda = None
         try:
@@ -249,8 +249,8 @@ class BuildOrExplain(build_ext):
         return facts
 
     def compile(self, cuda: Cuda | None) -> None:
-        """torch's BuildExtension does the work, into a folder that outlives pip's call: the next build
-        compiles what changed."""
+        """Compiles with torch's BuildExtension, into a folder that outlives pip's call. The next build then
+        compiles only what changed."""
         if cuda is not None:
             os.environ["CUDA_HOME"] = cuda.home
         import torch
@@ -263,7 +263,7 @@ class BuildOrExplain(build_ext):
             "depends": headers(),
             "extra_compile_args": {"cxx": cxx},
             "extra_link_args": link,
-            "py_limited_api": True,  # and so not linked to libtorch_python
+            "py_limited_api": True,  # so it is not linked to libtorch_python
         }
         if cuda is not None:
             hidden = [] if os.name == "nt" else ["-Xcompiler", "-fvisibility=hidden"]
@@ -292,7 +292,7 @@ class BuildOrExplain(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """Tagged py3-none-PLATFORM: bound to a platform and a torch, not to a version of Python."""
+    """A wheel tagged py3-none-PLATFORM. It is bound to a platform and a torch, not to a version of Python."""
 
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]

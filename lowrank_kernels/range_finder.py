@@ -1,10 +1,10 @@
-"""What a subspace refresh is made of, in plain PyTorch: orthonormal bases, singular directions, random draws.
+"""The parts of a subspace refresh in plain PyTorch: orthonormal bases, singular directions, random draws.
 
     Y = Ω;  several times: Y = G·Gᵀ·orth(Y);  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  U = Q·W
 
-The defaults of the operators in ops/parts.py, for devices and installations without csrc/, which does the
-same with more care for time. Here Gram matrices, QR and eigenproblems are fp64, nothing is looked at on the
-way, and G is copied. On a GPU `eigh` waits for the device.
+These are the defaults of the operators in ops/parts.py, for devices and installations without csrc/, which
+does the same faster. Here Gram matrices, QR and eigenproblems are fp64, no result is looked at on the way,
+and G is copied. On a GPU `eigh` waits for the device.
 
 Sources: Halko, Martinsson, Tropp, SIAM Review 53 (2011), algorithms 4.4 and 5.1; Efraimidis, Spirakis, Inf.
 Process. Lett. 97 (2006) for sampling by keys.
@@ -22,34 +22,37 @@ from . import philox
 from .precision import full_accumulation, full_precision
 
 SQUARE_FROM = 5
-"""G·Gᵀ is formed where 5·l reaches the short side."""
+"""G·Gᵀ is formed if 5·l reaches the short side."""
 GRAM_STEPS = 6
-"""Products with it for each power iteration, beside the first. As many leave σ of Gaussian noise off by 0.5 %
-(leading half of r = m/4, 512 × 1376) and hold 0.991 of its energy; three leave 1.6 % and hold 0.969."""
+"""Products with G·Gᵀ for each power iteration, beside the first product. Six leave σ of Gaussian noise off by
+0.5 % (leading half of r = m/4, 512 × 1376) and hold 0.991 of its energy. Three leave 1.6 % and hold 0.969."""
 
 
 def full_precision_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right without tf32, which would leave a basis orthonormal to 1e-3 only."""
+    """left @ right without tf32. With tf32 a basis would be orthonormal only to 1e-3."""
     with full_precision():
         return left @ right
 
 
 def may_look(tensor: Tensor) -> bool:
-    """Whether results may be looked at on the way: on a CPU. On a GPU asking would stall the queue."""
+    """Whether the code may read results on the way: true on a CPU. On a GPU reading would stall the queue."""
     return tensor.device.type == "cpu"
 
 
 def multipliable(grad: Tensor) -> Tensor:
-    """G in the dtype its products run in: bf16 as it is on a GPU; other half precision in fp32 (fp16
-    overflows, CPUs are slow)."""
+    """G in the dtype its products run in. bf16 stays on a GPU; other half precision becomes fp32, because
+    fp16 overflows and CPUs are slow."""
     native = grad.dtype == torch.bfloat16 and grad.is_cuda
     return grad if native else grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
 def in_range(grads: Sequence[Tensor], peak: Tensor) -> tuple[list[Tensor], Tensor, list[int]]:
-    """Matrices that may be looked at, their peaks, and the power of two that each was divided by, where
-    fourth powers of its elements could leave the dtype's range. Zeros take the place of one that is not
-    finite."""
+    """Scaled matrices, their peaks, and the power of two that each matrix was divided by. The matrices must
+    be ones that may be looked at.
+
+    A matrix is scaled where fourth powers of its elements could leave the dtype's range. Zeros replace a
+    matrix that is not finite.
+    """
     scaled, exponents, most = list(grads), [0] * len(grads), 20 if grads[0].dtype == torch.float32 else 150
     for number, value in enumerate(peak.tolist()):
         if not math.isfinite(value):
@@ -61,7 +64,7 @@ def in_range(grads: Sequence[Tensor], peak: Tensor) -> tuple[list[Tensor], Tenso
 
 
 def times_power_of_two(tensor: Tensor, exponent: int) -> Tensor:
-    """In two steps, for a power of two may itself be out of range."""
+    """tensor · 2^exponent, in two steps, because the power of two may itself be out of range."""
     half = exponent // 2
     return tensor * 2.0**half * 2.0 ** (exponent - half)
 
@@ -72,7 +75,8 @@ def stacked(grads: Sequence[Tensor]) -> Tensor:
 
 
 def over_peak(grads: Sequence[Tensor], peak: Tensor) -> Tensor:
-    """G over its largest element, (batch, m, n) in fp32 (fp64 for fp64); zero where that is not finite."""
+    """G over its largest element, (batch, m, n) in fp32 (fp64 for fp64). It is zero where the largest element
+    is not finite."""
     matrix = stacked(grads)
     matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     usable = (torch.isfinite(peak) & (peak > 0))[:, None, None]
@@ -80,14 +84,14 @@ def over_peak(grads: Sequence[Tensor], peak: Tensor) -> Tensor:
 
 
 def peaks(grads: Sequence[Tensor]) -> Tensor:
-    """The largest |Gᵢⱼ| of each matrix, (batch,) fp64: not finite exactly where G holds a NaN or an
+    """The largest |Gᵢⱼ| of each matrix, (batch,) fp64. It is not finite exactly where G holds a NaN or an
     infinity."""
     return torch.cat([torch.linalg.vector_norm(grad, math.inf, dim=(-2, -1)).double().reshape(-1) for grad in grads])
 
 
 def multiply(grads: Sequence[Tensor], factor: Tensor) -> Tensor:
-    """G·X in G's precision with fp32 sums: X (n, c), for all, or (batch, n, c) → (batch, m, c) in the dtype
-    of X."""
+    """G·X in G's precision with fp32 sums: X (n, c), shared by all, or (batch, n, c) → (batch, m, c) in the
+    dtype of X."""
     grad = stacked(grads)
     with full_accumulation():
         return (grad @ factor.to(grad.dtype)).to(factor.dtype)
@@ -110,7 +114,7 @@ def orthonormalise(matrix: Tensor, seed: int = 0) -> Tensor:
     usable = torch.isfinite(peak) & (peak > 0)
     unit = torch.where(usable, matrix / torch.where(usable, peak, 1), noise)
     unit = unit / torch.linalg.vector_norm(unit, dim=-2, keepdim=True)
-    # Dependent columns become distinct, by less than the rounding of Y hides anyway.
+    # The noise makes dependent columns distinct. It is smaller than the rounding of Y.
     basis, factor = torch.linalg.qr((unit + 8 * torch.finfo(matrix.dtype).eps * noise).double())
     signs = torch.where(factor.diagonal(dim1=-2, dim2=-1) < 0, -1, 1)
     return _by_columns((basis * signs[..., None, :]).to(matrix.dtype))
@@ -121,11 +125,10 @@ def _by_columns(matrix: Tensor) -> Tensor:
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(batch, k, n) with k ≤ n → all k left singular vectors (batch, k, k) and values (batch, k), descending,
-    by eigh(A·Aᵀ) in fp64.
+    """All left singular vectors and values, by eigh(A·Aᵀ) in fp64: (batch, k, n) with k ≤ n → vectors (batch,
+    k, k) and values (batch, k), descending.
 
-    Formed in fp32 the Gram matrix would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal to
-    1e-5 only.
+    A Gram matrix in fp32 would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal only to 1e-5.
     """
     wide = matrix.double()
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
@@ -133,8 +136,8 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def short_side_spectrum(grads: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """All k = min(m, n) singular vectors (batch, k, k) on the short side of G, of which `count` are wanted,
-    and values (batch, k)."""
+    """All k = min(m, n) singular vectors (batch, k, k) on the short side of G, and values (batch, k). The
+    caller wants `count` of them."""
     peak = peaks(grads)
     matrix = over_peak(grads, peak)
     vectors, sigma = left_singular(matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix)
@@ -143,11 +146,12 @@ def short_side_spectrum(grads: Sequence[Tensor], count: int) -> tuple[Tensor, Te
 
 def leading(grads: Sequence[Tensor], peak: Tensor, count: int, oversample: int, power_iters: int, seed: int) -> tuple[Tensor, Tensor]:
     """The leading left singular vectors (batch, m, count) of G and values (batch, count), descending,
-    approximately; `peak` of `peaks`.
+    approximately. `peak` is the result of `peaks`.
 
-    With l = count + oversample, by shape alone: l ≥ min(m, n), the whole spectrum; else subspace iteration on
-    the short side, from one Ω for all, with G·Gᵀ where 5·l ≥ min(m, n), else with Gᵀ and G in turn. Vectors
-    are orthonormal to 1e-5 for every input; those of a matrix that is not finite are arbitrary.
+    The shape alone decides the method, with l = count + oversample. If l ≥ min(m, n), the whole spectrum is
+    computed. Else it is subspace iteration on the short side, from one Ω for all: with G·Gᵀ if 5·l ≥ min(m,
+    n), else with Gᵀ and G in turn. Vectors are orthonormal to 1e-5 for every input. Those of a matrix that is
+    not finite are arbitrary.
     """
     matrix = over_peak(grads, peak)
     tall = matrix.shape[-2] > matrix.shape[-1]
@@ -169,8 +173,8 @@ def leading(grads: Sequence[Tensor], peak: Tensor, count: int, oversample: int, 
 
 
 def polish(basis: Tensor) -> Tensor:
-    """U·(3/2·I − 1/2·UᵀU), which squares the defect of nearly orthonormal columns; in fp64, for errors of
-    products may all be alike."""
+    """U·(3/2·I − 1/2·UᵀU), which squares the defect of nearly orthonormal columns. It runs in fp64, because
+    the errors of products may all have the same sign."""
     wide = basis.double()
     gram = wide.mT @ wide
     return (wide @ (1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram)).to(basis.dtype)
@@ -186,8 +190,8 @@ def sample_importance(sigma: Tensor, rank: int, seeds: Sequence[int]) -> Tensor:
     """Successive sampling without replacement, P(i) ∝ σᵢ: (batch, k) → (batch, r) int64 indices, sorted by σ
     descending.
 
-    The top r of log σ + Gumbel noise, which is the law of torch.multinomial(σ, r, replacement=False). Zero
-    weights are drawn only after all others, uniformly. One seed a row.
+    The indices are the top r of log σ + Gumbel noise, which is the law of torch.multinomial(σ, r,
+    replacement=False). Zero weights are drawn only after all others, uniformly. Each row has its own seed.
     """
     weights = sigma.double()
     weights = weights / weights.amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)

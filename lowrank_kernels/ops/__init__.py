@@ -1,7 +1,7 @@
-"""The refresh's torch.library operators: plain PyTorch (range_finder.py, subspaces/), or csrc/ in C++ and
-CUDA where it is built (extension.py).
+"""The refresh's torch.library operators. They run in plain PyTorch (range_finder.py, subspaces/), or in C++
+and CUDA (csrc/) where that is built (extension.py).
 
-`LOWRANK_KERNELS_REFERENCE=1` in the environment forces the default everywhere, for debugging.
+`LOWRANK_KERNELS_REFERENCE=1` in the environment forces plain PyTorch everywhere, for debugging.
 """
 
 from .. import extension

@@ -1,5 +1,5 @@
-"""Which implementation an operator runs: the default everywhere, a device's own where it has one and it
-covers the case."""
+"""Which implementation an operator runs. A device's own runs if there is one and it covers the case, else the
+default."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import torch
 
 NAMESPACE = "lowrank_kernels"
 REFERENCE_FORCED = os.environ.get("LOWRANK_KERNELS_REFERENCE", "0") not in ("", "0")
-"""LOWRANK_KERNELS_REFERENCE=1, read once at import: only the defaults are registered."""
+"""True if LOWRANK_KERNELS_REFERENCE=1. It is read once, at import; only the defaults are registered then."""
 
 
 def define(name: str, schema: str, fake: Callable, default: Callable) -> Callable:
-    """Defines lowrank_kernels::name with its fake and its default implementation; returns the callable
+    """Defines lowrank_kernels::name with its fake and its default implementation. Returns the callable
     operator."""
     qualified = f"{NAMESPACE}::{name}"
     torch.library.define(qualified, schema)
@@ -26,16 +26,16 @@ def define(name: str, schema: str, fake: Callable, default: Callable) -> Callabl
 
 
 def written(*tensors: torch.Tensor) -> None:
-    """Tells autograd that a kernel wrote these, so that a backward pass through their old values raises, as
-    after any in-place op."""
-    if any(tensor.is_inference() for tensor in tensors[:1]):  # those have no version; the tensors of a call are all of a kind
+    """Tells autograd that a kernel wrote these tensors. A backward pass through their old values then raises,
+    as after any in-place op."""
+    if any(tensor.is_inference() for tensor in tensors[:1]):  # they have no version; a call has either only such tensors or none
         tensors = tuple(tensor for tensor in tensors if not tensor.is_inference())
     torch.autograd.graph.increment_version(tensors)
 
 
 def outside_training(function: Callable) -> Callable:
-    """Runs `function` without autograd and, where it is on, without autocast, in which no basis would come
-    out orthonormal."""
+    """Runs `function` without autograd, and without autocast if that is on. Under autocast no basis would be
+    orthonormal."""
 
     @functools.wraps(function)
     @torch.no_grad()

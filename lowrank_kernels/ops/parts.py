@@ -1,10 +1,11 @@
 """The operators that a subspace refresh is made of: schemas, fakes, and defaults in PyTorch
-(range_finder.py). csrc/ registers its own.
+(range_finder.py). csrc/ registers its own implementations.
 
-`grads` are matrices (m, n) of one shape and batches of them (batch, m, n), in the dtype their products run
-in; what is found is one batch. On a CPU the compiled operators look at each of the matrices on the way; over
-a batch they take one way for all, as on a GPU, where none of them waits for the device. Vectors are columns
-that lie one after another in memory: (batch, m, k) is the transpose of a contiguous (batch, k, m).
+`grads` are matrices (m, n) of one shape, or batches of them (batch, m, n), in the dtype their products run
+in. Results are one batch. On a CPU the compiled operators look at each separate matrix on the way. A batch is
+processed in one way for all its matrices, as on a GPU, where no operator waits for the device. Vectors are
+columns, and each column is contiguous in memory: (batch, m, k) is the transpose of a contiguous (batch, k,
+m).
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ sample_importance = dispatch.define(
 
 
 def orthonormalise_each(matrix: Tensor, seed: int) -> Tensor:
-    """(…, m, l); one by one on a CPU, so that each may be looked at."""
+    """orthonormalise for (…, m, l). A CPU takes the matrices one by one, so that it may look at each."""
     if matrix.dim() == 2 or not algorithms.may_look(matrix):
         return orthonormalise(matrix, seed)
     if matrix.numel() == 0:

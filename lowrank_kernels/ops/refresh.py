@@ -1,7 +1,7 @@
 """The refresh in checked functions: orthonormalise, range_finder, sample_importance, choose_bases.
 
-Out of the operators of parts.py and the selections of subspaces/. Nothing here is differentiable, and
-autocast does not reach in.
+They are made of the operators of parts.py and the selections of subspaces/. None is differentiable, and
+autocast has no effect inside them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import dispatch, parts
 
 
 def _choose_bases_default(*arguments: object) -> list[Tensor]:
-    from .. import subspaces  # which is made of operators
+    from .. import subspaces  # imported here because subspaces imports the operators
 
     return subspaces.choose_bases(*arguments)
 
@@ -39,7 +39,7 @@ _choose_bases = dispatch.define(
     _choose_bases_fake,
     _choose_bases_default,
 )
-"""An operator so that a compiler does not look inside."""
+"""An operator, so that a compiler does not look inside."""
 
 
 def _check_rank(rank: int, limit: int, shape: torch.Size) -> None:
@@ -52,10 +52,10 @@ def orthonormalise(matrix: Tensor, *, seed: int = 0) -> Tensor:
     """Q with QᵀQ = I whose first k columns span Y's first k: (…, m, l), l ≤ m → the same shape, fp32 (fp64
     for fp64).
 
-    Columns that are zero, not finite or dependent become random directions (a function of `seed`), so Q is
-    always a full orthonormal set, to 1e-5. Shifted CholeskyQR (Fukaya et al. 2020). Raises ValueError if l >
-    m. TypeError for an integer or complex matrix. For m up to some 10⁶; sums much longer than that cost fp32
-    more.
+    Columns that are zero, not finite or dependent become random directions (a function of `seed`). So Q is
+    always a full orthonormal set, to 1e-5. The method is shifted CholeskyQR (Fukaya et al. 2020). It is meant
+    for m up to some 10⁶; much longer sums lose more accuracy in fp32. Raises ValueError if l > m, and
+    TypeError for an integer or complex matrix.
     """
     if not matrix.is_floating_point():
         raise TypeError(f"matrix must be real floating-point, got {matrix.dtype}; convert it first")
@@ -73,28 +73,28 @@ def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: i
 
         Y = G·Ω;  q times: Y = G·orth(Gᵀ·orth(Y));  Q = orth(Y);  QᵀG = W·Σ·Xᵀ;  basis = Q·W
 
-    Where l = r + oversample columns are a fifth of the short side or more, products with A = G·Gᵀ on that
-    side take the place of those with G: Y = A·Ω, then 3·q times Y = (A − s·I)·orth(Y). That is cheaper, and
-    more accurate on slowly decaying spectra.
+    If l = r + oversample columns are a fifth of the short side or more, products with A = G·Gᵀ on that side
+    replace those with G: Y = A·Ω, then 3·q times Y = (A − s·I)·orth(Y). That is cheaper, and more accurate on
+    slowly decaying spectra.
 
     Args:
-        grad: (…, m, n), any real floating dtype; products run at its precision with fp32 accumulation on a
+        grad: (…, m, n), any real floating dtype. Products run at its precision with fp32 accumulation on a
             GPU, in fp32 on a CPU.
         rank: r, from 1 to min(m, n).
         oversample: columns sketched beyond r, ≥ 0. Where r + oversample reaches min(m, n) there is no sketch:
             the whole spectrum is computed from the Gram matrix of the short side.
-        power_iters: q ≥ 0; each iteration costs two more products with G and sharpens a slowly decaying
+        power_iters: q ≥ 0. Each iteration costs two more products with G and sharpens a slowly decaying
             spectrum.
-        seed: any int; one Ω serves a whole batch.
+        seed: any int. One Ω serves a whole batch.
 
     Returns:
         basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The
         right basis is that of `grad.mT`. A zero or rank-deficient G gives a basis completed with random
-        directions; one that is not finite gives a random basis and NaN for sigma.
+        directions. A G that is not finite gives a random basis and NaN for sigma.
 
     Raises:
-        ValueError: shape, rank, oversample or power_iters out of range. TypeError: an integer, complex or
-            sparse gradient.
+        ValueError: shape, rank, oversample or power_iters out of range.
+        TypeError: an integer, complex or sparse gradient.
     """
     if not grad.is_floating_point() or grad.layout != torch.strided:
         raise TypeError(f"grad must be a dense real floating-point tensor, got {grad.dtype}, {grad.layout}; convert it first")
@@ -106,7 +106,7 @@ def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: i
             raise ValueError(f"{name} must be an int ≥ 0, got {value!r}")
     grads = algorithms.multipliable(grad).reshape(-1, *grad.shape[-2:])
     grads, look = [grads], algorithms.may_look(grads)
-    if look:  # each takes what its own spectrum needs
+    if look:  # each matrix costs only what its own spectrum needs
         grads = list(grads[0])
     peak = parts.peaks(grads)
     finite = torch.isfinite(peak)[:, None]
@@ -123,8 +123,9 @@ def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) ->
     """r directions drawn one after another without replacement, P(i) ∝ σᵢ among those left (I3S, arXiv
     2502.05790).
 
-    The law of `torch.multinomial(sigma, rank, replacement=False)`, as the top r of log σ + Gumbel noise: no
-    host sync, and a pure function of the seed. Zero weights come last.
+    The law is that of `torch.multinomial(sigma, rank, replacement=False)`, computed as the top r of log σ +
+    Gumbel noise. There is no host sync, and the result is a pure function of the seed. Zero weights come
+    last.
 
     Args:
         sigma: (…, k) weights ≥ 0, floating point.
@@ -135,7 +136,7 @@ def sample_importance(sigma: Tensor, rank: int, *, seed: int | Sequence[int]) ->
         (…, r) int64 indices into sigma's last dimension, sorted by σ descending.
 
     Raises:
-        ValueError: rank outside 1…k, or as many seeds as there are no rows.
+        ValueError: rank outside 1…k, or the number of seeds is not the number of rows.
     """
     if sigma.dim() < 1 or not sigma.is_floating_point():
         raise ValueError(f"sigma must be a floating-point tensor of shape (…, k), got {sigma.dtype} {tuple(sigma.shape)}")
@@ -165,21 +166,21 @@ def choose_bases(
     dtype: torch.dtype,
     found_inf: Tensor | None = None,
 ) -> list[Tensor]:
-    """One basis (m, r) of `dtype` for each gradient, each in memory of its own; the optimizers' refresh, in
-    one call.
+    """One basis (m, r) of `dtype` for each gradient, each in memory of its own. This is the optimizers'
+    refresh, in one call.
 
-    A gradient that is all zero chooses none: the old one stays, or zeros are what there is at the first
-    refresh ("random" needs none).
+    A gradient that is all zero chooses no basis. The old basis stays; at the first refresh the result is
+    zeros ("random" needs no gradient and still draws).
 
     Args:
-        grads: matrices as stored, of equal shape and device; the right side works on their transposes.
-        previous: the bases in use, which stay where a gradient is not finite or found_inf ≠ 0 (decided on the
-            device); None at the first refresh, when such a gradient gets a random basis.
+        grads: matrices as stored, of equal shape and device. The right side works on their transposes.
+        previous: the bases in use. A basis stays where its gradient is not finite or found_inf ≠ 0 (decided
+            on the device). None at the first refresh, when such a gradient gets a random basis.
         selection, svd: keys of subspaces.SELECTIONS and SVDS.
         places: (number of the parameter, expert) of each matrix. All draws are functions of (seed, place,
-            refresh_number); the sketch is one of (seed, refresh_number) and shared.
+            refresh_number), except the sketch, which is a function of (seed, refresh_number) and shared.
     """
-    from .. import subspaces  # which is made of operators
+    from .. import subspaces  # imported here because subspaces imports the operators
 
     _check_lists(grads, previous, places)
     for name, value, choices in (("selection", selection, tuple(subspaces.SELECTIONS)), ("svd", svd, subspaces.SVDS)):
@@ -196,7 +197,7 @@ def choose_bases(
 
 @functools.cache
 def _say_if_slow() -> None:
-    """Warns once where a GPU's refresh has no compiled kernels."""
+    """Warns once if a GPU's refresh has no compiled kernels."""
     if extension.missing("CUDA") and not dispatch.REFERENCE_FORCED:
         warnings.warn(
             f"lowrank_kernels: the subspace refresh on the GPU runs in PyTorch, which is slower; the extension is {extension.status()}",

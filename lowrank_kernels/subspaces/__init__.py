@@ -1,5 +1,6 @@
-"""How a basis is chosen: one file a selection, each `(Spectrum, rank, seeds) → basis`, and the refresh, made
-of the operators of ops/parts.py; and the random projections of RSO, which no gradient chooses."""
+"""How a basis is chosen. Each selection has a file of its own, `(Spectrum, rank, seeds) → basis`. refresh.py
+runs them, on the operators of ops/parts.py. distributions.py draws RSO's random projections, which depend on
+no gradient."""
 
 from .distributions import DISTRIBUTIONS, draw_projection
 from .overlap import subspace_overlap

@@ -1,4 +1,4 @@
-"""Random projections for RSO: P (m, r) with E[P·Pᵀ] = I, as a function of a seed, not of any gradient.
+"""Random projections for RSO: P (m, r) with E[P·Pᵀ] = I. P is a function of a seed, not of any gradient.
 
     gaussian     N(0, 1/r)
     haar         sqrt(m/r)·Q, Q uniform among the m × r matrices with orthonormal columns
@@ -19,7 +19,8 @@ from .. import philox
 from ..range_finder import orthonormalise
 
 PIECE = 2**20
-"""Elements drawn at a time, a multiple of 128: random words take some hundred bytes an element on the way."""
+"""Elements drawn at a time, a multiple of 128. Random words temporarily take some hundred bytes an
+element."""
 
 
 def _gaussian(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
@@ -27,8 +28,7 @@ def _gaussian(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
 
 
 def _haar(seeds: Tensor, m: int, rank: int, dtype: torch.dtype) -> Tensor:
-    # The R of CholeskyQR has a positive diagonal, which makes Q unique and so as rotation-invariant as the
-    # Gaussian.
+    # The R of CholeskyQR has a positive diagonal, so Q is unique and as rotation-invariant as the Gaussian.
     return orthonormalise(_in_pieces(_normals, seeds, m, rank, dtype)[None])[0] * math.sqrt(m / rank)
 
 
@@ -41,7 +41,7 @@ def _normals(seeds: Tensor, first: int, count: int) -> Tensor:
 
 
 def _signs(seeds: Tensor, first: int, count: int) -> Tensor:
-    """±1 by the bits of each word, from the lowest on."""
+    """±1 from the bits of each word, lowest bit first."""
     words = philox.words(seeds, -(-count // 32), philox.PROJECTION, first // 32)[0]
     bits = (words[:, None] >> torch.arange(32, device=words.device)) & 1
     return (2 * bits - 1).flatten()[:count]
@@ -63,7 +63,7 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, int, int, torch.dtype], Tensor]] = {
 
 
 def draw_projection(distribution: str, m: int, rank: int, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """P (m, r), r ≤ m: computed in fp32 (fp64 for fp64) and rounded once to `dtype`. Equal on CPU and GPU to
+    """P (m, r), r ≤ m: computed in fp32 (fp64 for fp64) and rounded once to `dtype`. CPU and GPU agree up to
     rounding."""
     wide = torch.promote_types(dtype, torch.float32)
     return DISTRIBUTIONS[distribution](philox.seed_tensor([seed], device), m, rank, wide).to(dtype)

@@ -10,6 +10,6 @@ from .spectrum import Spectrum
 
 
 def dominant(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
-    """(batch, m, r)."""
+    """The leading left singular vectors (batch, m, r)."""
     basis, _ = spectrum.leading(rank, spectrum.oversample)
     return basis

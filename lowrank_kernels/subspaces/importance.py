@@ -15,16 +15,18 @@ from .spectrum import Spectrum
 from .tail import tail_weights
 
 LEAST_BLOCK = 8
-"""Columns of the block that the tail is measured by, where fewer than that may be drawn from it."""
+"""The least number of columns in the block that estimates the tail, even if fewer may be drawn from the
+tail."""
 
 
 def importance(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
     """(batch, m, r), columns sorted by σ.
 
-    Where all k = min(m, n) values are known, exactly the paper's law. Else the leading l = 2r + oversample
-    are, and the k − l others get weights of their sum and their energy, as far as those can be told: tail.py.
-    One that is drawn becomes a random direction of (I − UUᵀ)·G·ω, orthonormalised: among themselves those
-    come ∝ σ², not σ. On a GPU nothing depends on how many are drawn, so nothing waits.
+    If all k = min(m, n) values are known, the draw follows exactly the paper's law. Otherwise the leading l =
+    2r + oversample values are known. The k − l others get weights with an estimate of their sum and their
+    energy (tail.py). A direction drawn from the tail becomes a random direction of (I − UUᵀ)·G·ω,
+    orthonormalised: within the tail, directions come ∝ σ², not σ. On a GPU nothing depends on how many are
+    drawn from the tail, so nothing waits.
     """
     if spectrum.whole_is_cheaper(rank):
         vectors, sigma = spectrum.whole(rank)
@@ -37,7 +39,7 @@ def importance(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
     chosen = parts.sample_importance(torch.cat([sigma, weights], dim=-1), rank, seeds)
     tail = chosen >= known
     outside = _drawn(directions, block[..., : min(rank, unknown)], tail, spectrum.seed)
-    # Tail directions are interchangeable: the first one drawn takes the first of them.
+    # Tail directions are interchangeable. The first tail draw therefore takes the first tail direction.
     columns = torch.where(tail, known + tail.cumsum(dim=-1) - 1, chosen)
     return _pick(torch.cat([directions.mT, outside.mT], dim=-2).mT, columns)
 
@@ -48,8 +50,8 @@ def _pick(vectors: Tensor, columns: Tensor) -> Tensor:
 
 
 def _drawn(directions: Tensor, block: Tensor, tail: Tensor, seed: int) -> Tensor:
-    """The complement for as many columns of the block as may be drawn; on a CPU for as many of each matrix as
-    are."""
+    """The complement (see `complement`) from the block. On a GPU every column that may be drawn is computed.
+    On a CPU each matrix computes only as many columns as are drawn."""
     if not algorithms.may_look(tail):
         return complement(directions, block, seed)
     counts = tail.sum(dim=-1).tolist()
@@ -65,8 +67,9 @@ def complement(directions: Tensor, block: Tensor, seed: int) -> Tensor:
     """Orthonormal columns of the span of Y = (I − UUᵀ)·Z for orthonormal U: (…, m, h) and (…, m, t) with h +
     t ≤ m → (…, m, t).
 
-    Twice is enough; the second time also clears what completion put into U. A seed of its own each time: U
-    may itself be completed, and the same draws again would lie in it.
+    Two rounds are enough. The second round also removes the part along U that completion with random
+    directions added. Each round has a seed of its own: U may itself be completed, and the same draws again
+    would lie in U.
     """
     for again in range(2):
         basis = parts.orthonormalise(block, philox.signed64(philox.derive_seed(seed, again)))

@@ -10,8 +10,8 @@ def subspace_overlap(basis: Tensor, other: Tensor) -> Tensor:
     (fp64 for fp64).
 
     Two unrelated random subspaces overlap r/m on average. Adjacent bases of GaLore are reported at 0.85–0.99,
-    those of I3S at 0.3–0.7 (arXiv 2502.05790). Optimizers write a new basis over the old one, so clone what
-    is to be compared later. Raises ValueError where the shapes differ.
+    those of I3S at 0.3–0.7 (arXiv 2502.05790). Optimizers write a new basis over the old one, so clone a
+    basis to compare it later. Raises ValueError where the shapes differ.
     """
     if basis.shape != other.shape or basis.dim() < 2:
         raise ValueError(f"bases must have the same shape (…, m, r), got {tuple(basis.shape)} and {tuple(other.shape)}")

@@ -1,4 +1,4 @@
-"""A random orthonormal basis, which needs no gradient: the orthonormalised Gaussian is uniform over
+"""A random orthonormal basis, which needs no gradient. The orthonormalised Gaussian is uniform over
 subspaces."""
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ from .spectrum import Spectrum
 
 
 def random(spectrum: Spectrum, rank: int, seeds: Sequence[int]) -> Tensor:
-    """(batch, m, r), a function of each matrix's seed alone."""
+    """The bases (batch, m, r). Each is a function of its matrix's seed alone."""
     m, _ = spectrum.shape
     return parts.orthonormalise_each(parts.normal(spectrum.grads[0], (m, rank), seeds, philox.BASIS), 0)

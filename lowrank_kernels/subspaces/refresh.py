@@ -23,11 +23,11 @@ SELECTIONS: dict[str, Callable[[Spectrum, int, Sequence[int]], Tensor]] = {
 SVDS = ("randomized", "exact")
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
-"""Elements of the largest intermediate of the matrices that are worked on together. In fp32 they take 16 MiB
-and, on a GPU, 512 MiB, of which some four are held at a time."""
+"""Elements of the largest intermediate of the matrices that are processed together. In fp32 they take 16 MiB
+on a CPU and 512 MiB on a GPU. About four such intermediates exist at a time."""
 APART_FROM_ELEMENTS = 2**20
-"""From so many on, matrices on a GPU are multiplied one by one where they lie; smaller ones are copied into
-one batch."""
+"""On a GPU matrices with at least this many elements are multiplied one by one in place. Smaller ones are
+copied into one batch."""
 
 
 def choose_bases(
@@ -44,7 +44,8 @@ def choose_bases(
     dtype: torch.dtype,
     found_inf: Tensor | None = None,
 ) -> list[Tensor]:
-    """What ops.choose_bases runs, see there: `seed` draws the sketch, `seeds` what is each matrix's own."""
+    """The implementation of ops.choose_bases; see there. `seed` draws the shared sketch, `seeds` draw what
+    each matrix draws for itself."""
     choose, method = SELECTIONS[selection], (svd, oversample, power_iters, seed)
     grads = [grad.mT if right else grad for grad in grads]
     m, n = grads[0].shape
@@ -69,7 +70,8 @@ def _choose_chunk(
     dtype: torch.dtype,
     found_inf: Tensor | None,
 ) -> Sequence[Tensor]:
-    """(m, r) of `dtype` for each of a few oriented gradients, not in memory of its own."""
+    """A basis (m, r) of `dtype` for each of a few oriented gradients. The bases may share memory with each
+    other or with `previous`."""
     matrices = [algorithms.multipliable(grad) for grad in grads]
     look = algorithms.may_look(grads[0])
     if not look and matrices[0].numel() < APART_FROM_ELEMENTS:
@@ -83,7 +85,7 @@ def _choose_chunk(
                 taken = taken & (found_inf.to(peak.device) == 0)
         fresh = choose(Spectrum(matrices, peak, *method), rank, seeds).to(dtype)
         return torch.where(taken[:, None, None], fresh, torch.stack(tuple(previous)).to(dtype) if previous else 0).unbind()
-    # No work for a basis that is not taken.
+    # Do not compute a basis that will not be used.
     skipped = bool(previous) and found_inf is not None and found_inf.item() != 0
     chosen = list(previous) or [grads[0].new_zeros(grads[0].shape[0], rank, dtype=dtype)] * len(grads)
     wanted = [
@@ -101,10 +103,10 @@ def _choose_chunk(
 
 
 def own_memory(basis: Tensor) -> Tensor:
-    """A copy (…, m, r) that keeps nothing else alive, in the order that the device's products want.
+    """A copy (…, m, r) that keeps no other memory alive, in the memory order that the device's products want.
 
-    By rows on a GPU, where the kernels read r neighbours at a time; by columns on a CPU, where Pᵀ then needs
-    no copy.
+    The copy is by rows on a GPU, where the kernels read r neighbours at a time. It is by columns on a CPU,
+    where Pᵀ then needs no copy.
     """
     if basis.device.type == "cpu":
         return basis.mT.clone(memory_format=torch.contiguous_format).mT

@@ -13,19 +13,19 @@ from .. import range_finder as algorithms
 from ..ops import parts
 
 WHOLE_FROM = 5
-"""On a CPU the eigenproblem of the whole Gram matrix costs less than a sketch of 2r and a block beside it
-where 5·r ≥ min(m, n)."""
+"""On a CPU, from 5·r ≥ min(m, n) on, the eigenproblem of the whole Gram matrix costs less than a sketch of 2r
+directions and a block."""
 WHOLE_TO = 128
-"""… or where the short side is no longer than this."""
+"""On a CPU the whole eigenproblem also costs less where the short side is at most this long."""
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """svd = "randomized" (range finder with `oversample` and `power_iters`) or "exact" (full SVD, for which a
-    GPU waits).
+    """svd = "randomized" is a range finder with `oversample` and `power_iters`. svd = "exact" is a full SVD,
+    for which a GPU waits.
 
-    `grads` as the operators take them, `peak` (batch,) what parts.peaks gives for them; `seed` draws the
-    sketch.
+    `grads` are as the operators take them, `peak` (batch,) is what parts.peaks returns for them, and `seed`
+    draws the sketch.
     """
 
     grads: Sequence[Tensor]
@@ -49,35 +49,35 @@ class Spectrum:
         return parts.leading(self.grads, self.peak, count, oversample, self.power_iters, self.seed)
 
     def whole_is_cheaper(self, rank: int) -> bool:
-        """Whether to know the whole spectrum, of which r directions are sampled, rather than 2r directions
-        and a block beside them."""
+        """Whether the whole spectrum is cheaper than a sketch of 2r directions and a block of the rest. The r
+        directions are sampled from either."""
         short = min(self.shape)
         if self.svd == "exact" or 2 * rank + self.oversample >= short:
             return True
         return algorithms.may_look(self.peak) and (WHOLE_FROM * rank >= short or short <= WHOLE_TO)
 
     def whole(self, rank: int) -> tuple[Tensor, Tensor]:
-        """All k = min(m, n) values (batch, k), in no order, and what `left` makes left singular vectors of:
-        (batch, m or k, k)."""
+        """All k = min(m, n) values (batch, k), in no order, and vectors (batch, m or k, k). `left` turns the
+        vectors into left singular vectors."""
         return self._exact() if self.svd == "exact" else parts.short_side_spectrum(self.grads, rank)
 
     def left(self, vectors: Tensor) -> Tensor:
-        """The left singular vectors (batch, m, r), orthonormal, of some of the vectors of `whole`."""
+        """The orthonormal left singular vectors (batch, m, r) that belong to r of the vectors of `whole`."""
         m, n = self.shape
         if self.svd == "exact":
             return vectors
         return parts.orthonormalise_each(parts.multiply(self.grads, vectors), self.seed) if m > n else algorithms.polish(vectors)
 
     def outside(self, directions: Tensor, count: int) -> Tensor:
-        """(I − UUᵀ)·G·Ω (batch, m, count), with an Ω of its own."""
+        """(I − UUᵀ)·G·Ω (batch, m, count). Ω is drawn independently of the sketch's."""
         omega = parts.normal(directions, (count, self.shape[1]), [self.seed], philox.TAIL)[0].mT
         return algorithms.clear(directions, parts.multiply(self.grads, omega))
 
     def _exact(self) -> tuple[Tensor, Tensor]:
         """Left singular vectors (batch, m, k) and values (batch, k), k = min(m, n), by a full SVD.
 
-        Of G over its peak, for cuSOLVER does not scale as LAPACK does. fp32 vectors of either are orthonormal
-        to some 2e-5 only.
+        G is divided by its peak first, because cuSOLVER does not scale as LAPACK does. The fp32 vectors of
+        either library are orthonormal to only about 2e-5, so they are polished.
         """
         matrix = algorithms.over_peak(self.grads, self.peak)
         vectors, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)

@@ -1,19 +1,19 @@
-"""The singular values that a sketch leaves out: their sum, from two moments of theirs and the values that are
-known.
+"""Estimates the sum of the singular values that a sketch leaves out, from two of their moments and the values
+that are known.
 
-E = Σσ² and F = Σσ⁴ over the k − l values that are not known are read off a block of them, B = (I − UUᵀ)·G·Ω:
-BᵀB has E on average on its diagonal, and squares that are F on average beside it. S = Σσ lies between
-E·sqrt(E / F) and sqrt(E·(k − l)), which are far apart. Three families that start at a known σ_a narrow it
-down, each made to have the energy after it:
+E = Σσ² and F = Σσ⁴ run over the k − l unknown values. Both are estimated from a block of the rest, B = (I −
+UUᵀ)·G·Ω. The diagonal of BᵀB is E on average, and the squares beside the diagonal are F on average. S = Σσ
+lies between E·sqrt(E / F) and sqrt(E·(k − l)), which are far apart. Three families narrow it down. Each
+starts at a known value σ_a and is made to have the energy of all values after σ_a:
 
     t values σ_a, then nothing            S = E / σ_a
     σ_a·exp(−c·j),   j = 1 … k − a
     σ_a·(1 + j/a)^−p
 
-The logarithm of S is interpolated between theirs, to where log(E·σ_a² / F) lies between theirs. So it is
-right for a cliff, an exponential, a power law and a flat tail. Where the block's rank is not full, it is the
-rank of all that is left out, and S at most sqrt(E·rank). The anchor is a = 3/2·r: the last values of a sketch
-come out too low.
+log(E·σ_a² / F) of the spectrum lies between those of two families. The logarithm of S is interpolated between
+theirs at the same point. So the estimate is right for a cliff, an exponential, a power law and a flat tail.
+If the block does not have full rank, its rank is the rank of all unknown directions, and S is at most
+sqrt(E·rank). The anchor is a = 3/2·r, because the last values of a sketch come out too low.
 """
 
 from __future__ import annotations
@@ -27,19 +27,21 @@ from torch import Tensor
 from ..range_finder import peaks
 
 RATES = 32
-"""Members of a family that are tabulated, between which the one with the energy E is interpolated."""
+"""Number of members tabulated of each family. The member with the energy E is interpolated between two of
+them."""
 DEPENDENT = 2.0**-24
-"""Pivot of the unit columns of a block under which a column adds nothing but rounding to those before it."""
+"""A column of the block, scaled to length 1, with a pivot up to this adds nothing but rounding to the columns
+before it."""
 TINY = torch.finfo(torch.float64).tiny
 
 
 def tail_weights(block: Tensor, sigma: Tensor, count: int, anchor: int) -> Tensor:
-    """Weights (batch, count) of the values left out, from B (batch, m, s) and the σ (batch, l) that are
-    known, descending.
+    """Weights (batch, count) of the values left out, from B (batch, m, s) and the known σ (batch, l),
+    descending.
 
-    All E / S, t = S² / E times, the last in part, and zero after that: their sum is S and that of their
-    squares E. What is left of a cliff then has as many weights as directions, so that none are drawn that do
-    not exist.
+    The first t = S² / E weights are E / S, the last of them in part, and the others are zero. Their sum is S,
+    and the sum of their squares is E. After a cliff there are then as many weights as directions, so no
+    direction is drawn that does not exist.
     """
     known = sigma.shape[-1]
     unit = peaks([block]).clamp_min(TINY)
@@ -53,14 +55,14 @@ def tail_weights(block: Tensor, sigma: Tensor, count: int, anchor: int) -> Tenso
     total = _sum_after(*moments, relative[..., anchor - 1], count + known - anchor, anchor) - after.sum(-1)
     least, most = energy * (energy / fourth.clamp_min(TINY)).sqrt(), (energy * at_most).sqrt()
     total = torch.minimum(torch.maximum(total, least), most)
-    real = energy > 0  # not where G is zero, or not finite
+    real = energy > 0  # false where G is zero or not finite
     effective, weight = (torch.where(real, value, 0) for value in (total.square() / energy, energy / total * unit))
     share = (effective[..., None] - torch.arange(count, device=block.device)).clamp(0, 1)
     return (share * weight[..., None]).to(sigma.dtype)
 
 
 def _count(gram: Tensor, count: int) -> Tensor:
-    """How many values there are at most (batch,): the rank of BᵀB where that is not full, else `count`."""
+    """The number of values there are at most, (batch,): the rank of BᵀB if that is not full, else `count`."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).sqrt().clamp_min(TINY)
     columns = gram.shape[-1]
     unit = gram / lengths[..., None] / lengths[..., None, :] + DEPENDENT / 16 * torch.eye(columns, dtype=gram.dtype, device=gram.device)
@@ -70,7 +72,7 @@ def _count(gram: Tensor, count: int) -> Tensor:
 
 
 def _moments(gram: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Estimates of E and F (batch,), no further apart than `count` values allow."""
+    """Estimates of E and F, (batch,). They are no further apart than `count` values allow."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     columns = gram.shape[-1]
     energy = diagonal.mean(-1)
@@ -82,8 +84,8 @@ def _moments(gram: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_after(energy: Tensor, fourth: Tensor, least: Tensor, count: int, known: int) -> Tensor:
-    """Σσ over the `count` values from number `known` + 1 on, of those moments, `least` being number `known`:
-    (batch,)."""
+    """Σσ, (batch,), over the `count` values after value number `known`. `energy` and `fourth` are the sums of
+    their squares and fourth powers; `least` is value number `known`."""
     square = least.square()
     relative = (energy / square.clamp_min(TINY)).clamp_min(TINY).log()
     spread = (energy * square / fourth.clamp_min(TINY)).clamp_min(TINY).log()
@@ -92,7 +94,7 @@ def _sum_after(energy: Tensor, fourth: Tensor, least: Tensor, count: int, known:
     low, high = energies.gather(-1, above - 1), energies.gather(-1, above)
     share = ((relative - low) / (high - low)).clamp(0, 1)
     sums, spreads = (torch.lerp(table.gather(-1, above - 1), table.gather(-1, above), share) for table in (sums, spreads))
-    total = relative  # of a cliff, whose spread is 0
+    total = relative  # log S / σ_a of a cliff, whose spread is 0
     for sum_from, sum_to, from_spread, to_spread in ((relative, sums[0], 0, spreads[0]), (*sums, *spreads)):
         part = ((spread - from_spread) / (to_spread - from_spread).clamp_min(1e-9)).clamp(0, 1)
         total = total + part * (sum_to - sum_from)
@@ -101,11 +103,11 @@ def _sum_after(energy: Tensor, fourth: Tensor, least: Tensor, count: int, known:
 
 @functools.cache
 def _families(count: int, known: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables (2, RATES) of log Σx², log Σx and log(Σx² / Σx⁴), the first growing: x = exp(−c·j) and (1 +
-    j/known)^−p, j = 1 … count.
+    """Tables (2, RATES) of log Σx², log Σx and log(Σx² / Σx⁴), sorted by the first. Their rows are x =
+    exp(−c·j) and x = (1 + j/known)^−p, j = 1 … count.
 
-    Kept because making them takes 0.3 ms on a CPU, where the rest of a tail takes 0.4, and some forty
-    launches on a GPU.
+    The tables are cached: making them takes 0.3 ms on a CPU, where the rest of a tail takes 0.4 ms, and some
+    forty launches on a GPU.
     """
     index = torch.arange(1, count + 1, dtype=torch.float64, device=device)
     tables = []

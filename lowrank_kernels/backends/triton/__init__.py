@@ -1,2 +1,2 @@
-"""The step's kernels in Triton. Nothing is imported here, so that importing the package on a CPU stays free
-of Triton."""
+"""The step's kernels in Triton. This file imports nothing, so that importing the package on a CPU does not
+need Triton."""

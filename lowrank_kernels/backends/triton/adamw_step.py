@@ -1,6 +1,7 @@
 """One AdamW step in the subspace: R = PᵀG', moments and N, W' = (1 − lr·wd)·W' − lr·α·P·N.
 
-single_pass.py does it in one launch with R and N on the chip, two_pass.py in three with both in memory.
+single_pass.py does the step in one launch and keeps R and N on the chip. two_pass.py does it in three
+launches and keeps both in memory.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from . import single_pass, table, two_pass
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
-    """The step in place on weights and states of a bucket, which whoever makes it has checked.
+    """One step, in place on the weights and states of a bucket. The bucket was checked by whoever made it.
 
-    Weights, gradients and bases are fp32, bf16 or fp16, independently; states are plain fp32 or in 8 bits,
-    row-major. Where found_inf is not zero, weights and states keep their bits. The pointer table is written
-    anew. No step synchronises with the device.
+    Weights, gradients and bases are fp32, bf16 or fp16, each independently of the others. States are
+    row-major, in plain fp32 or in 8 bits. Where found_inf is not zero, weights and states keep their bits.
+    Each step writes the pointer table anew. No step synchronises with the device.
     """
     names = [*eight_bit.MOMENTS, *(name for name in eight_bit.SCALES if name in bucket.states)]
     lists = [bucket.weights, bucket.grads, bucket.bases, *(bucket.states[name] for name in names)]
@@ -42,6 +43,6 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
 
 
 def choose_path(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, count: int, aligned: bool) -> ModuleType:
-    """The module whose `prepare` serves the bucket: single_pass where it has tiles for it and enough programs
-    to fill the device."""
+    """The module whose `prepare` serves the bucket. It is single_pass if that has tiles for the bucket and
+    enough programs to fill the device, else two_pass."""
     return single_pass if single_pass.serves(weight, grad, basis, exp_avg, count=count, aligned=aligned) else two_pass

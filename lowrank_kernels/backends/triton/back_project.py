@@ -1,7 +1,7 @@
 """W' = (1 − lr·wd)·W' − lr·α·P·N: decay first, one rounding on the store, to nearest or stochastically.
 
-W' is W of shape (m, n) on the left side and Wᵀ on the right, where the stored W is (n, m): the two sides
-differ in strides, and in which way the random bits of a stochastic rounding run.
+W' is W of shape (m, n) on the left side. On the right side the stored W is (n, m), and W' is Wᵀ. The two
+sides differ in strides, and in the direction in which the random bits of a stochastic rounding run.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def _back_project_kernel(
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
-    # Programs on the same strip of N are neighbours, so that its re-reads hit L2.
+    # Programs on the same strip of N are neighbours, so that they read it again from L2.
     matrix = tl.program_id(1).to(tl.int64)
     row_tiles = tl.cdiv(m, BLOCK_M)
     first_m = tl.program_id(0) % row_tiles * BLOCK_M
@@ -81,11 +81,15 @@ def back_project_(
     """W' = (1 − lr·wd)·W' − lr·α·P·N in place, for every matrix of a bucket, in one launch.
 
     weights: B as stored, (m, n), or (n, m) on the right side, with any strides. bases: B of (m, r).
-    normalised: (B, r, n) of fp32 or 16 bits, rounded to the bases' dtype for the dot, which accumulates in
-    fp32 (fp32 bases: in tf32 where torch allows it). Where found_inf is non-zero the weights keep their bits.
-    rounding_seeds: (B,) int64, for bf16 weights rounded stochastically, at the update after the device_steps
-    that each has had, one fp32 element a matrix; at the first without. Raises ValueError for a list that is
-    not a bucket and for shapes that do not fit.
+    normalised: (B, r, n) of fp32 or 16 bits, rounded to the bases' dtype for the dot. The dot accumulates in
+    fp32; for fp32 bases it runs in tf32 where torch allows it. Where found_inf is non-zero the weights keep
+    their bits.
+
+    rounding_seeds: (B,) int64, only for bf16 weights, which are then rounded stochastically. The random bits
+    also depend on the number of the update. device_steps, one fp32 element a matrix, are the updates that
+    each matrix has had; without them this is the first update.
+
+    Raises ValueError for a list that is not a bucket and for shapes that do not fit.
     """
     check(weights, bases, right, found_inf)
     m, rank = bases[0].shape
@@ -116,10 +120,10 @@ def prepare(
     """The launch for one bucket, given its table: launch(normalised, *, lr, scale, weight_decay, found_inf,
     …) on the current device.
 
-    weight and basis stand for the shapes, strides and dtypes of all; of them only numbers are kept. The
-    launch takes device_lr, one fp32 on the device, instead of lr; and for bf16 weights rounding_seeds, (B,)
-    int64, which rounds them stochastically, with the number of this update: `step`, or what the fp32 counters
-    at steps_at say.
+    weight and basis stand for the shapes, strides and dtypes of all; only numbers are kept from them. The
+    launch takes device_lr, one fp32 on the device, instead of lr. For bf16 weights it also takes
+    rounding_seeds, (B,) int64, and then rounds stochastically. The random bits depend on the number of this
+    update, which is `step`, or follows from the fp32 counters at steps_at.
     """
     weight = weight.mT if right else weight
     (m, rank), n = basis.shape, weight.shape[1]
@@ -140,7 +144,7 @@ def prepare(
             coefficients = 1.0 - lr * weight_decay, float(lr * scale)
         else:
             coefficients = float(weight_decay), float(scale)
-        # What a launch does not read is None to it, so that it is no reason to compile anew.
+        # Pass None for what this launch does not read: a change of its value would compile the kernel anew.
         if rounding_seeds is None:
             counters = count = None
         else:

@@ -1,8 +1,8 @@
 """Tile shapes: a table per architecture and kind of dot. No autotuning, because the kernels work in place.
 
-Nothing here was timed yet. Each row compiles clean (no spill, shared memory within the limit, tensor cores
-where there are any, 16-byte global accesses) for its architecture, which tests/kernels/test_aot.py holds it
-to.
+None of the rows has been timed yet. Each row compiles clean for its architecture: no spill, shared memory
+within the limit, tensor cores where there are any, 16-byte global accesses. tests/kernels/test_aot.py
+enforces that.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class BackProjectConfig:
 
 @dataclass(frozen=True)
 class MomentsConfig:
-    """A program owns ROWS x COLUMNS of M, V, R and N. Moments in fp32 are one long row to it; 8-bit ones come
+    """A program owns ROWS x COLUMNS of M, V, R and N. It sees fp32 moments as one long row, and 8-bit moments
     in blocks of 64 columns."""
 
     ROWS: int
@@ -57,9 +57,10 @@ class MomentsConfig:
 
 @dataclass(frozen=True)
 class SinglePassConfig:
-    """A program owns BLOCK_N columns of a matrix and up to BLOCK_R directions: R is summed over BLOCK_K rows
-    of P and G' at a time, the moments advance in SLICES parts of BLOCK_R / SLICES directions, and W' follows
-    BLOCK_M rows at a time.
+    """A program owns BLOCK_N columns of a matrix and up to BLOCK_R directions.
+
+    It sums R over BLOCK_K rows of P and G' at a time. It advances the moments in SLICES parts of BLOCK_R /
+    SLICES directions. Then it updates W', BLOCK_M rows at a time.
     """
 
     BLOCK_R: int
@@ -80,8 +81,8 @@ class SinglePassConfig:
         return triton.cdiv(n, self.BLOCK_N) * count
 
 
-# Rows rise in the rank they cover; the last one serves every larger rank by looping or by more programs.
-# Programs that share a strip of G run side by side, so a rank above BLOCK_R re-reads it from L2.
+# Rows are sorted by the rank they cover. The last row serves every larger rank too, by looping or by more
+# programs. Programs that share a strip of G run side by side, so a rank above BLOCK_R reads G again from L2.
 PROJECT = {
     80: {
         "16bit": (
@@ -130,10 +131,10 @@ BACK_PROJECT = {
 }
 BACK_PROJECT[100] = BACK_PROJECT[90]
 
-# By kind of dot and dtype of the moments: decoding and encoding 8-bit ones takes registers. A row covers
-# every rank up to BLOCK_R, the last one the largest that fits on the chip. P is read from L2 twice by every
-# program, 4·r bytes a row for 6·BLOCK_N bytes of G and W in 16 bits, which is what a wide BLOCK_N is for. The
-# None rows serve the interpreter alone.
+# Keyed by kind of dot and by dtype of the moments, because decoding and encoding 8-bit moments takes
+# registers. A row covers every rank up to its BLOCK_R. The last row covers the largest rank that fits on the
+# chip. Every program reads P twice from L2. That is 4·r bytes a row, beside 6·BLOCK_N bytes of G and W in 16
+# bits, so a wide BLOCK_N pays. The None rows serve only the interpreter.
 SINGLE_PASS = {
     80: {
         ("16bit", "fp32"): (
@@ -213,22 +214,24 @@ def _first_that_covers(rows, rank: int):
 
 
 def project_config(arch: int | str | None, kind: str, rank: int, wide: bool) -> ProjectConfig:
-    """The row for a rank. Small tiles (the None rows) serve unknown architectures, and shapes whose accesses
-    are narrower than 16
-    bytes: the addresses and masks of a large tile would not fit the registers then.
+    """The row for a rank.
+
+    Unknown architectures get small tiles (the None rows). So do shapes whose accesses are narrower than 16
+    bytes, because the addresses and masks of a large tile would not fit the registers then.
     """
     return _first_that_covers(PROJECT.get(arch if wide else None, PROJECT[None])[kind], rank)
 
 
 def back_project_config(arch: int | str | None, kind: str, rank: int, wide: bool) -> BackProjectConfig:
-    """As project_config."""
+    """The row for a rank; as project_config."""
     return _first_that_covers(BACK_PROJECT.get(arch if wide else None, BACK_PROJECT[None])[kind], rank)
 
 
 def single_pass_config(arch: int | str | None, kind: str, rank: int, wide: bool, eight_bit: bool) -> SinglePassConfig | None:
-    """The first row that covers the rank. None, which leaves the bucket to two passes: for larger ranks, fp32
-    dots without tf32, unknown architectures, and on a GPU shapes whose accesses are narrower than 16 bytes
-    (see project_config).
+    """The first row that covers the rank. None leaves the bucket to two passes.
+
+    The result is None for larger ranks, for fp32 dots without tf32, for unknown architectures, and on a GPU
+    for shapes whose accesses are narrower than 16 bytes (see project_config).
     """
     if arch is not None and not wide:
         return None

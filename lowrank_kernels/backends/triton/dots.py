@@ -17,10 +17,12 @@ FLOATS = tuple(TRITON_DTYPES)
 def round_operand(x, ROUNDING: tl.constexpr):
     """Nearest tf32 for a tf32 dot, x otherwise.
 
-    The tensor cores drop the low 13 bits of an fp32 operand, which biases every product towards zero;
-    rounding first halves the error and removes the bias. An impure operation also keeps Triton from moving
-    the transpose of an operand in front of its load, which would turn the 16-byte copies into 4-byte ones on
-    sm_80 and sm_90; on sm_100 it does not, and Triton up to 3.8 cannot pipeline an impure one there.
+    The tensor cores drop the low 13 bits of an fp32 operand, which biases every product towards zero.
+    Rounding first halves the error and removes the bias.
+
+    Triton would otherwise move the transpose of an operand in front of its load, which turns the 16-byte
+    copies into 4-byte ones on sm_80 and sm_90. An impure operation prevents that. On sm_100 it does not, and
+    Triton up to 3.8 cannot pipeline an impure operation there.
     """
     if ROUNDING == "impure":
         x = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1)
@@ -29,7 +31,7 @@ def round_operand(x, ROUNDING: tl.constexpr):
     return x
 
 
-INTERPRETED = not isinstance(round_operand, triton.JITFunction)  # what @triton.jit made of it when the kernels were imported
+INTERPRETED = not isinstance(round_operand, triton.JITFunction)  # TRITON_INTERPRET as it was at import
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class Dot:
 
 
 def dot_of(a: torch.dtype, b: torch.dtype, arch: int | str | None) -> Dot:
-    """16-bit operands where both are one 16-bit dtype; else fp32 operands, in tf32 where torch allows it.
+    """16-bit operands where both have the same 16-bit dtype; else fp32 operands, in tf32 where torch allows
+    it.
 
-    The interpreter gets fp32 operands always: its tl.dot multiplies the bit patterns of bf16. Upcasting is
-    exact, so the products are those of the 16-bit dot. There is no tf32 in the interpreter nor on AMD, which
+    The interpreter always gets fp32 operands, because its tl.dot multiplies the bit patterns of bf16.
+    Upcasting is exact, so the products are those of the 16-bit dot. The interpreter and AMD have no tf32 and
     get ieee.
     """
     if a == b and a.itemsize == 2:

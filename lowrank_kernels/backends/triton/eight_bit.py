@@ -1,11 +1,12 @@
-"""8-bit moments on tiles: the format of lowrank_kernels/storage/eight_bit.py, 64 neighbours along n to an
-fp32 scale.
+"""8-bit moments on tiles. The format is that of lowrank_kernels/storage/eight_bit.py: 64 neighbours along n
+share an fp32 scale.
 
     M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋             m = s·sign(c − 128)·((c − 128)/127)²
     V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0       v = s·(c/255)⁴
 
-A tile is (ROWS, COLS) with COLS a multiple of 64 and its first column at a multiple of 64 of the matrix; its
-scales are (ROWS, COLS // 64). In memory codes are row-major (r, n), scales row-major (r, ⌈n / 64⌉).
+A tile is (ROWS, COLS). COLS is a multiple of 64, and the tile's first column is at a multiple of 64 of the
+matrix. The tile's scales are (ROWS, COLS // 64). In memory codes are row-major (r, n), scales row-major (r,
+⌈n / 64⌉).
 """
 
 import triton
@@ -33,31 +34,31 @@ def decode_v(codes, scales):
 def encode_m(m, inside):
     """M in fp32 → uint8 codes (ROWS, COLS) and fp32 scales (ROWS, COLS // 64).
 
-    inside: which elements exist, (ROWS, COLS) or what broadcasts to it; what the others hold reaches no
-        scale.
+    inside: which elements exist, as (ROWS, COLS) or a shape that broadcasts to it. The scales ignore all
+    other elements.
     """
     m = tl.where(inside, m, 0.0)
     scales, share = _scales_and_shares(m)
     root = 127.0 * tl.sqrt(share)
-    # Cutting a positive number to an integer is its floor.
+    # A cast to an integer truncates, which is the floor of a positive number.
     return tl.where(m < 0, 128.5 - root, 128.5 + root).to(tl.int32).to(tl.uint8), scales
 
 
 @triton.jit
 def encode_v(v, inside):
-    """As encode_m, of V."""
+    """V in fp32 → codes and scales; as encode_m."""
     v = tl.where(inside, v, 0.0)
     scales, share = _scales_and_shares(v)
     codes = (255.0 * tl.sqrt(tl.sqrt(share)) + 0.5).to(tl.int32)
-    # A block that is not finite gets codes of 0, whatever it holds.
+    # A block that is not finite gets codes of 0, whatever its elements are.
     smallest = tl.where((v > 0) & (_spread(scales, v) >= 0), 1, 0)
     return tl.maximum(codes, smallest).to(tl.uint8), scales
 
 
 @triton.jit
 def _scales_and_shares(x):
-    """Each block's scale, and |x| / s in [0, 1 + 2u], 0 where s is 0 or NaN."""
-    # As integers, the bits of |x| are in the order of the numbers, with infinity and NaN on top.
+    """Each block's scale, and |x| / s in [0, 1 + 2u]. The share is 0 where s is 0 or NaN."""
+    # Read as integers, the bits of |x| sort like the numbers, with infinity and NaN on top.
     order = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     peak = tl.max(tl.reshape(order, (x.shape[0], x.shape[1] // BLOCK, BLOCK)), axis=2)
     usable = (peak >= 0x00800000) & (peak < 0x7F800000)
@@ -69,6 +70,6 @@ def _scales_and_shares(x):
 
 @triton.jit
 def _spread(scales, like):
-    """(ROWS, COLS // 64) → (ROWS, COLS): its block's scale for each element."""
+    """Each element's block scale: (ROWS, COLS // 64) → (ROWS, COLS)."""
     wide = tl.broadcast_to(scales[:, :, None], (like.shape[0], like.shape[1] // BLOCK, BLOCK))
     return tl.reshape(wide, (like.shape[0], like.shape[1]))

@@ -1,8 +1,8 @@
-"""M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε).
+"""M = β1·M + (1−β1)·R; V = β2·V + (1−β2)·R²; N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε).
 
-Elementwise on (r, n) in fp32; ε stands outside the corrected root, as in torch.optim.AdamW. M and V are
-stored in fp32, or as 8-bit codes with a scale for each 64 neighbours along n, see eight_bit.py; N comes from
-the new moments before they are coded again.
+Elementwise on (r, n) in fp32. ε stands outside the corrected root, as in torch.optim.AdamW. M and V are
+stored in fp32, or as 8-bit codes with a scale for each 64 neighbours along n (eight_bit.py). N is computed
+from the new moments before they are encoded again.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ def _update_moments_kernel(
     if EIGHT_BIT:
         m, m_scales = eight_bit.encode_m(m, inside)
         v, v_scales = eight_bit.encode_v(v, inside)
-        # Every warp of a block of 64 has loaded its scale, and one of them stores it.
+        # All warps of a block of 64 must have loaded its scale before one of them overwrites it.
         tl.debug_barrier()
         tl.store(m_scales_at, m_scales, mask=block_inside)
         tl.store(v_scales_at, v_scales, mask=block_inside)
@@ -82,11 +82,11 @@ def update_moments_(
 ) -> Tensor:
     """Updates M and V in place and returns N, for every matrix of a bucket, in one launch.
 
-    exp_avgs, exp_avg_sqs: B row-major (r, n) fp32. projected: (B, r, n) fp32, R on entry. N goes to `out`,
-    (B, r, n) of fp32, bf16 or fp16; by default to `projected`, overwriting R. `step` is t, counted from 1; or
-    device_steps hold t − 1, one fp32 element a matrix. Where found_inf is non-zero nothing is written, so M
-    and V keep their bits and N is undefined. Raises ValueError for a list that is not a bucket and for shapes
-    that do not fit.
+    exp_avgs, exp_avg_sqs: B row-major (r, n) fp32. projected: (B, r, n) fp32, R on entry. out: where N goes,
+    (B, r, n) of fp32, bf16 or fp16. By default N overwrites R in `projected`. `step` is t, counted from 1.
+    device_steps, if given, hold t − 1 instead, one fp32 element a matrix. Where found_inf is non-zero nothing
+    is written, so M and V keep their bits and N is undefined. Raises ValueError for a list that is not a
+    bucket and for shapes that do not fit.
     """
     check(exp_avgs, exp_avg_sqs, projected, step, found_inf, device_steps, out)
     out = projected if out is None else out
@@ -136,12 +136,12 @@ def prepare(
     """The launch for one bucket: launch(projected, normalised, *, beta1, beta2, eps, step, found_inf), on the
     current device.
 
-    exp_avg stands for the shape of all; of it only numbers are kept. With scales the moments are 8-bit codes.
-    steps_at: addresses of fp32 counters, instead of `step`.
+    exp_avg stands for the shape of all; only numbers are kept from it. With scales, the moments are 8-bit
+    codes. steps_at: addresses of fp32 counters, used instead of `step`.
     """
     rows, columns = exp_avg.shape
     config = configs.MOMENTS if exp_avg_scales_at is None else configs.MOMENTS_8BIT
-    if exp_avg_scales_at is None:  # no neighbours to respect: one row
+    if exp_avg_scales_at is None:  # fp32 moments have no blocks of neighbours: one row
         rows, columns = 1, rows * columns
     tiles = triton.cdiv(rows, config.ROWS) * triton.cdiv(columns, config.COLUMNS)
     if not tiles:
@@ -149,7 +149,7 @@ def prepare(
     kernel, options = _update_moments_kernel[(tiles, exp_avgs_at.numel())], vars(config)
 
     def launch(projected, normalised, *, beta1, beta2, eps, step, found_inf):
-        # Taken in double: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5 of itself.
+        # Subtract in double: fp32(0.999) subtracted from 1 in fp32 has a relative error of 2e-5.
         if steps_at is None:
             corrections = 1.0 - beta1**step, 1.0 - beta2**step
         else:

@@ -1,5 +1,5 @@
-"""What a program makes of the pointer table (table.py): one row of addresses a list of the bucket, one
-address a matrix."""
+"""How a program reads the pointer table (table.py). The table has one row of addresses for each list of the
+bucket, and one address for each matrix."""
 
 import triton
 import triton.language as tl
@@ -10,8 +10,8 @@ def matrix_at(addresses, matrix, DTYPE: tl.constexpr, ALIGNED: tl.constexpr = Fa
     """A pointer to the first element, of DTYPE, of the matrix with this number. addresses: a row of the
     table, (B,) int64.
 
-    ALIGNED: every address is a multiple of 16 bytes, which is said here, of the pointer's own operation:
-    Triton 3.6 forgets what is said of a function's result when it inlines the function.
+    ALIGNED: every address is a multiple of 16 bytes. The hint is attached here, to the operation that makes
+    the pointer, because Triton 3.6 forgets a hint on a function's result when it inlines the function.
     """
     at = tl.load(addresses + matrix).to(tl.pointer_type(DTYPE))
     if ALIGNED:

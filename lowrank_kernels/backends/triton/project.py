@@ -1,7 +1,7 @@
 """R = PᵀG', accumulated in fp32.
 
-G' is G of shape (m, n) on the left side and Gᵀ on the right, where the stored G is (n, m): the two sides
-differ in strides alone.
+G' is G of shape (m, n) on the left side. On the right side the stored G is (n, m), and G' is Gᵀ. The two
+sides differ only in strides.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def _project_kernel(
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    # Programs on the same strip of G are neighbours, so that its re-reads hit L2.
+    # Programs on the same strip of G are neighbours, so that they read it again from L2.
     matrix = tl.program_id(1).to(tl.int64)
     rank_tiles = tl.cdiv(rank, BLOCK_R)
     offs_r = tl.program_id(0) % rank_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -37,8 +37,8 @@ def _project_kernel(
     g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
     block_k = tl.full((), BLOCK_K, tl.int64)
 
-    # The tile is accumulated as Rᵀ: n is then the long side of the dot, which wgmma wants to be at least 64,
-    # whatever the rank.
+    # The tile is accumulated as Rᵀ, so that n is the long side of the dot. wgmma wants that side to be at
+    # least 64, whatever the rank.
     acc = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for k in range(0, m, BLOCK_K):
         in_k = offs_k < m - k
@@ -56,9 +56,9 @@ def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """R = PᵀG' for every matrix of a bucket, in one launch: B bases (m, r), B gradients as stored → (B, r, n)
     fp32.
 
-    Gradients are (m, n), or (n, m) on the right side, with any strides. A gradient and a basis of one 16-bit
-    dtype are multiplied as such, anything else in fp32 (tf32 where torch allows it); the sum over m is fp32.
-    Raises ValueError for a list that is not a bucket and for shapes that do not fit.
+    Gradients are (m, n), or (n, m) on the right side, with any strides. A gradient and a basis of the same
+    16-bit dtype are multiplied in it. All others are multiplied in fp32 (tf32 where torch allows it). The sum
+    over m is fp32. Raises ValueError for a list that is not a bucket and for shapes that do not fit.
     """
     check(bases, grads, right)
     rank, n = bases[0].shape[1], grads[0].shape[0 if right else 1]
@@ -80,7 +80,7 @@ def check(bases: list[Tensor], grads: list[Tensor], right: bool) -> None:
 def prepare(bases_at: Tensor, grads_at: Tensor, basis: Tensor, grad: Tensor, *, right: bool, aligned: bool) -> Callable[[Tensor], None]:
     """The launch for one bucket, given its table: launch(projected) on the current device.
 
-    basis and grad stand for the shapes, strides and dtypes of all; of them only numbers are kept.
+    basis and grad stand for the shapes, strides and dtypes of all; only numbers are kept from them.
     """
     grad = grad.mT if right else grad
     (m, rank), n = basis.shape, grad.shape[1]

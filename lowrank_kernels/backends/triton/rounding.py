@@ -1,11 +1,11 @@
-"""Stochastic rounding to bf16 on tiles: E[result] = value. The draws of reference.round_stochastically, bit
-for bit.
+"""Stochastic rounding to bf16 on tiles: E[result] = value. It equals reference.round_stochastically bit for
+bit.
 
-A bf16 is the upper half of an fp32. Element (i, j) of the matrix as it is stored adds 16 random bits to the
-lower half, then drops it:
+A bf16 is the upper half of an fp32. Rounding element (i, j) of the stored matrix adds 16 random bits to the
+lower half, then drops that half:
 
-    word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, t))[j % 8 // 2],
-        its lower half where j is even, else its upper
+    word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, t))[j % 8 // 2]
+    the 16 bits are the lower half of the word where j is even, else its upper half
 """
 
 import triton
@@ -33,7 +33,7 @@ def round_stochastically(w, first_m, first_n, seed, t, RIGHT: tl.constexpr):
         octet = (first_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
         row = (first_m + tl.arange(0, BLOCK_M))[:, None]
     word0, word1, word2, word3 = tl.philox(seed, octet, row, ROUNDING, t)
-    # A join's new index is the fastest: (…, high bit of the word's number, low bit, half).
+    # tl.join's new index varies fastest. The order is (…, high bit of the word's number, low bit, half).
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
     halves = tl.join(words & 0xFFFF, words >> 16)
     if RIGHT:

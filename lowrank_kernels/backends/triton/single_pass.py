@@ -1,13 +1,16 @@
-"""A step in one launch: R = PᵀG', the moments, N, W' = (1 − lr·wd)·W' − lr·α·P·N, with R and N never in
+"""A step in one launch: R = PᵀG', the moments, N, W' = (1 − lr·wd)·W' − lr·α·P·N. R and N are never in
 memory.
 
-A program owns BLOCK_N columns of one matrix. It reads them of G once, sums R over m in fp32, brings its part
-of the moments up to date, keeps N on the chip, in the dtype of the bases, and then reads and writes its
-columns of W once. P is read twice, from L2 but for the first program that needs it. G', W' are G, W of shape
-(m, n) on the left side and their transposes on the right, where the stored ones are (n, m): the two sides
-differ in strides, and in which way the random bits of a stochastic rounding run.
+A program owns BLOCK_N columns of one matrix. It reads its columns of G once and sums R over m in fp32. It
+updates its part of the moments and keeps N on the chip, in the dtype of the bases. Then it reads and writes
+its columns of W once. It reads P twice; only the first program that needs P reads it from memory, the others
+from L2.
 
-Which row of configs.SINGLE_PASS serves a bucket is an estimate so far: no figure of it was measured on a GPU
+G', W' are G, W of shape (m, n) on the left side. On the right side the stored ones are (n, m), and G', W' are
+their transposes. The two sides differ in strides, and in the direction in which the random bits of a
+stochastic rounding run.
+
+The choice of the row of configs.SINGLE_PASS for a bucket is an estimate so far: nothing was measured on a GPU
 yet.
 """
 
@@ -43,8 +46,8 @@ def _advance(
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rᵀ (BLOCK_N, ROWS) of rows from first_r and columns from first_n → N (ROWS, BLOCK_N); M and V are
-    brought up to date in memory."""
+    """Rᵀ (BLOCK_N, ROWS) of rows from first_r and columns from first_n → N (ROWS, BLOCK_N). Updates M and V
+    in memory."""
     r = r.T
     offs_r = first_r + tl.arange(0, r.shape[0])
     offs_n = first_n + tl.arange(0, r.shape[1])
@@ -56,7 +59,7 @@ def _advance(
         offs_b = first_n // eight_bit.BLOCK + tl.arange(0, r.shape[1] // eight_bit.BLOCK)
         in_blocks = in_r & (offs_b < blocks)[None, :]
         offs_s = offs_r[:, None].to(tl.int64) * blocks + offs_b[None, :]
-        # Codes and scales that are not there decode to zero.
+        # Codes and scales outside the matrix decode to zero.
         m_scales = tl.load(exp_avg_scale + offs_s, mask=in_blocks, other=0.0)
         v_scales = tl.load(exp_avg_sq_scale + offs_s, mask=in_blocks, other=0.0)
         m = eight_bit.decode_m(tl.load(exp_avg + offs, mask=inside, other=128), m_scales)
@@ -64,8 +67,8 @@ def _advance(
         m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
         m_codes, m_scales = eight_bit.encode_m(m, inside)
         v_codes, v_scales = eight_bit.encode_v(v, inside)
-        # Every warp of a block of 64 has loaded its scale, and one of them stores it. The conversion of its
-        # layout brings the barrier that must stand between, which benchmarks/ir looks for.
+        # All warps of a block of 64 must have loaded its scale before one of them stores it. The barrier
+        # comes from the conversion of the scale's layout; benchmarks/ir checks that it is there.
         tl.store(exp_avg_scale + offs_s, m_scales, mask=in_blocks)
         tl.store(exp_avg_sq_scale + offs_s, v_scales, mask=in_blocks)
         tl.store(exp_avg + offs, m_codes, mask=inside)
@@ -77,7 +80,7 @@ def _advance(
         tl.store(exp_avg + offs, m, mask=inside)
         tl.store(exp_avg_sq + offs, v, mask=inside)
     norm = adam.normalise(m, v, correction1, correction2, eps)
-    # Rows past the rank are 0/ε, which is NaN for ε = 0, and a NaN times the zeros of P is one.
+    # Rows past the rank are 0/ε, which is NaN for ε = 0. NaN times the zeros of P would be NaN.
     return tl.where(in_r, norm, 0.0).to(N_DTYPE)
 
 
@@ -87,8 +90,8 @@ def _advance_2(
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """_advance in two slices of rows, one after the other: only a part of M and V is in registers beside
-    R."""
+    """_advance in two slices of rows, one after the other, so that only a part of M and V is in registers
+    beside R."""
     left, right = _halves(r)
     upper = _advance(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
@@ -107,8 +110,8 @@ def _advance_4(
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
     beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """In four; a function for each depth, because Triton up to 3.4 does not end its look at a function that
-    calls itself."""
+    """_advance in four slices. Each depth has a function of its own, because Triton up to 3.4 never finishes
+    analysing a function that calls itself."""
     left, right = _halves(r)
     upper = _advance_2(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
@@ -157,7 +160,8 @@ def _advance_16(
     return _stack(upper, lower)
 
 
-# Specialised, `step` would compile a kernel for 1, one for multiples of 16 and one for the rest.
+# `step` is not specialised: specialising it compiles a kernel for 1, one for multiples of 16 and one for the
+# rest.
 @triton.jit(
     do_not_specialize=["step"],
     do_not_specialize_on_alignment=[
@@ -178,7 +182,7 @@ def _adamw_step_kernel(
         if tl.load(found_inf) != 0:
             return
     M_DTYPE: tl.constexpr = tl.float32 if exp_avg_scales_at is None else tl.uint8
-    # Programs of one matrix are neighbours, so that the re-reads of P hit L2.
+    # Programs of one matrix are neighbours, so that they read P again from L2.
     matrix = tl.program_id(1).to(tl.int64)
     weight = pointers.matrix_at(weights_at, matrix, W_DTYPE, ALIGNED)
     grad = pointers.matrix_at(grads_at, matrix, G_DTYPE, ALIGNED)
@@ -200,9 +204,9 @@ def _adamw_step_kernel(
     p_at = basis + offs_k[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
     block_k = tl.full((), BLOCK_K, tl.int64)
-    # The tile is accumulated as Rᵀ: cutting it into slices of rows then moves nothing between threads of
-    # wgmma's layout, and n is the long side of the dot, which wgmma wants to be at least 64, whatever the
-    # rank.
+    # The tile is accumulated as Rᵀ. Cutting it into slices of rows then moves nothing between threads of
+    # wgmma's layout. n is also the long side of the dot then, which wgmma wants to be at least 64, whatever
+    # the rank.
     r = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
     for k in range(0, m, BLOCK_K):
         in_k = (offs_k < m - k)[:, None]
@@ -249,8 +253,8 @@ def _adamw_step_kernel(
     p_at = basis + offs_m[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     w_at = weight + offs_m[:, None].to(tl.int64) * stride_wm + offs_n[None, :].to(tl.int64) * stride_wn
     block_m = tl.full((), BLOCK_M, tl.int64)
-    # W is not an operand of the dot, so it is not pipelined on its own: each round asks for the tile of the
-    # next one.
+    # Triton does not pipeline loads of W, because W is not an operand of the dot. Each round therefore loads
+    # the tile of the next round.
     w_next = tl.load(w_at, mask=(offs_m < m)[:, None] & in_n, other=0.0)
     for i in range(0, m, BLOCK_M):
         in_m = (offs_m < m - i)[:, None]
@@ -267,8 +271,7 @@ def _adamw_step_kernel(
 
 
 def serves(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, count: int, aligned: bool) -> bool:
-    """Whether there is a row for these tensors, see row_for, and its programs are many enough to fill the
-    device."""
+    """Whether there is a row for these tensors (see row_for) with enough programs to fill the device."""
     row = row_for(weight, grad, basis, exp_avg, aligned=aligned)
     if row is None:
         return False
@@ -281,8 +284,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def row_for(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, *, aligned: bool) -> configs.SinglePassConfig | None:
-    """The row of configs.SINGLE_PASS for a bucket like these tensors; None where there is none, and for mixed
-    dtypes."""
+    """The row of configs.SINGLE_PASS for a bucket of tensors like these. None if there is no such row or the
+    dtypes are mixed."""
     if not weight.dtype == grad.dtype == basis.dtype:
         return None
     arch = configs.architecture(basis.device)
@@ -302,10 +305,11 @@ def prepare(
     aligned: bool,
     stochastic: bool,
 ) -> Callable[..., None]:
-    """The step of one bucket of `count` matrices, given its table, where there is a row for it (`row_for`).
+    """The step of one bucket of `count` matrices, given its table. There must be a row for the bucket
+    (`row_for`).
 
-    The tensors stand for the shapes, strides and dtypes of all; of them only numbers are kept. Moments are
-    8-bit codes where the table has their scales, and steps are counted on the device where it has counters.
+    The tensors stand for the shapes, strides and dtypes of all; only numbers are kept from them. Moments are
+    8-bit codes if the table has their scales. Steps are counted on the device if the table has counters.
     aligned: all addresses are multiples of 16.
     """
     row = row_for(weight, grad, basis, exp_avg, aligned=aligned)
@@ -328,8 +332,7 @@ def prepare(
     launch, options = functools.partial(_adamw_step_kernel[(tiles, count)], *fixed), vars(row)
 
     def run(*, lr, beta1, beta2, eps, weight_decay, scale, step, found_inf, device_lr, rounding_seeds) -> None:
-        # Differences and products are taken in double: fp32(0.999) subtracted from 1 in fp32 is off by 2e-5
-        # of itself.
+        # Subtract and multiply in double: fp32(0.999) subtracted from 1 in fp32 has a relative error of 2e-5.
         if counted_on_device:
             first, second = adam.log(beta1), adam.log(beta2)
         else:
@@ -338,7 +341,7 @@ def prepare(
             decay, step_size = 1.0 - lr * weight_decay, lr * scale
         else:
             decay, step_size = weight_decay, scale
-        # What a launch does not read is None to it, so that it is no reason to compile anew.
+        # Pass None for what this launch does not read: a change of its value would compile the kernel anew.
         counted = step if rounding_seeds is not None and not counted_on_device else None
         with table.on_device(device):
             launch(

@@ -1,7 +1,8 @@
-"""Pointer tables: what lets one launch serve a whole bucket.
+"""Pointer tables, with which one launch serves a whole bucket.
 
 A bucket is a list of B matrices of equal shape, dtype and strides. Its addresses live in an int64 tensor on
-the device; a program loads its own (pointers.py). It is written anew at each step, by one asynchronous copy.
+the device, and each program loads its own from there (pointers.py). Each step writes the table anew, by one
+asynchronous copy.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ MAX_MATRICES = 65535  # second dimension of a CUDA grid
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a whole step's table: for each list of the bucket B addresses, (B,) int64 on the device.
-    None: the list is absent."""
+    """The rows of a whole step's table. Each row has the B addresses of one list of the bucket, (B,) int64 on
+    the device. None: the list is absent."""
 
     weights: Tensor
     grads: Tensor
@@ -36,10 +37,10 @@ class Rows:
 
 
 def rows_of(lists: Sequence[Sequence[Tensor]], steps: Sequence[Tensor]) -> tuple[Rows, bool]:
-    """The table of a bucket's step, and whether every matrix starts at a multiple of 16 bytes; a step's count
-    is read as one float.
+    """The table of a bucket's step, and whether every matrix starts at a multiple of 16 bytes.
 
-    lists: weights, grads, bases, exp_avgs, exp_avg_sqs and, for 8-bit moments, their scales.
+    lists: weights, grads, bases, exp_avgs, exp_avg_sqs and, for 8-bit moments, their scales. steps: counters,
+    each read as one float, so they need no alignment.
     """
     packed = pack([_addresses(tensors) for tensors in (*lists, steps)])
     *rows, steps_at = upload(packed, len(lists) + 1, lists[0][0].device)
@@ -57,8 +58,8 @@ def _addresses(bucket: Sequence[Tensor]) -> list[int]:
 
 
 def aligned(*buckets: list[Tensor]) -> bool:
-    """True when every address is a multiple of 16 bytes. An address that a kernel loads from memory carries
-    no such fact."""
+    """True when every address is a multiple of 16 bytes. Triton cannot know that of an address that a kernel
+    loads from memory."""
     return all(_multiples_of_16(_addresses(bucket)) for bucket in buckets)
 
 
@@ -67,20 +68,20 @@ def _multiples_of_16(addresses: list[int]) -> bool:
 
 
 def wide(*matrices: Tensor) -> bool:
-    """True when Triton can prove 16-byte accesses: a unit stride, and extents and the other stride multiples
-    of 16 elements."""
+    """True when Triton can prove 16-byte accesses: one stride is 1, and the extents and the other stride are
+    multiples of 16 elements."""
     return all(1 in tensor.stride() and all(size % 16 == 0 for size in (*tensor.shape, max(tensor.stride()))) for tensor in matrices)
 
 
 def on_device(device: torch.device):
-    """Triton launches on the current device; make that the bucket's."""
+    """Makes the bucket's device the current one, because Triton launches on the current device."""
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ...], row_major: bool = False) -> None:
-    """A bucket holds one matrix or more, all of one shape, strides, dtype and device."""
+    """Checks that a bucket holds one matrix or more, all of one shape, strides, dtype and device."""
     if not tensors:
         raise ValueError(f"{name} is empty: a bucket holds at least one matrix")
     if len(tensors) > MAX_MATRICES:
@@ -93,8 +94,7 @@ def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ..
         raise ValueError(f"{name} must be one of {', '.join(map(str, dtypes))}, got {dtype}")
     if row_major and not first.is_contiguous():
         raise ValueError(f"{name} must be row-major, got shape {tuple(shape)} with strides {stride}")
-    # Each of these is a loop that Python runs fast; which one it is that differs is looked up only if there
-    # is one.
+    # Comparing whole lists is fast in Python. Find the matrix that differs only if one does.
     shapes, dtypes = [tensor.shape for tensor in tensors], [tensor.dtype for tensor in tensors]
     strides, devices = list(map(Tensor.stride, tensors)), list(map(Tensor.get_device, tensors))
     alike = shapes.count(shape), dtypes.count(dtype), strides.count(stride), devices.count(first.get_device())
@@ -109,8 +109,8 @@ def check_bucket(name: str, tensors: list[Tensor], dtypes: tuple[torch.dtype, ..
 
 
 def check_batch(name: str, batch: Tensor, bucket: list[Tensor], dtypes: tuple[torch.dtype, ...], shape=None) -> None:
-    """A (B, r, n) tensor that goes with a bucket: row-major, on its device, `shape` (default: the bucket's) a
-    matrix."""
+    """Checks a (B, r, n) tensor that goes with a bucket: row-major, on the bucket's device, each matrix of
+    shape `shape` (default: the bucket's)."""
     expected = (len(bucket), *(bucket[0].shape if shape is None else shape))
     if tuple(batch.shape) != expected or not batch.is_contiguous():
         raise ValueError(f"{name} must be row-major of shape {expected}, got {tuple(batch.shape)} with strides {batch.stride()}")
@@ -131,20 +131,20 @@ def check_same_device(**buckets: list[Tensor]) -> None:
 
 
 def check_basis_fits(name: str, matrix: Tensor, basis: Tensor, right: bool) -> None:
-    """A basis (m, r) goes with a matrix (m, n), as stored (n, m) on the right side."""
+    """Checks that a basis (m, r) goes with a matrix (m, n), stored as (n, m) on the right side."""
     if basis.shape[0] != matrix.shape[1 if right else 0]:
         side, shape = ("right", "(n, m)") if right else ("left", "(m, n)")
         raise ValueError(f"a basis (m, r) must fit a {side} {name} {shape}, got {tuple(basis.shape)} and {tuple(matrix.shape)}")
 
 
 def check_one_float(name: str, value: Tensor | None, device: torch.device) -> None:
-    """One fp32 on the device, or None."""
+    """Checks that the value is one fp32 on the device, or None."""
     if value is not None and (value.numel() != 1 or value.dtype != torch.float32 or value.device != device):
         raise ValueError(f"{name} must be one float32 on {device}, got shape {tuple(value.shape)}, {value.dtype} on {value.device}")
 
 
 def check_counts(counts: Sequence[Tensor] | None, bucket: list[Tensor]) -> None:
-    """One fp32 for each matrix of the bucket, on its device, or None."""
+    """Checks that there is one fp32 for each matrix of the bucket, on its device, or None."""
     if counts is not None:
         check_same_length(bucket=bucket, device_steps=counts)
         for count in counts:
@@ -152,7 +152,7 @@ def check_counts(counts: Sequence[Tensor] | None, bucket: list[Tensor]) -> None:
 
 
 def check_rounding_seeds(seeds: Tensor | None, weights: list[Tensor]) -> None:
-    """One int64 for each of a bucket of bf16 weights, or None."""
+    """Checks that there is one int64 for each matrix of a bucket of bf16 weights, or None."""
     if seeds is None:
         return
     if seeds.shape != (len(weights),) or seeds.dtype != torch.int64 or seeds.device != weights[0].device:

@@ -1,10 +1,11 @@
 """A step in three launches: R = PᵀG'; the moments and N; W' = (1 − lr·wd)·W' − lr·α·P·N.
 
-Two passes over the big matrices: one reads G, the other reads and writes W; R and N go through memory between
-them, in at most 4·r·n bytes for each matrix of the bucket. R is fp32. N overwrites it where bases are fp32,
-and where the bucket's R fits the L2 cache. In a larger one N has the 16 bits of the bases, to which the last
-dot rounds it anyway, which halves the traffic of N; R and N then take 6·r·n bytes a matrix, and the bucket
-goes through in parts.
+The big matrices are passed over twice: one launch reads G, another reads and writes W. R and N go through
+memory between the launches, in at most 4·r·n bytes for each matrix of the bucket. R is fp32.
+
+N overwrites R if the bases are fp32, or if the bucket's R fits the L2 cache. In a larger bucket N has the 16
+bits of the bases, which halves its traffic; the last dot rounds N to them anyway. R and N then take 6·r·n
+bytes a matrix, and the bucket is processed in parts.
 """
 
 from collections.abc import Callable
@@ -16,12 +17,12 @@ from torch import Tensor
 from . import back_project, moments, project, table
 
 TEMPORARY_BYTES = 2**28
-"""Of R and N of one part; parts go one after another through the same memory. A part of this size has as many
-programs as fill a large GPU five times over at r = 128 and more, and takes hundreds of microseconds, so
-neither a last wave nor launches count."""
+"""Bytes of R and N of one part. Parts run one after another in the same memory. A part of this size has
+enough programs to fill a large GPU five times over at r = 128 and more. It takes hundreds of microseconds, so
+neither a last wave nor launches matter."""
 CACHED_BYTES = 2**25
-"""R of a bucket up to this size is still in the L2 cache (40 MB on sm_80, 50 MB on sm_90) when it is read
-again."""
+"""R of a bucket up to this size, in bytes, is still in the L2 cache (40 MB on sm_80, 50 MB on sm_90) when it
+is read again."""
 
 
 def prepare(
@@ -38,8 +39,8 @@ def prepare(
 ) -> Callable[..., None]:
     """The step of one bucket of `count` matrices, given its table.
 
-    The tensors stand for the shapes, strides and dtypes of all; of them only numbers are kept. Moments are
-    8-bit codes where the table has their scales, and steps are counted on the device where it has counters.
+    The tensors stand for the shapes, strides and dtypes of all; only numbers are kept from them. Moments are
+    8-bit codes if the table has their scales. Steps are counted on the device if the table has counters.
     aligned: all addresses are multiples of 16.
     """
     (rank, n), device, dtype = exp_avg.shape, basis.device, basis.dtype
@@ -77,8 +78,8 @@ def prepare(
 
 
 def matrices_at_once(count: int, bytes_each: int, most: int) -> int:
-    """Matrices of a part, at most `most`: all parts but the last one have so many, and that one hardly
-    fewer."""
+    """The number of matrices in a part, at most `most`. All parts have this many but the last one, which has
+    hardly fewer."""
     most = max(1, min(most, TEMPORARY_BYTES // max(1, bytes_each)))
     return -(-count // -(-count // most))
 
