@@ -1,10 +1,10 @@
-"""python -m benchmarks: times and weighs this package against what a user could pick instead, on the GPU if
-there is one.
+"""python -m benchmarks: times and weighs this package against what a user could pick instead.
 
-Prints tables and appends every figure to benchmarks/results/<device>/<date>-<commit>.jsonl, and for what has
-none the reason. Whatever is of this package is checked against fp64 before it is timed; the exit status is 1
-if any of it is wrong or fails. What does not fit into --seconds any more is left out; the run ends late by at
-most one set-up, and by a round of what is timed last.
+It runs on the GPU if there is one. It prints tables and appends every figure to
+benchmarks/results/<device>/<date>-<commit>.jsonl. What could not be measured gets the reason in its place.
+Everything of this package is checked against fp64 before it is timed. The exit status is 1 if any of it is
+wrong or fails. Cases that no longer fit into --seconds are left out. The run may end late by at most one
+set-up, and by one round of what is timed last.
 
 Also: python -m benchmarks plot | compare | readme (each with --help), python -m benchmarks.roofline.
 """
@@ -60,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def run(settings: argparse.Namespace) -> list[Row]:
-    """Measures, prints, appends; what was measured stays, whatever a later case does."""
+    """Measures, prints and appends. Rows already measured are kept, whatever a later case does."""
     budget = Budget(settings.seconds)
     start = time.perf_counter()
     if settings.threads:
@@ -81,7 +81,7 @@ def run(settings: argparse.Namespace) -> list[Row]:
     path = settings.file or path
     machine = Machine.measured(origin, on_gpu)
     rows: list[Row] = []
-    gc.freeze()  # what is imported stays: collections after each case need not walk through it
+    gc.freeze()  # exempt the imports from collection, so that collections after each case need not walk through them
     for number, (suite, case) in enumerate(work):
         share = max(0.0, budget.left()) / (len(work) - number)
         print(f"[{time.perf_counter() - start:4.0f} s] {case.label}", flush=True)
@@ -100,7 +100,7 @@ def run(settings: argparse.Namespace) -> list[Row]:
 
 
 def measure(suite: ModuleType, case: Case, context: Context) -> list[Row]:
-    """The case's rows; where it ends in an exception, or has no time left, a single one that says so."""
+    """The case's rows. If the case raises an exception or has no time left, a single row says so."""
     if context.budget.left() <= 0:
         return [not_measured(case.label, ALL, "no time: the cases before it took all of --seconds")]
     try:

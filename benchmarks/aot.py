@@ -1,13 +1,14 @@
-"""Ahead-of-time compilation of every kernel configuration, for GPUs that need not be here: registers, spills,
-access widths.
+"""Ahead-of-time compilation of every kernel configuration, for GPUs that need not be here.
+
+It reports registers, spills and access widths.
 
     python -m benchmarks.aot                # a table of all configurations
     python -m benchmarks.aot --out FILE     # the same in a file
     python -m benchmarks.aot --json FILE    # the reports as JSON, for tests/kernels/test_aot.py to judge
-    python -m benchmarks.aot --sample       # of a few cases
+    python -m benchmarks.aot --sample       # only a few cases
 
-The launchers run for real on unfilled CPU tensors, as dry.py says. The disassembler is the one in Triton's
-wheel.
+The launchers run for real on unfilled CPU tensors; dry.py explains how. The disassembler is the one in
+Triton's wheel.
 """
 
 import argparse
@@ -35,11 +36,11 @@ from . import dry
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SMALL_TILE_TARGETS = (80, 90, 100, 120)  # what the rows for unknown architectures and narrow accesses are compiled for
+SMALL_TILE_TARGETS = (80, 90, 100, 120)  # targets of the rows for unknown architectures and narrow accesses
 WIDE_EXTENT, NARROW_EXTENT = 4096, 1001  # m and n
 TABLES = {"project": configs.PROJECT, "back_project": configs.BACK_PROJECT}
 OPTIONS = ("8-bit", "stochastic", "on device")  # moments, rounding, counts and learning rate
-ROW = torch.empty(1, dtype=torch.int64)  # of a table that nothing reads
+ROW = torch.empty(1, dtype=torch.int64)  # a row of a pointer table that is never read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,12 +58,12 @@ class Case:
     found_inf: bool = False
     normalised: str = "fp32"
     wide: bool = True
-    options: tuple[str, ...] = ()  # of OPTIONS
+    options: tuple[str, ...] = ()  # a subset of OPTIONS
 
 
 @dataclasses.dataclass
 class Report:
-    """What the compiler made of a launch. Counters map an instruction to how often it occurs."""
+    """The compiler's result for a launch. Counters map an instruction to how often it occurs."""
 
     kernel: str
     arch: int
@@ -85,12 +86,12 @@ class Report:
     global_accesses: dict
 
     def narrow(self) -> dict[str, int]:
-        """Global accesses of less than 16 bytes."""
+        """Global accesses narrower than 16 bytes."""
         return {name: count for name, count in self.global_accesses.items() if access_bits(name) < 128}
 
 
 def all_configs() -> set:
-    """(kernel, architecture or None, config) of every row there is."""
+    """All rows: (kernel, architecture or None, config)."""
     rows = {("moments", None, configs.MOMENTS), ("moments", None, configs.MOMENTS_8BIT)}
     rows |= {("single_pass", arch, row) for arch, kinds in configs.SINGLE_PASS.items() if arch for rows_ in kinds.values() for row in rows_}
     for kernel, tables in TABLES.items():
@@ -99,11 +100,11 @@ def all_configs() -> set:
 
 
 def cases() -> list[Case]:
-    """Every row × side; 16-bit rows in bf16, and in fp16 on sm_90. The back-projection also with N in fp32
-    and without found_inf.
+    """Every row × side. 16-bit rows are compiled in bf16, and on sm_90 also in fp16. The back-projection is
+    also compiled with N in fp32 and without found_inf.
 
-    The small tiles, too, with a shape that allows no 16-byte access, which the other rows never meet. On an
-    architecture that has rows of its own they meet no other.
+    The small tiles are also compiled with a shape that allows no 16-byte access; other rows never get such a
+    shape. On an architecture that has rows of its own, the small tiles get only such shapes.
     """
     found = []
     for kernel, tables in TABLES.items():
@@ -120,12 +121,12 @@ def cases() -> list[Case]:
             found += [case, dataclasses.replace(case, options=("on device",))]
             case = dataclasses.replace(case, config=configs.MOMENTS_8BIT, options=("8-bit",))
             found += [case, dataclasses.replace(case, options=("8-bit", "on device")), dataclasses.replace(case, wide=False)]
-    return single_pass_cases() + found  # what takes longest goes first
+    return single_pass_cases() + found  # the slowest cases go first
 
 
 def sample() -> list[Case]:
-    """Of the cases for sm_90 one of each kernel and kind of dot, of narrow accesses and of 8-bit moments:
-    with the most options at once, of the smallest tile, on either side in turn."""
+    """A sample of the cases for sm_90. It has one case for each kernel and kind of dot, for narrow accesses
+    and for 8-bit moments. Each is the case with the most options and the smallest tile. Sides take turns."""
     groups = {}
     for case in cases():
         if case.arch == 90:
@@ -138,12 +139,12 @@ def sample() -> list[Case]:
 
 
 def single_pass_cases() -> list[Case]:
-    """Every row × side, the largest also with 8-bit moments and all other options; on sm_90 one with each of
-    these alone, and in fp16."""
+    """Every row × side. The largest is also compiled with 8-bit moments and all other options. On sm_90 one
+    case is also compiled with each of the other options alone, and in fp16."""
     found = []
     for arch, kinds in configs.SINGLE_PASS.items():
         for (kind, moments_dtype), rows in kinds.items() if arch else ():
-            dtype, others = ("bf16", OPTIONS[1:]) if kind == "16bit" else ("fp32", OPTIONS[2:])  # bf16 alone is rounded stochastically
+            dtype, others = ("bf16", OPTIONS[1:]) if kind == "16bit" else ("fp32", OPTIONS[2:])  # only bf16 is rounded stochastically
             largest = rows[-2:] if (arch, kind) == (90, "16bit") else rows[-1:] if arch == 90 or kind == "16bit" else ()
             for row, right in itertools.product(largest if moments_dtype == "8-bit" else rows, (False, True)):
                 case = Case("single_pass", arch, dtype, kind, row, row.BLOCK_R, right, found_inf=True)
@@ -226,8 +227,8 @@ def _launch_single_pass(case: Case, basis: torch.Tensor, matrix: torch.Tensor, n
 
 
 def compile_case(case: Case) -> Report:
-    """Runs the launcher up to the launch and disassembles what it compiled. Needs a process where
-    TRITON_INTERPRET is unset."""
+    """Runs the launcher up to the launch and disassembles the compiled kernel. The process must not have
+    TRITON_INTERPRET set."""
     compiled = []
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if case.kind == "tf32" else "highest")
@@ -287,7 +288,7 @@ def _worker(cache: str) -> None:
 
 
 def compile_all(chosen: list[Case], workers: int = 2) -> list[Report]:
-    """Compiles the cases afresh: the cache of compiled kernels is a folder that goes away with the call."""
+    """Compiles the cases afresh. The cache of compiled kernels is a folder that is removed after the call."""
     with tempfile.TemporaryDirectory() as cache:
         if workers == 1:
             _worker(cache)
@@ -298,8 +299,8 @@ def compile_all(chosen: list[Case], workers: int = 2) -> list[Report]:
 
 
 def compile_in_subprocess(*options: str) -> list[Report]:
-    """The reports of `python -m benchmarks.aot`, where this process may have imported the kernels for the
-    interpreter."""
+    """The reports of `python -m benchmarks.aot`, run in a process of its own, because this one may have
+    imported the kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "reports.json")
@@ -311,7 +312,7 @@ def compile_in_subprocess(*options: str) -> list[Report]:
 
 
 def read(path: Path) -> list[Report]:
-    """What --json wrote."""
+    """The reports that --json wrote."""
     return [Report(**fields) for fields in json.loads(path.read_text())]
 
 
@@ -328,7 +329,7 @@ def versions() -> str:
 
 
 def text(reports: list[Report]) -> str:
-    """What `--out` writes."""
+    """The text that `--out` writes."""
     return f"""{versions()}
 config: the blocks in the order of configs.py, warps, stages; N: dtype in which N is stored, - where it stays on the chip
 {table(reports)}

@@ -1,4 +1,4 @@
-"""What a run covers: what the command line asks for, what fits, and what every suite is handed."""
+"""The scope of a run: what the command line asks for, what fits, and what every suite receives."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .roofline import Machine
 class Case(Protocol):
     @property
     def label(self) -> str:
-        """Unique among all cases; two runs are compared by it."""
+        """Unique among all cases. Comparing two runs matches their cases by it."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Selection:
     def combinations(
         self, models: Sequence[str], ranks: Sequence[int], dtypes: Sequence[torch.dtype]
     ) -> Iterator[tuple[str, int, torch.dtype]]:
-        """(model, rank, dtype): all of what was asked for, and of these where nothing was. Ranks above the
-        narrowest side are left out."""
+        """(model, rank, dtype) in all combinations. The suite's own `models`, `ranks`, `dtypes` stand in for
+        what the command line leaves open. Ranks above the narrowest side are left out."""
         for model in self.models or models:
             narrowest = min(min(shape) for shape in shapes.model_shapes(model))
             for rank in self.ranks or ranks:
@@ -52,12 +52,12 @@ class Selection:
 
 
 class Budget:
-    """The seconds of a whole run: set-ups, checks and compilations count as measurements do."""
+    """The seconds of a whole run. Set-ups, checks and compilations count as well as measurements."""
 
     def __init__(self, seconds: float) -> None:
         self.ends = time.perf_counter() + seconds
         self.longest: dict[tuple[str, str], float] = {}
-        """What the set-up of a contender took at most, by (suite, contender)."""
+        """The longest set-up of a contender so far, in seconds, by (suite, contender)."""
 
     def left(self) -> float:
         return self.ends - time.perf_counter()
@@ -65,7 +65,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Context:
-    """How a case is measured: `seconds` is its share of the run's budget, from now on, set-up included."""
+    """How a case is measured. `seconds` is the case's share of the run's budget, from now on, set-up
+    included."""
 
     on_gpu: bool
     seconds: float
@@ -79,8 +80,8 @@ class Context:
 
     @contextlib.contextmanager
     def setting_up(self, suite: str, contender: str) -> Iterator[None]:
-        """Unavailable where that took longer before than the run has left; or, for what others wrote, longer
-        than a case's share."""
+        """Times a set-up. Raises Unavailable if an earlier set-up of this contender took longer than the run
+        has left. For contenders that others wrote, also raises it if that took longer than a case's share."""
         longest, left = self.budget.longest, self.budget.left()
         before = longest.get((suite, contender), 0.0)
         if left <= before:
@@ -95,21 +96,21 @@ class Context:
             longest[suite, contender] = max(before, time.perf_counter() - start)
 
     def measuring_s(self) -> float:
-        """What is left of the case's share for the clock; a quarter of it at least, as far as the run has
-        that."""
+        """The seconds of the case's share that are left for measuring. It is at least a quarter of the share,
+        as far as the run still has that much."""
         left = self.started + self.seconds - time.perf_counter()
         return max(0.0, min(max(left, self.seconds / 4), self.budget.left()))
 
 
 class Unavailable(Exception):
-    """A contender or a case that cannot run here; the message is the reason and what would help."""
+    """A contender or a case cannot run here. The message is the reason and what would help."""
 
 
 def not_measured(label: str, contender: str, why: BaseException | str) -> Row:
-    """The row of a contender, or of ALL of a case, without figures: `skipped` where something is missing,
-    else `failure`. Prints it.
+    """The row, without figures, of a contender, or of a whole case (contender ALL). It has `skipped` where
+    something is missing, else `failure`. Prints the row.
 
-    A library that is missing is a reason to skip what others wrote, never this package.
+    A missing library is a reason to skip what others wrote, never this package.
     """
     theirs = contender != ALL and not is_ours({"contender": contender})
     missing = isinstance(why, (str, Unavailable, torch.OutOfMemoryError)) or (isinstance(why, ImportError) and theirs)
@@ -130,11 +131,11 @@ def free_bytes(on_gpu: bool) -> int:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) << 10 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return 1 << 62  # unknown: nothing is refused
+        return 1 << 62  # unknown: refuse nothing
 
 
 def require_room(needed: int, on_gpu: bool) -> None:
-    """Unavailable unless `needed` bytes are free. A GPU's out-of-memory error can be caught, a CPU's
+    """Raises Unavailable unless `needed` bytes are free. A GPU's out-of-memory error can be caught, a CPU's
     cannot."""
     free = free_bytes(on_gpu)
     if needed > 0.9 * free:

@@ -1,5 +1,5 @@
-"""What this machine can do: copy bandwidth and matmul rates, measured at the start of every run. Results are
-shares of these."""
+"""The ceilings of this machine: copy bandwidth and matmul rates, measured at the start of every run. Results
+are shares of these."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .timing import interleave, time_once_ms
 
 
 def measure(on_gpu: bool, seconds: float = 1.0) -> dict[str, float]:
-    """copy_gb_per_s (bytes read plus written) and matmul_tflop_per_s_<dtype> for fp32 and bf16, of the
-    fastest product there is.
+    """copy_gb_per_s (bytes read plus written) and matmul_tflop_per_s_<dtype> for fp32 and bf16. The fastest
+    product available counts.
 
-    Sizes far above any cache, and square matrices that fill the machine; `seconds` for each.
+    Sizes are far above any cache, and square matrices fill the machine. Each measurement takes `seconds`.
     """
     device = "cuda" if on_gpu else "cpu"
     found = {"copy_gb_per_s": _copy_gb_per_s(2**28 if on_gpu else 2**26, device, seconds)}
@@ -33,7 +33,7 @@ def _factors(width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
 
 
 def _affordable_width(dtype: torch.dtype, seconds: float) -> int:
-    """1536 on a CPU, less where a product would take over a third of the time: some multiply bf16 at a
+    """1536 on a CPU, or less if a product would take over a third of the time. Some CPUs multiply bf16 at a
     thousandth of their fp32 rate."""
     a, b = _factors(384, dtype, "cpu")
     trial_ms = [time_once_ms(lambda: a @ b, on_gpu=False) for _ in range(2)][1]
@@ -49,7 +49,8 @@ def _copy_gb_per_s(elements: int, device: str, seconds: float) -> float:
 
 
 def _products(a: Tensor, b: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """torch's own product, and on a CPU oneDNN's, which beats the BLAS that torch calls in fp32 on some."""
+    """torch's own product, and on a CPU also oneDNN's. On some CPUs oneDNN beats the BLAS that torch calls in
+    fp32."""
     runs = {"torch.mm": lambda: a @ b}
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
     if onednn is not None and a.device.type == "cpu" and a.dtype == torch.float32:

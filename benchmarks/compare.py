@@ -1,14 +1,13 @@
-"""python -m benchmarks compare A B: what moved from results file A to B, case by case and contender by
-contender.
+"""python -m benchmarks compare A B: what changed from results file A to B, by case and contender.
 
-Of this package the figure is its speed relative to the baselines that both files timed in the same rounds:
-the median over them of their time over ours, so that a machine that is slower today, or one baseline that
-jumps, does not count. Without a baseline in common, and for the baselines themselves, it is the median time;
-for memory the bytes. A change is by how much B needs more than A.
+A change is how much more B needs than A. For this package it is measured in speed relative to the baselines
+that both files timed in the same rounds: the median over these baselines of their time over ours. A machine
+that is slower today, or one baseline that jumps, then does not count. Without a baseline in common, and for
+the baselines themselves, the figure is the median time. For memory it is the bytes.
 
-Exits with 1 where this package needs more than the threshold allows, or fails in B in what A measured. Where
-the files come from different machines it only shows what differs: that is no regression. Cases that only one
-file has are listed and never fail.
+The exit status is 1 if this package needs more than the threshold allows, or fails in B in what A measured.
+If the files come from different machines, it only shows the differences, which are no regressions. Cases that
+only one file has are listed and never fail.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BYTES = ("state_mb", "step_peak_mb", "saved_mb", "gradient_mb", "peak_mb")
 
 @dataclass(frozen=True)
 class Change:
-    """`share`: B over A, less 1. `counts`: whether the threshold is meant for it."""
+    """`share`: B over A, less 1. `counts`: whether the threshold applies to it."""
 
     case: str
     contender: str
@@ -44,7 +43,7 @@ def by_key(rows: list[Row]) -> dict[Key, Row]:
 
 
 def changes(before: dict[Key, Row], after: dict[Key, Row]) -> Iterator[Change]:
-    """One for each figure of each row that both have, in A's order."""
+    """One change for each figure of each row that both have, in A's order."""
     for key in before:
         if key not in after:
             continue
@@ -117,7 +116,7 @@ def _stands_for(row: Row, key: Key) -> bool:
 
 
 def _print_origins(before: dict[Key, Row], after: dict[Key, Row]) -> bool:
-    """Says what differs between the two runs. True where it is one machine."""
+    """Prints what differs between the two runs. Returns True if both ran on the same machine."""
     rows = [next(iter(side.values()), {}) for side in (before, after)]
     for key in ("device", "commit", "torch", "python", "threads", "versions"):
         old, new = (row.get(key) for row in rows)

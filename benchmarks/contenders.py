@@ -1,9 +1,9 @@
-"""What a step is compared with: the strongest things a user could pick instead, each skipped with a reason
+"""The contenders of a step: the strongest things a user could pick instead. Each is skipped with a reason
 where it is missing.
 
-A contender is `build(params, rank) -> Built`: its states exist, and no further step refreshes. Gradients are
-set. What a weight holds does not change the time of a step, so that the contenders of a case may share the
-parameters: a large model would not fit several times.
+A contender is `build(params, rank) -> Built`. After it, the states exist, and no further step refreshes.
+Gradients are set. The contenders of a case may share the parameters, because the values of a weight do not
+change the time of a step. A large model would not fit several times.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LR, SCALE = 1e-4, 0.25
 
 @dataclass(frozen=True)
 class Built:
-    """`state` is whatever holds the tensors that stay between steps."""
+    """`state` is the object that holds the tensors that stay between steps."""
 
     step: Callable[[], object]
     state: Any
@@ -47,12 +47,12 @@ OURS: dict[str, dict[str, object]] = {
     "lowrank_kernels, stochastic rounding": {"rounding": "stochastic"},
     "lowrank_kernels, CUDA graph": {"capturable": True},
 }
-"""Keys of the low-rank group, by contender. The first is what the others and all baselines are compared
-with."""
+"""Keys of the low-rank group, by contender. The first contender is the one that the others and all baselines
+are compared with."""
 
 
 def low_rank_optimizer(params: list[nn.Parameter], rank: int, keys: dict[str, object]) -> lrk.LowRankAdamW:
-    """After its first step, which chose the bases."""
+    """An optimizer that has made its first step, which chose the bases."""
     group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": SCALE, "power_iters": 0, **keys}
     optimizer = lrk.GaLoreAdamW([group], lr=LR)
     optimizer.step()
@@ -68,7 +68,7 @@ def ours(keys: dict[str, object]) -> Build:
 
 
 def ours_in_a_graph(params: list[nn.Parameter], rank: int) -> Built:
-    """The step as a replay of a CUDA graph: no work of the host."""
+    """The step as a replay of a CUDA graph, which needs no work of the host."""
     optimizer = low_rank_optimizer(params, rank, OURS["lowrank_kernels, CUDA graph"])
     optimizer.step()
     graph = torch.cuda.CUDAGraph()
@@ -85,14 +85,14 @@ def step_one_(weight: Tensor, grad: Tensor, basis: Tensor, exp_avg: Tensor, exp_
 
 
 def formulas(params: list[nn.Parameter], rank: int, step_one: Callable[..., None] = step_one_) -> Built:
-    """One matrix after another: what plain PyTorch code does."""
+    """The formulas for one matrix after another, as plain PyTorch code does it."""
     states = []
     for param in params:
         m, n = sorted(param.shape)
         r = min(rank, m)
         basis = torch.linalg.qr(torch.randn(m, r, device=param.device))[0].to(param.dtype)
         states.append((basis, *(torch.zeros(r, n, device=param.device) for _ in range(2))))
-    count = torch.zeros((), device=params[0].device)  # on the device, so that a compiled step is compiled once
+    count = torch.zeros((), device=params[0].device)  # on the device, so that a compiled step is compiled only once
 
     @torch.no_grad()
     def step() -> None:
@@ -105,10 +105,10 @@ def formulas(params: list[nn.Parameter], rank: int, step_one: Callable[..., None
 
 
 def compiled_formulas(params: list[nn.Parameter], rank: int) -> Built:
-    """The same under torch.compile, a graph for each shape."""
+    """`formulas` under torch.compile, with a graph for each shape."""
     if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
         raise Unavailable("TORCH_COMPILE_DISABLE is set")
-    torch.compiler.reset()  # or the graphs of all cases count towards one limit
+    torch.compiler.reset()  # otherwise the graphs of all cases count towards one limit
     return formulas(params, rank, torch.compile(step_one_, fullgraph=True, dynamic=False))
 
 
@@ -120,15 +120,15 @@ def galore_torch(params: list[nn.Parameter], rank: int) -> Built:
         raise _missing(missing, "galore-torch") from missing
     group = {"params": params, "rank": rank, "update_proj_gap": NEVER, "scale": SCALE, "proj_type": "std"}
     optimizer = GaLoreAdamW([group], lr=LR, no_deprecation_warning=True)
-    # Its first step would take an SVD of every matrix, an hour for a large model. Which basis it has changes
-    # neither time nor memory.
+    # Its first step would take an SVD of every matrix, which is an hour for a large model. The choice of
+    # basis changes neither time nor memory.
     with mock.patch("torch.linalg.svd", _random_factors):
         optimizer.step()
     return Built(optimizer.step, optimizer.state)
 
 
 def _random_factors(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the thin SVD's shapes, so that a slice of one keeps as much alive."""
+    """Random factors with the shapes of the thin SVD's, so that a slice of one keeps as much memory alive."""
     rows, columns = matrix.shape
     thin = min(rows, columns)
     left = torch.randn(rows, thin, dtype=matrix.dtype, device=matrix.device).div_(rows**0.5)
@@ -137,8 +137,8 @@ def _random_factors(matrix: Tensor, full_matrices: bool = True) -> tuple[Tensor,
 
 
 def apollo_torch(params: list[nn.Parameter], rank: int) -> Built:
-    """By its documented interface only; its licence is not a free one, so it is in no extra of this
-    package."""
+    """Used only by its documented interface. Its licence is not a free one, so no extra of this package
+    includes it."""
     try:
         with _quiet():
             from apollo_torch import APOLLOAdamW
@@ -151,7 +151,7 @@ def apollo_torch(params: list[nn.Parameter], rank: int) -> Built:
 
 
 def adamw_fused(params: list[nn.Parameter], rank: int) -> Built:
-    """Full-rank AdamW: the cost of not projecting at all. Its states have the weights' dtype."""
+    """Full-rank AdamW: the cost without any projection. Its states have the weights' dtype."""
     optimizer = torch.optim.AdamW(params, lr=LR, fused=True)
     optimizer.step()
     return Built(optimizer.step, optimizer.state)
@@ -175,7 +175,8 @@ def _missing(error: ImportError, package: str) -> Unavailable:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Peers and their dependencies complain of missing extras when they are imported."""
+    """Hides the messages about missing extras that peers and their dependencies print when they are
+    imported."""
     logging.disable(logging.WARNING)
     try:
         yield
@@ -195,14 +196,13 @@ STEP: dict[str, Build] = {
 
 
 def require(name: str, device: str) -> None:
-    """Unavailable where a contender needs a GPU and there is none."""
+    """Raises Unavailable if a contender needs a GPU and there is none."""
     if "CUDA graph" in name and device == "cpu":
         raise Unavailable("it needs a GPU")
 
 
 def applies(name: str, dtype: torch.dtype) -> bool:
-    """False where a contender would be another one under a second name: only bf16 weights are rounded
-    stochastically."""
+    """False if a contender would be the same as another one: only bf16 weights are rounded stochastically."""
     return "stochastic" not in name or dtype == torch.bfloat16
 
 

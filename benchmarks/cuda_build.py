@@ -1,11 +1,10 @@
-"""The extension's CUDA part, built against a CUDA build of PyTorch and loaded, and what else such an
-installation proves without a GPU.
+"""Builds the extension's CUDA part against a CUDA build of PyTorch, loads it, and checks it without a GPU.
 
     python -m benchmarks.cuda_build --out FILE
 
-`make cuda-build` runs it with a Python that has such a torch. Every step is a process of its own whose output
-goes to build/cuda/; one that fails does not stop the others, but fails the whole. The library stays in
-build/cuda/, so that the one in the package is not touched.
+`make cuda-build` runs it with a Python that has such a torch. Every step is a process of its own, and its
+output goes to build/cuda/. A step that fails does not stop the others, but the whole fails. The library stays
+in build/cuda/, so that the one in the package is not touched.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ for name in extension.OPERATORS:
 
 
 class Step(NamedTuple):
-    """Of its output `kept` says which lines the summary repeats; None: all."""
+    """`kept` is a pattern for the lines of its output that the summary repeats. None: all lines."""
 
     name: str
     command: list[str]
@@ -70,8 +69,8 @@ def steps(workers: int) -> list[Step]:
 
 
 def run(step: Step) -> tuple[bool, list[str]]:
-    """Whether it succeeded, and lines about it: outcome, seconds, and what is kept of its output, the end
-    where it failed."""
+    """Whether the step succeeded, and lines about it: the outcome, the seconds, and the kept lines of its
+    output. After a failure they are the end of the output."""
     inherited = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "LOWRANK_KERNELS_BUILD")}
     start = time.monotonic()
     command = {"cwd": ROOT, "env": inherited | {"OMP_NUM_THREADS": "1"} | step.environment}

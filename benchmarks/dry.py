@@ -1,9 +1,9 @@
-"""Triton launches on a machine without a GPU: they go as far as a GPU's would and are not run.
+"""Triton launches on a machine without a GPU. They do all that a launch on a GPU does, except run the kernel.
 
-Arguments are bound and specialised, the kernel is compiled for a GPU that need not be here, and what it takes
-of one is held to that GPU's limits. Only the driver is replaced, by one that names a target, and the call
-that would start the kernel. So the choice of a configuration, the arguments and their specialisation are the
-launchers' own; what a launch would have written is left as it was.
+Arguments are bound and specialised, and the kernel is compiled for a GPU that need not be here. Its resources
+are checked against that GPU's limits. Only two things are replaced: the driver, by one that names a target,
+and the call that would start the kernel. So the launchers themselves choose the configuration, the arguments
+and their specialisation. The memory that a launch would have written is unchanged.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from lowrank_kernels.backends.triton import configs
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
-"""Bytes of shared memory that a block may use."""
+"""Bytes of shared memory that a block may use, by architecture."""
 REGISTERS, REGISTER_GRANULE = 65536, 8
-"""Of a block on every architecture since sm_70; a thread's are allocated in eights."""
+"""Registers of a block on every architecture since sm_70. A thread's registers are allocated in eights."""
 GRID_LIMIT = (2**31 - 1, 65535, 65535)
 
 OnLaunch = Callable[[object, tuple[int, ...], dict], None]
-"""Takes what Triton compiled, the grid, and the keyword arguments of the launch."""
+"""A function of the compiled kernel, the grid, and the keyword arguments of the launch."""
 
 
 class WouldNotRun(Exception):
-    """A launch that compiles and that a GPU would refuse."""
+    """A launch compiles, but a GPU would refuse it."""
 
 
 class Target:
-    """Stands in for Triton's active driver: names an architecture, has no device."""
+    """Stands in for Triton's active driver. It names an architecture and has no device."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -48,7 +48,7 @@ class Target:
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self) -> int:
-        return self.arch  # one cache of compiled kernels an architecture
+        return self.arch  # so that each architecture has a cache of compiled kernels of its own
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -56,8 +56,8 @@ class Target:
 
 @contextlib.contextmanager
 def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
-    """Within it a launch ends after compilation for sm_<arch>. Needs kernels that were not imported for
-    Triton's interpreter."""
+    """Within this context a launch ends after compilation for sm_<arch>. The kernels must not have been
+    imported for Triton's interpreter."""
     run, architecture = triton.JITFunction.run, configs.architecture
 
     def compile_only(self, *arguments, grid, warmup, **keywords):
@@ -75,7 +75,7 @@ def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
 
 
 def check(kernel: object, grid: tuple[int, ...], arch: int) -> None:
-    """Raises WouldNotRun where a launch takes more than sm_<arch> has: blocks along the grid, shared memory,
+    """Raises WouldNotRun if a launch needs more than sm_<arch> has: blocks along the grid, shared memory,
     registers."""
     name, threads = kernel.metadata.name, 32 * kernel.metadata.num_warps
     if any(not 1 <= blocks <= most for blocks, most in zip(grid, GRID_LIMIT, strict=False)):
@@ -87,7 +87,7 @@ def check(kernel: object, grid: tuple[int, ...], arch: int) -> None:
         raise WouldNotRun(f"{name}: {registers} registers in each of {threads} threads and a block has {REGISTERS}")
 
 
-@functools.cache  # a launch is repeated for many tests, and its cubin is the same object
+@functools.cache  # many tests repeat a launch, and its cubin is the same object
 def resources(cubin: bytes) -> dict[str, int]:
     """REG, STACK, SHARED, LOCAL and more of a kernel, as cuobjdump reads them."""
     return resource_usage(cuobjdump(cubin, "--dump-resource-usage"))
@@ -110,7 +110,7 @@ def tool(name: str, *arguments: str) -> str:
 
 
 def backend_of_a_gpu() -> None:
-    """From now on a step on CPU tensors runs what it runs on a GPU's: the kernels' launchers."""
+    """From now on a step on CPU tensors runs the kernels' launchers, as on GPU tensors."""
     backends.BACKENDS["cpu"] = backends.BACKENDS["cuda"]
 
 

@@ -1,4 +1,5 @@
-"""AdamW's step on plain lists of tensors with its numbers spelled out, for tests, cases and comparisons."""
+"""AdamW's step on plain lists of tensors with all its numbers as arguments, for tests, cases and
+comparisons."""
 
 from __future__ import annotations
 
@@ -14,14 +15,14 @@ from lowrank_kernels.storage import EightBit, Plain, eight_bit
 
 
 def update_moments_(m: Tensor, v: Tensor, r: Tensor, *, beta1: float, beta2: float, eps: float, step: float | Tensor) -> Tensor:
-    """N of R (…, r, n); M and V move."""
+    """N of R (…, r, n). M and V are updated in place."""
     return AdamW().update(r, {"exp_avg": m, "exp_avg_sq": v}, step, betas=(beta1, beta2), eps=eps)
 
 
 def updated_weight(
     weight: Tensor, basis: Tensor, normalised: Tensor, *, lr: float | Tensor, scale: float, weight_decay: float, right: bool
 ) -> Tensor:
-    """(1 − lr·wd)·W' − lr·α·P·N as stored, not rounded yet."""
+    """(1 − lr·wd)·W' − lr·α·P·N in the stored orientation, not rounded yet."""
     updated = weight.to(reference.compute_dtype(weight, normalised), copy=True)
     back_project_(updated, basis, normalised, lr=lr, scale=scale, weight_decay=weight_decay, right=right)
     return updated
@@ -55,8 +56,8 @@ def bucket_of(
     exp_avg_sq_scales: list[Tensor] | None = None,
     rounding_seeds: Tensor | None = None,
 ) -> tuple[Bucket, Hyper]:
-    """step: the number of this update, where no device_steps hold one less. Checked, as the optimizer checks
-    what it makes."""
+    """A bucket, checked as the optimizer checks what it makes. step: the number of this update, used where
+    there are no device_steps, which hold one less."""
     states = dict(zip(eight_bit.MOMENTS, (exp_avgs, exp_avg_sqs), strict=True))
     if exp_avg_scales:
         states |= dict(zip(eight_bit.SCALES, (exp_avg_scales, exp_avg_sq_scales), strict=True))
@@ -70,5 +71,5 @@ def bucket_of(
 
 
 def adamw_step_(*lists: list[Tensor], run: Callable[[Bucket, Hyper], None] = reference.step, **options) -> None:
-    """One step of weights, grads, bases, exp_avgs, exp_avg_sqs; see bucket_of."""
+    """One step on weights, grads, bases, exp_avgs, exp_avg_sqs; see bucket_of."""
     run(*bucket_of(*lists, **options))

@@ -1,9 +1,9 @@
-"""A whole iteration of training, forward, backward and step, of a linear layer or LLaMA blocks, by what a
-user could train them with.
+"""A whole iteration of training (forward, backward and step) of a linear layer or LLaMA blocks, by the
+methods that a user could train them with.
 
-A contender is `build(case, batch, device) -> Training`. All start from the same weights, get the same input
-and the same gradient of their output, and free their gradients at the end of an iteration, as zero_grad()
-does. Bases and random subspaces stay what they are.
+A contender is `build(case, batch, device) -> Training`. All contenders start from the same weights and get
+the same input and the same gradient of their output. They free their gradients at the end of an iteration, as
+zero_grad() does. Bases and random subspaces do not change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CHECKPOINTED = f"{DENSE}, checkpointed"
 
 
 class Trained(Protocol):
-    """What is trained: `depth` blocks of a model of shapes.LLAMA, or a layer, where `model` is its (in,
+    """What is trained: `depth` blocks of a model of shapes.LLAMA, or a single layer, whose `model` is (in,
     out)."""
 
     @property
@@ -49,8 +49,8 @@ class Trained(Protocol):
 
 
 class Blocks(nn.Module):
-    """Layers of the example's LLaMA on positions 0 … sequence − 1. `checkpointed`: each saves its input and
-    is computed again."""
+    """Layers of the example's LLaMA on positions 0 … sequence − 1. `checkpointed`: each layer saves only its
+    input and is computed again in the backward pass."""
 
     def __init__(self, model: str, depth: int, sequence: int, checkpointed: bool) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Blocks(nn.Module):
         import llama
 
         hidden, intermediate, _ = shapes.LLAMA[model]
-        head_dim = min(hidden // 2, 64 if hidden <= 2048 else 128)  # as those models have it
+        head_dim = min(hidden // 2, 64 if hidden <= 2048 else 128)  # as in those models
         size = llama.Size(hidden, intermediate, depth, hidden // head_dim)
         self.layers, self.checkpointed = nn.ModuleList(llama.Layer(size) for _ in range(depth)), checkpointed
         cos, sin = llama.rotary_angles(torch.arange(sequence), head_dim)
@@ -89,7 +89,7 @@ def make_module(case: Trained, device: str, checkpointed: bool = False) -> nn.Mo
 
 
 class Training:
-    """A module in training: call it for an iteration. Who builds it adds the optimizers."""
+    """A module in training. A call runs one iteration. The code that builds it adds the optimizers."""
 
     def __init__(self, module: nn.Module, case: Trained, batch: int, device: str) -> None:
         width = shapes.LLAMA[case.model][0] if isinstance(case.model, str) else case.model[0]
@@ -109,7 +109,7 @@ class Training:
         return [param for param in self.module.parameters() if param.requires_grad]
 
     def gradients(self) -> None:
-        """Sets those of x and of all parameters."""
+        """Computes the gradients of x and of all parameters."""
         self.module(self.x).backward(self.dy)
 
     def step(self) -> None:
@@ -121,7 +121,7 @@ class Training:
             tensor.grad = None
 
     def produced(self) -> Tensor:
-        """x as a layer in front would hand it over: kept alive by whoever saves it, and by nobody else."""
+        """x as an earlier layer would hand it over. It stays alive only while something saves it."""
         return self.x.clone()
 
     def __call__(self, produce: bool = False) -> None:
@@ -168,12 +168,12 @@ def rso(share: str | None) -> Build:
 
 
 def by_steps_of(build_step: contenders.Build, checkpointed: bool = False, matrices_only: bool = True) -> Build:
-    """nn.Linear, trained by a contender of the step suite; what is no matrix by AdamW where that one takes
-    matrices alone."""
+    """nn.Linear, trained by a contender of the step suite. With `matrices_only`, AdamW trains all parameters
+    that are not matrices."""
 
     def build(case: Trained, batch: int, device: str) -> Training:
         training = Training(make_module(case, device, checkpointed), case, batch, device)
-        training.gradients()  # of which bases are chosen
+        training.gradients()  # the bases are chosen from these gradients
         matrices = [param for param in training.trainable if param.dim() > 1 or not matrices_only]
         others = [param for param in training.trainable if param.dim() == 1 and matrices_only]
         training.optimizers = [build_step(matrices, case.rank), *([contenders.adamw_fused(others, case.rank)] if others else [])]
@@ -196,7 +196,7 @@ BLOCK = LAYER | {
 
 
 def subspaces(module: nn.Module) -> list[lrk.nn.Subspace]:
-    """Each once."""
+    """Every subspace of the module, once."""
     return list({id(layer.subspace): layer.subspace for layer in layers(module).values()}.values())
 
 
@@ -205,6 +205,6 @@ def layers(module: nn.Module) -> dict[str, lrk.SubspaceLinear]:
 
 
 def kept_beside_weights(module: nn.Module, device: str, dtype: torch.dtype) -> Sequence[Tensor]:
-    """P and B of converted layers, which stay between iterations though no optimizer holds them."""
+    """P and B of converted layers. They stay between iterations though no optimizer holds them."""
     bases = [subspace.matrix(torch.device(device), dtype) for subspace in subspaces(module)]
     return [*bases, *(layer.coordinates for layer in layers(module).values())]

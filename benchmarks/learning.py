@@ -1,14 +1,16 @@
-"""How well each optimizer learns: the pretraining example over a grid of settings and seeds, one JSON line a
-run.
+"""How well each optimizer learns, by the pretraining example over a grid of settings and seeds.
 
-    python benchmarks/learning.py short-gap --optimizer galore i3s --seeds 0 1 2 --rank 8 32 --update-proj-gap
-    10 50 --lr 1e-2 2e-2 python benchmarks/learning.py short-gap --report
+Each run writes one JSON line.
+
+    python benchmarks/learning.py short-gap --optimizer galore i3s --seeds 0 1 2 --rank 8 32
+        --update-proj-gap 10 50 --lr 1e-2 2e-2
+    python benchmarks/learning.py short-gap --report
 
 Options that take several values span the grid. --lr is the peak rate of the matrices within the decoder,
---dense-lr that of embedding, head and norms under every optimizer; the first results have no dense_lr in
-their settings, and there everything trained at lr. Runs already in results/learning/NAME.jsonl are skipped
-and an interrupted one goes on from its checkpoint, so the same command may be stopped and repeated. Results
-are appended, never rewritten.
+--dense-lr that of embedding, head and norms under every optimizer. The first results have no dense_lr in
+their settings; in them everything trained at lr. Runs already in results/learning/NAME.jsonl are skipped, and
+an interrupted run goes on from its checkpoint, so the same command may be stopped and repeated. Results are
+appended, never rewritten.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ SCRATCH = ROOT / "runs" / "learning"
 METHODS_OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.reads))
 GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", "dense_lr", *METHODS_OWN)
 NEWER = ("state_bits", "rounding")
-"""Settings that the first results do not have: a key names them only where they are not the default."""
+"""Settings that the first results do not have. A key names them only where they are not the default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Run:
     settings: Settings
 
     def key(self) -> str:
-        """Equal for runs that are the same experiment: the number of threads changes last bits, not what is
-        learnt."""
+        """Equal for runs of the same experiment. The number of threads is not part of it: it changes last
+        bits, not what is learnt."""
         settings = dataclasses.asdict(self.settings)
         del settings["threads"]
         for name in METHODS_OWN:
@@ -95,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def grid(args: argparse.Namespace, digest: str) -> Iterator[Run]:
-    """Seeds outermost: an interrupted study has whole repetitions."""
+    """Seeds are the outermost loop, so that an interrupted study has whole repetitions."""
     varied = {name: values for name in GRID if (values := getattr(args, name))}
     seen = set()
     for seed, *values, method in itertools.product(args.seeds, *varied.values(), args.optimizer):
@@ -119,7 +121,7 @@ def grid(args: argparse.Namespace, digest: str) -> Iterator[Run]:
 
 
 def perform(run: Run, corpus: text.Corpus, scratch: Path, stopping: list[int]) -> dict[str, Any]:
-    """Train (or go on from the checkpoint in `scratch`) and return what belongs to the result."""
+    """Trains (or goes on from the checkpoint in `scratch`) and returns what belongs to the result."""
     scratch.mkdir(parents=True, exist_ok=True)
     files = training.Files.of(scratch, run.method)
     try:
@@ -171,7 +173,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """One write of one line: studies that share a file do not mix theirs."""
+    """Appends one line in one write, so that studies that share a file do not mix their lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab", buffering=0) as file:
         file.write(json.dumps(record, allow_nan=False).encode() + b"\n")

@@ -16,19 +16,19 @@ Result = TypeVar("Result")
 
 
 def peak_bytes(run: Callable[[], Result], on_gpu: bool) -> tuple[Result, int]:
-    """What `run` returns, and the most bytes that were allocated while it ran beyond what was live, its
-    results included.
+    """What `run` returns, and the most bytes that were allocated while it ran. Bytes that were live before do
+    not count; the results of `run` do.
 
-    On a CPU by torch's profiler, which sees every allocation and release of torch's allocator on this thread,
-    inside C++ operators too. It does not see what a BLAS, LAPACK or oneDNN packs in buffers of its own, nor
-    tensors made inside worker threads.
+    On a CPU torch's profiler counts. It sees every allocation and release of torch's allocator on this
+    thread, inside C++ operators too. It does not see what a BLAS, LAPACK or oneDNN packs in buffers of its
+    own, nor tensors made inside worker threads.
     """
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         return run(), torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it prints when it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # otherwise it prints when it starts and stops
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
     changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -37,8 +37,8 @@ def peak_bytes(run: Callable[[], Result], on_gpu: bool) -> tuple[Result, int]:
 
 
 def tensor_bytes(holder: Any) -> int:
-    """Bytes of all storages that tensors in `holder` keep alive, each counted once: in containers (a dict's
-    values) and attributes."""
+    """Bytes of all storages that tensors in `holder` keep alive, each counted once. Containers (a dict's
+    values) and attributes are searched."""
     storages: dict[int, int] = {}
     seen: set[int] = set()
     remaining = [holder]
@@ -59,8 +59,8 @@ def tensor_bytes(holder: Any) -> int:
 
 
 def saved_bytes(forward: Callable[[], Tensor], lasting: Sequence[Tensor]) -> int:
-    """Bytes of all storages that autograd saves for the backward pass of `forward`, each counted once; those
-    of `lasting` do not count."""
+    """Bytes of all storages that autograd saves for the backward pass of `forward`, each counted once.
+    Storages of `lasting` do not count."""
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -68,17 +68,17 @@ def saved_bytes(forward: Callable[[], Tensor], lasting: Sequence[Tensor]) -> int
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # which keeps the graph, and so the addresses of what is in it
+        result = forward()  # keeps the graph alive, and so the addresses in it
     count = tensor_bytes([saved, *lasting]) - tensor_bytes([*lasting])
     del result
     return count
 
 
 def largest(attempt: Callable[[int], Result], limit: int = 2**16) -> tuple[int, Result] | None:
-    """The largest number, to an eighth, at which `attempt` does not run out of a GPU's memory, and what it
-    returned; None where 1 does.
+    """The largest number, to an eighth, at which `attempt` does not run out of a GPU's memory, and what
+    `attempt` returned for it. None if even 1 runs out.
 
-    By doubling from 1, then by halving the interval.
+    The search doubles from 1, then halves the interval.
     """
     found, too_large, number = None, limit + 1, 1
     while number <= limit:

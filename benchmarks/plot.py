@@ -1,5 +1,4 @@
-"""python -m benchmarks plot [FILES]: PNGs from results, those of the newest files of each device where none
-are named.
+"""python -m benchmarks plot [FILES]: PNGs from results; without FILES, from the newest files of each device.
 
 roofline.png   achieved TFLOP/s over flops per byte, under the ceilings measured in the same run, by rank
 speedup.png    time of each baseline over ours, case by case; below 1, where the baseline is faster, in red
@@ -31,8 +30,8 @@ def _pyplot():
 
 
 def roofline(rows: list[Row], path: Path) -> Path | None:
-    """Timed rows of this package whose bytes and flops are known: TFLOP/s under the ceilings, and what share
-    of them that is, by rank."""
+    """Timed rows of this package whose bytes and flops are known: their TFLOP/s under the ceilings, and their
+    share of the ceilings, by rank."""
     shown = [row for row in rows if is_ours(row) and row.get("gb_per_s") and row.get("tflop_per_s")]
     if not shown:
         return None
@@ -64,7 +63,7 @@ def roofline(rows: list[Row], path: Path) -> Path | None:
 
 
 def speedup(rows: list[Row], path: Path) -> Path | None:
-    """Bars of ratio_to_ours for every row that is timed and not of this package."""
+    """Bars of ratio_to_ours for every timed row that is not of this package."""
     shown = [row for row in rows if "p50_ms" in row and not is_ours(row)]
     if not shown:
         return None
@@ -109,7 +108,7 @@ def _rank(row: Row) -> int:
 
 
 def _dtype(row: Row) -> str:
-    """Rows from before they carried it have it at the end of the label, or were fp32."""
+    """The dtype of a row. Older rows have it only at the end of the label, or were fp32."""
     last = str(row["case"]).split()[-1]
     return str(row.get("dtype") or (last if last.startswith(("float", "bfloat")) else "float32"))
 
@@ -122,7 +121,7 @@ def _saved(figure, path: Path) -> Path:
 
 
 def draw(rows: list[Row], folder: Path) -> list[Path]:
-    """All three, of one device's rows; those with nothing to show are left out."""
+    """Draws all three pictures, from one device's rows. Pictures with nothing to show are left out."""
     drawings = {"roofline.png": roofline, "speedup.png": speedup, "memory.png": memory}
     return [path for name, drawing in drawings.items() if (path := drawing(rows, folder / name))]
 

@@ -1,4 +1,4 @@
-"""What every result carries, where it is kept, and how a table is shown."""
+"""The origin that every result carries, where results are kept, and how a table is shown."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _version(package: str) -> str | None:
 
 
 def results_file(folder: Path, origin: dict[str, object]) -> Path:
-    """<folder>/<date>-<commit>.jsonl, for a `provenance`."""
+    """<folder>/<date>-<commit>.jsonl, for a result of `provenance`."""
     return folder / f"{str(origin['time'])[:10]}-{origin['commit']}.jsonl"
 
 
@@ -79,13 +79,13 @@ def append(path: Path, rows: list[dict]) -> None:
 
 
 def short(value: float) -> str:
-    """Three digits."""
+    """The value with three digits."""
     return f"{value:.0f}" if abs(value) >= 99.95 else f"{value:#.3g}"
 
 
 def print_table(header: Sequence[str], lines: Sequence[Sequence[str]], title: str | None = None, rules: bool = True) -> None:
-    """With rich where it is installed, a GPU machine may have nothing but torch. With `rules`, one where the
-    first column changes."""
+    """Prints with rich where it is installed, because a GPU machine may have nothing but torch. With `rules`,
+    a rule separates lines where the first column changes."""
     try:
         from rich.console import Console
         from rich.table import Table

@@ -1,5 +1,6 @@
-"""python -m benchmarks.quality: how good the bases and singular values of `lrk.ops.range_finder` are, against
-an SVD in fp64.
+"""python -m benchmarks.quality: how good the results of `lrk.ops.range_finder` are, against an SVD in fp64.
+
+The results are bases and singular values. Five figures judge them:
 
     captured energy   ‖PᵀG‖²_F / Σ_{i≤r} σᵢ²         1 for the best basis, and for a zero gradient
     defect            ‖PᵀP − I‖₂
@@ -7,9 +8,9 @@ an SVD in fp64.
     … under the floor max |σ̂ᵢ − σᵢ| / σ₁ over the rest of that half, which G's rounding has changed anyway
     overlap           ‖PᵀU‖²_F / k with the leading k left singular vectors, k ≤ r of them above the floor
 
-Synthetic matrices have random singular vectors; gradients are captured from the training of the example's
-tiny model. Then what importance sampling draws, beside exact sampling's inclusion probabilities: sampling.py.
-Appends a row a case to results/quality/<date>-<commit>.jsonl and exits with 1 where a bar is missed.
+Synthetic matrices have random singular vectors. Gradients are captured from the training of the example's
+tiny model. sampling.py adds what importance sampling draws, beside exact sampling's inclusion probabilities.
+Each case appends a row to results/quality/<date>-<commit>.jsonl. The exit status is 1 if a bar is missed.
 """
 
 # ruff: noqa: E402
@@ -40,17 +41,18 @@ from . import provenance, sampling
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FLOOR = 1e-6
-"""Of σ₁. Rounding a matrix to fp32 moves its singular values by up to 6e-8·‖G‖_F, 1e-6·σ₁ where hundreds are
-alike."""
+"""The share of σ₁ that counts as rounding. Rounding a matrix to fp32 moves its singular values by up to
+6e-8·‖G‖_F, which is 1e-6·σ₁ where hundreds are alike."""
 SHAPES = [(64, 64), (64, 192), (192, 64), (128, 128), (128, 352), (352, 128), (256, 256), (256, 688), (688, 256)]
 LARGE_SHAPES = [(512, 512), (512, 1376), (1376, 512)]
 QUICK_SHAPES = [(64, 192), (352, 128)]
 CAPTURED_STEPS = (0, 10, 50, 150)
 RANKS: dict[str, Callable[[int], int]] = {
     **{f"m/{share}": lambda short, share=share: max(1, short // share) for share in (2, 4, 8, 16, 32)},
-    "m-9": lambda short: short - 9,  # with 8 more columns the widest sketch there is
+    "m-9": lambda short: short - 9,  # plus 8 columns, it is the widest sketch there is
 }
-"""Of the shorter side, which is called m here whichever way the matrix lies."""
+"""Ranks as functions of the shorter side. The shorter side is called m here, whichever way the matrix
+lies."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,7 @@ DEFAULTS = {name: parameter.default for name, parameter in inspect.signature(lrk
 
 @dataclass(frozen=True)
 class Setting:
-    """Arguments of the range finder; its defaults at r = m/4 are what is judged. `oversample` None: as many
-    as r."""
+    """Arguments of the range finder. Its defaults at r = m/4 are judged. `oversample` None: as many as r."""
 
     rank: str = "m/4"
     oversample: int | None = DEFAULTS["oversample"]
@@ -80,14 +81,14 @@ JUDGED = Setting()
 OTHER_RANKS = [Setting(rank=rank) for rank in ("m/8", "m/16", "m/32")]
 OTHER_ACCURACIES = [*(Setting(power_iters=count) for count in (0, 1, 2, 3, 4)), Setting(oversample=None)]
 OTHER_SHAPES = ((128, 352), (352, 128), (256, 256), (512, 1376))
-"""Where the other settings are measured as well, for information; on gradients after the last captured
-step."""
+"""Shapes on which the other settings are measured as well, for information. Among captured gradients they are
+measured on those of the last captured step."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What `key` must be, at least or at most, in every row of these families (None: of all); `judged_only`:
-    at the defaults."""
+    """What `key` must be, at least or at most, in every row of these families (None: of all families).
+    `judged_only`: only at the defaults."""
 
     name: str
     key: str
@@ -114,8 +115,8 @@ def with_spectrum(m: int, n: int, sigma: Tensor, generator: torch.Generator) -> 
 
 
 def spectra(short: int) -> Iterator[tuple[str, str, Tensor | None]]:
-    """(family, name, σ) for a shorter side of `short`; σ up to that long, its largest 1. None: independent
-    normal entries."""
+    """(family, name, σ) for a shorter side of `short`. σ has at most that many values, the largest is 1. None
+    stands for independent normal entries."""
     rank, index = short // 4, torch.arange(1, short + 1, dtype=torch.float64)
     for exponent in (0.5, 0.75, 1, 1.5, 2):
         yield "decaying", f"i^-{exponent:g}", index**-exponent
@@ -143,8 +144,8 @@ def synthetic(shapes: Iterable[tuple[int, int]], seeds: Iterable[int]) -> Iterat
 
 
 def extremes(shapes: Iterable[tuple[int, int]]) -> Iterator[Matrix]:
-    """Conditions, ranks and scales at which orthonormality breaks first. At 1e-37 small entries are subnormal
-    in fp32, at 1e-42 all."""
+    """The conditions, ranks and scales at which orthonormality breaks first. At 1e-37 small entries are
+    subnormal in fp32, at 1e-42 all entries are."""
     for m, n in shapes:
         generator, short = torch.Generator().manual_seed(m + n), min(m, n)
         for digits in range(8):
@@ -163,8 +164,8 @@ def captured_gradients(
 ) -> dict[str, dict[int, Tensor]]:
     """Weight name → step → gradient (after clipping) of every projected weight of the example's tiny model.
 
-    Trained with AdamW, so that the gradients do not depend on the range finder under study. `data` as in
-    examples/pretrain.py, `changes` are fields of its Settings.
+    The model is trained with AdamW, so that the gradients do not depend on the range finder under study.
+    `data` is as in examples/pretrain.py, `changes` are fields of its Settings.
     """
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))
@@ -202,7 +203,7 @@ class Truth:
         grad = grad.double()
         if grad.shape[0] >= grad.shape[1]:
             vectors, sigma, _ = torch.linalg.svd(grad, full_matrices=False)
-        else:  # the tall form is the faster one
+        else:  # the tall form is faster
             _, sigma, transposed = torch.linalg.svd(grad.mT, full_matrices=False)
             vectors = transposed.mT
         return cls(grad, vectors, sigma)
@@ -220,8 +221,8 @@ def captured_energy(basis: Tensor, truth: Truth) -> float:
 
 
 def sigma_errors(found: Tensor, truth: Truth) -> tuple[float | None, float | None]:
-    """(relative above the floor, share of σ₁ under it) over the leading half; None where there is nothing to
-    compare."""
+    """(relative error above the floor, error as a share of σ₁ under it) over the leading half. None where
+    there is nothing to compare."""
     half = (len(found) + 1) // 2
     exact, error = truth.sigma[:half], (found[:half].double() - truth.sigma[:half]).abs()
     above = (exact >= FLOOR * exact[0]) & (exact > 0)
@@ -237,7 +238,7 @@ def overlap(basis: Tensor, truth: Truth) -> float | None:
 
 
 def measure(matrix: Matrix, setting: Setting, truth: Truth) -> dict:
-    """One call of the range finder: the row of its results."""
+    """Calls the range finder once. Returns the row of its results."""
     rank = RANKS[setting.rank](min(matrix.grad.shape))
     oversample = rank if setting.oversample is None else setting.oversample
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -268,7 +269,7 @@ def measure(matrix: Matrix, setting: Setting, truth: Truth) -> dict:
 
 
 def study(matrices: Iterable[Matrix], settings: Callable[[Matrix], Sequence[Setting]]) -> Iterator[dict]:
-    """A row for each matrix and setting; one SVD a matrix."""
+    """A row for each matrix and setting. Each matrix takes only one SVD."""
     for matrix in matrices:
         truth = Truth.of(matrix.grad)
         for setting in settings(matrix):
@@ -328,7 +329,7 @@ def print_rows(rows: list[dict], title: str, labels: Callable[[dict], tuple[str,
 
 
 def judge(rows: list[dict], bars: Sequence[Bar] = BARS) -> bool:
-    """Prints PASS or FAIL for each bar with its worst case; True if all hold. A NaN fails."""
+    """Prints PASS or FAIL for each bar with its worst case. Returns True if all hold. A NaN fails."""
     passed = True
     for bar in bars:
         subject = [

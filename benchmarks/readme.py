@@ -1,9 +1,8 @@
-"""python -m benchmarks readme: writes the tables of README and docs/, between markers, from results and
-declarations.
+"""python -m benchmarks readme: writes the tables of README and docs/, between markers.
 
-Figures come from the newest results of each device in benchmarks/results; what no file holds is said to be
-not measured yet. Tables of group keys come from lowrank_kernels/optim/keys.py. With --check nothing is
-written, and the exit status is 1 where a page is not what would be written.
+Figures come from the newest results of each device in benchmarks/results. Figures that no file holds are
+marked as not measured yet. Tables of group keys come from lowrank_kernels/optim/keys.py. With --check nothing
+is written, and the exit status is 1 if a page is not what would be written.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from .timing import VISIBLE
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 110
-"""Of prose; lines of tables are as long as they have to be."""
+"""Width of prose. Lines of tables are as long as they have to be."""
 EXPECTED = {"nvidia-h100": "H100"}
-"""GPUs that the kernels are meant for, by how their results' folder begins: missing ones are named."""
+"""GPUs that the kernels are meant for, by how the name of their results' folder begins. A page names those
+without results."""
 
 ABOUT = {
     "step": "A step between refreshes over a model's projected weights: median ms, and the median over rounds of the time against ours.",
@@ -55,7 +55,7 @@ METHODS = {
     GALORE: "`GaLoreAdamW`, `I3SAdamW`",
     OURS: "`RSOAdamW`",
 }
-"""Contenders of the rso suite by what a user picks."""
+"""Contenders of the rso suite, keyed by the user's choice."""
 HELD_COLUMNS = {
     "activations saved": "saved_mb",
     "gradients": "gradient_mb",
@@ -68,7 +68,7 @@ LAST_COLUMN = {"refresh": "spectrum or dtype"}
 
 @dataclass(frozen=True)
 class Headline:
-    """A line of README's table: one case, `key` of this package's row and of those of the contenders to
+    """A line of README's table: one case, and the figure `key` of this package's row and of the contenders to
     compare with."""
 
     what: str
@@ -90,13 +90,13 @@ HEADLINES = (
 
 
 def measured(results: Path) -> dict[str, dict[str, list[Row]]]:
-    """Rows by suite by device, GPUs first."""
+    """Rows by device and suite, GPUs first."""
     found = {folder.name: suites for folder in folders(results) if (suites := newest(folder)) and set(suites) & set(SUITES)}
     return {device: found[device] for device in sorted(found, key=lambda name: (name.startswith("cpu"), name))}
 
 
 def methods(results: Path = RESULTS) -> str:
-    """What each method takes of memory and time, for the first block that the first device with any has
+    """Memory and time of each method, for the first block that the first device with any block has
     measured."""
     for device, suites in measured(results).items():
         held = [row for row in suites.get("rso", ()) if "saved_mb" in row and " block at " in str(row["case"])]
@@ -114,7 +114,8 @@ def methods(results: Path = RESULTS) -> str:
 
 
 def headlines(results: Path = RESULTS) -> str:
-    """README's table: of each case in HEADLINES what the first device that measured it says."""
+    """README's table. For each case in HEADLINES it takes the figures of the first device that measured
+    it."""
     found = measured(results)
     lines = [_headline(headline, rows) for headline in HEADLINES if (rows := _rows_of(headline, found))]
     if not lines:
@@ -124,7 +125,7 @@ def headlines(results: Path = RESULTS) -> str:
 
 
 def _rows_of(headline: Headline, found: dict[str, dict[str, list[Row]]]) -> dict[str, Row]:
-    """By contender, of the first device that has one of this package."""
+    """Rows by contender, of the first device that has a row of this package."""
     for suites in found.values():
         rows = [row for suite in suites.values() for row in suite if row["case"] == headline.case and headline.key in row]
         if by_contender := {str(row["contender"]): row for row in rows if OURS in {other["contender"] for other in rows}}:
@@ -166,7 +167,7 @@ def _device(device: str, suites: dict[str, list[Row]]) -> list[str]:
 
 
 def _origin(rows: list[Row]) -> str:
-    """File, versions of what was measured, and ceilings."""
+    """The file, the versions of the measured software, and the ceilings."""
     row = rows[-1]
     shown = [str(row["contender"]) for row in rows] + (["triton"] if not str(row["device"]).startswith("cpu") else [])
     found = {"torch": row["torch"]} | {
@@ -182,8 +183,8 @@ def _origin(rows: list[Row]) -> str:
 
 
 def tables(suite: str, rows: list[Row]) -> list[str]:
-    """What a suite measured; of iterations also what they hold and the largest batches, each with a line that
-    says so."""
+    """The tables of one suite. For iterations there are also tables of the bytes they hold and of the largest
+    batches, each with a line that says so."""
     batches = [row for row in rows if "largest_batch" in row]
     found = [table(suite, timed)] if (timed := [row for row in rows if "largest_batch" not in row]) else []
     if held := [row for row in rows if "saved_mb" in row]:
@@ -192,8 +193,8 @@ def tables(suite: str, rows: list[Row]) -> list[str]:
 
 
 def table(suite: str, rows: list[Row], cell: Callable[[Row], str] | None = None) -> str:
-    """Markdown: a line a case, a column a contender, those of this package first. Without `cell` times, or
-    states and peaks of steps."""
+    """A Markdown table: a line for each case, a column for each contender, those of this package first.
+    Without `cell` the cells are times, or states and peaks of steps."""
     cases = list(dict.fromkeys(str(row["case"]) for row in rows))
     contenders = sorted(dict.fromkeys(str(row["contender"]) for row in rows), key=lambda name: not name.startswith(OURS))
     by_key = {(row["case"], row["contender"]): row for row in rows}
@@ -238,8 +239,8 @@ def _megabytes(value: float) -> str:
 
 
 def replaced(text: str, name: str, generated: str, page: Path) -> str:
-    """The page's text with what is between the markers of that name exchanged. ValueError where they do not
-    stand there once, in order."""
+    """The page's text, with the part between the markers of that name replaced. Raises ValueError if the
+    markers are not there exactly once, in order."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{page} needs one {begin} and one {end} after it")
@@ -255,7 +256,8 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
         "adamw keys": lambda _: keys.table((*keys.ADAMW, keys.CAPTURABLE)),
     },
 }
-"""What is generated, by page and by the name in its markers, from the folder of results."""
+"""The generated parts, by page and by the name in its markers. Each is a function of the folder of
+results."""
 
 
 def main(arguments: list[str] | None = None) -> int:

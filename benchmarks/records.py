@@ -1,18 +1,24 @@
 """Rows of results: how a suite's figures become rows, how rows are shown, and how files of them are read
 back.
 
-A row is one contender in one case. Those of a run share its provenance and ceilings. Timed rows have p20_ms,
-p50_ms, p80_ms, rounds and ratio_to_ours (time over that of the case's first contender, median over rounds);
-where it is known what the work costs also predicted_ms (roofline.py on the ceilings measured in the same
-run), percent_of_ceiling (predicted / p50), gb_per_s and tflop_per_s; those of this package the
-strongest_baseline and speedup, its time over theirs. Memory rows have state_mb, step_peak_mb and theory_mb.
-Rows of the rso suite also have medians of an iteration's parts, forward_ms, backward_ms and step_ms,
-tokens_per_s, and bytes: saved_mb, gradient_mb, state_mb (with whatever else stays beside the weights), each
-with …_theory_mb where there is a formula, and peak_mb, an iteration's; or, instead of times and bytes,
-largest_batch, tokens_per_s, and ratio_to_ours of the batch. Times of a GPU alone say in `launches` how the
-host's are kept out (timing.py). What was not measured has a row as well, which holds nothing but the reason,
-as `failure` (a wrong result, an exception) or `skipped` (something missing, no time, no room); its contender
-is ALL for a whole case.
+A row is one contender in one case. The rows of a run share its provenance and ceilings.
+
+Timed rows have p20_ms, p50_ms, p80_ms, rounds and ratio_to_ours (time over that of the case's first
+contender, median over rounds). If the cost of the work is known, they also have predicted_ms (roofline.py on
+the ceilings measured in the same run), percent_of_ceiling (predicted / p50), gb_per_s and tflop_per_s. Timed
+rows of this package also have strongest_baseline and speedup, the p50 of that baseline over the row's own.
+
+Memory rows have state_mb, step_peak_mb and theory_mb.
+
+Rows of the rso suite also have medians of an iteration's parts, forward_ms, backward_ms and step_ms, and
+tokens_per_s. Their bytes are saved_mb, gradient_mb and state_mb (with whatever else stays beside the
+weights), each with …_theory_mb where there is a formula, and peak_mb of an iteration. Some rows have, instead
+of times and bytes, largest_batch, tokens_per_s, and ratio_to_ours of the batch.
+
+If times are those of a GPU alone, `launches` says how the host's times are kept out (timing.py).
+
+What was not measured has a row as well. It holds nothing but the reason, as `failure` (a wrong result, an
+exception) or `skipped` (something missing, no time, no room). Its contender is ALL for a whole case.
 """
 
 from __future__ import annotations
@@ -32,14 +38,14 @@ from .timing import Timing
 
 OURS = "lowrank_kernels"
 ALL = "all"
-"""The contender of a row that stands for a whole case."""
+"""The contender in a row that stands for a whole case."""
 DTYPE_NAMES = [dtype_name(dtype) for dtype in DTYPES.values()]
 Row = dict[str, object]
 
 
 def is_ours(row: Row) -> bool:
-    """Whether the row is of this package, in one of its forms. Its formulas in plain PyTorch are a
-    baseline."""
+    """Whether the row is of this package, in one of its forms. The package's formulas in plain PyTorch count
+    as a baseline."""
     return str(row["contender"]).startswith(OURS)
 
 
@@ -52,7 +58,7 @@ def is_measured(row: Row) -> bool:
 
 
 def failed(rows: Iterable[Row]) -> list[Row]:
-    """Those of this package, or of whole cases, that ended in anything but figures or a reason to skip
+    """The rows of this package, or of whole cases, that ended neither in figures nor in a reason to skip
     them."""
     return [row for row in rows if "failure" in row and (is_ours(row) or row["contender"] == ALL)]
 
@@ -60,7 +66,8 @@ def failed(rows: Iterable[Row]) -> list[Row]:
 def timed_rows(
     label: str, dtype: torch.dtype, timings: Mapping[str, Timing], works: Mapping[str, Work], machine: Machine, **fields: object
 ) -> list[Row]:
-    """One row a contender; `works` holds the contenders whose work is known, `fields` what all rows carry."""
+    """One row for each contender. `works` holds the contenders whose work is known, `fields` what all rows
+    carry."""
     baselines = {name: timing for name, timing in timings.items() if not is_ours({"contender": name})}
     strongest = min(baselines, key=lambda name: baselines[name].p50, default=None)
     rows = []
@@ -153,8 +160,8 @@ def _reason(row: Row) -> str:
 
 
 def read(paths: Iterable[Path], measured: bool = True) -> list[Row]:
-    """Rows of files in order: those with figures, or else those that hold a reason. Of what a file holds
-    twice only the last stays."""
+    """The rows of the files in order: rows with figures if `measured`, else rows with a reason. If a file has
+    a row twice, only the last one counts."""
     found: list[Row] = []
     for path in paths:
         rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
@@ -164,13 +171,13 @@ def read(paths: Iterable[Path], measured: bool = True) -> list[Row]:
 
 
 def folders(results: Path = RESULTS) -> list[Path]:
-    """One a device."""
+    """One folder for each device."""
     return sorted(folder for folder in results.iterdir() if folder.is_dir() and any(folder.glob("*.jsonl"))) if results.exists() else []
 
 
 def newest(folder: Path) -> dict[str, list[Row]]:
-    """Rows by suite, each suite's from the file that measured it last. Runs with --quick or of code that is
-    in no commit do not count."""
+    """Rows by suite, each suite's from the file that measured it last. Runs with --quick do not count, nor do
+    runs of code that is in no commit."""
     by_suite: dict[str, list[Row]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         rows = [row for row in read([path]) if not row.get("quick") and not str(row["commit"]).endswith("-dirty")]
@@ -185,8 +192,8 @@ PRETTY = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "noise": "Ga
 
 
 def title(row: Row) -> tuple[str, str, str]:
-    """(what, rank, dtype or spectrum) of a row's case for people, from its label: ("LLaMA 60M", "128",
-    "fp32")."""
+    """(what, rank, dtype or spectrum) of a row's case in words for people, from its label: ("LLaMA 60M",
+    "128", "fp32")."""
     suite, *words = str(row["case"]).split()
     place = next((index for index, word in enumerate(words) if word.startswith("r=")), len(words))
     rank, rest = "".join(words[place : place + 1])[2:], words[place + 1 :]

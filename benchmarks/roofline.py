@@ -6,11 +6,11 @@
     python -m benchmarks.roofline --model 7b --rank 128 256        # predicted on an H100
     python -m benchmarks.roofline --model 60m --results FILE       # from the ceilings of a results file
 
-Assumptions. Within a launch memory, tensor cores and L2 work at the same time and each at its ceiling;
-launches follow one another, and neither they nor latencies cost anything. A launch passes each of its tensors
-between memory and chip once; elementwise flops cost nothing. L2 bytes are what other programs of the launch
-read again. G, W, P have b bytes an element, moments 4 (or 1, and 4 for every 64), R 4, and N between launches
-b.
+Assumptions. Within a launch memory, tensor cores and L2 work at the same time, each at its ceiling. Launches
+follow one another. Launches and latencies cost nothing. A launch passes each of its tensors between memory
+and chip once. Elementwise flops cost nothing. L2 bytes are those that other programs of the launch read
+again. An element of G, W, P has b bytes, a moment has 4 (or 1, and 4 for every 64), R has 4, and N between
+launches has b.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from . import shapes
 from .provenance import print_table, short
 
 OVERSAMPLE, POWER_ITERS = 8, 1
-"""What the refresh suite asks every randomized method for."""
+"""The arguments that the refresh suite passes to every randomized method."""
 BLOCK_N = {256: 128, 512: 64}
-"""Columns of R that one program of the single pass owns, by the rank up to which that many fit on an H100's
-chip; none do above."""
+"""Columns of R that one program of the single pass owns, by the largest rank at which that many fit on an
+H100's chip. Above the last rank none fit."""
 TILE, RANK_TILE = 128, 256
 """A product alone has tiles of 128 columns of R over at most 256 directions, or of 128 × 128 of W. Only L2
-bytes hang on these."""
+bytes depend on these."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Cost:
 
 
 Work = tuple[Cost, ...]
-"""Launches, one after another."""
+"""Launches that run one after another."""
 
 
 def total(work: Work) -> Cost:
@@ -61,7 +61,7 @@ def total(work: Work) -> Cost:
 
 @dataclass(frozen=True)
 class Machine:
-    """What costs are divided by. A dtype without a rate has no prediction."""
+    """The rates that costs are divided by. A dtype without a rate has no prediction."""
 
     name: str
     copy_gb_per_s: float
@@ -70,8 +70,8 @@ class Machine:
 
     @classmethod
     def measured(cls, row: Mapping[str, object], on_gpu: bool) -> Machine:
-        """From the ceilings in a result's row. 16-bit products run at the rate of bf16 on a GPU; on a CPU
-        fp16 is multiplied in fp32, and bf16 too where that is faster."""
+        """The machine from the ceilings in a result's row. On a GPU 16-bit products run at the rate of bf16.
+        On a CPU fp16 is multiplied in fp32, and bf16 too if that is faster."""
         rates = {torch.float32: row.get("matmul_tflop_per_s_float32"), torch.bfloat16: row.get("matmul_tflop_per_s_bfloat16")}
         if rates[torch.bfloat16] and rates[torch.float32]:
             rates[torch.bfloat16] = max(rates.values())
@@ -79,8 +79,8 @@ class Machine:
         return cls(str(row.get("device", "measured")), row["copy_gb_per_s"], {dtype: rate for dtype, rate in rates.items() if rate})
 
     def times_ms(self, cost: Cost, dtype: torch.dtype) -> dict[str, float]:
-        """What each resource takes alone. Empty where the rate of `dtype` is not known and there is something
-        to multiply."""
+        """The time of each resource alone, in ms. Empty if there is something to multiply and the rate of
+        `dtype` is not known."""
         if cost.flops and dtype not in self.matmul_tflop_per_s:
             return {}
         times = {"memory": cost.bytes_moved / self.copy_gb_per_s / 1e6}
@@ -97,15 +97,16 @@ class Machine:
 GPUS = {
     "h100": Machine("NVIDIA H100", 3000, {torch.bfloat16: 800, torch.float16: 800, torch.float32: 66.9}, 7000),
 }
-"""Copy and bf16 as once measured on one; fp32 from the data sheet (no tf32); the L2 rate is a guess (it makes
-the re-reads of P at r = 256 with 64 columns a program as long as the reads from memory)."""
+"""An H100. The rates of copy and bf16 were measured on one; the fp32 rate is from the data sheet (no tf32).
+The L2 rate is a guess: with it, the re-reads of P at r = 256 with 64 columns a program take as long as the
+reads from memory."""
 
 
 # One matrix: G' (m, n) is projected on r directions of its side m. `dtype` is that of W, G and P.
 
 
 def moments_bytes(n: int, r: int, state_bits: int = 32) -> int:
-    """Of M and V as they are stored: fp32, or a byte an element and an fp32 scale for every 64 along n."""
+    """Bytes of M and V as stored: fp32, or a byte an element and an fp32 scale for every 64 along n."""
     return 8 * r * n if state_bits == 32 else 2 * r * (n + 4 * -(-n // 64))
 
 
@@ -124,22 +125,22 @@ def moments(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) ->
 
 def back_project(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
     """W' = … − lr·α·P·N: reads P and N, reads and writes W. P is read again for each tile of columns, N for
-    each of rows."""
+    each tile of rows."""
     weight, basis, normalised = (size * dtype.itemsize for size in (m * n, m * r, r * n))
     again = _again(n, TILE) * basis + _again(m, TILE) * normalised
     return (Cost(2 * weight + basis + normalised, 2 * m * n * r, again),)
 
 
 def single_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
-    """A whole step where R and N stay on the chip: the least that any implementation moves. Every program
-    reads P twice."""
+    """A whole step in which R and N stay on the chip. No implementation can move less. Every program reads P
+    twice."""
     weight, basis = m * n * dtype.itemsize, m * r * dtype.itemsize
     block_n = next((block for rank, block in BLOCK_N.items() if r <= rank), min(BLOCK_N.values()))
     return (Cost(3 * weight + basis + 2 * moments_bytes(n, r, state_bits), 4 * m * n * r, basis * (2 * _again(n, block_n) + 1)),)
 
 
 def two_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
-    """Two passes over the big matrices, three launches: R and N go through memory between them."""
+    """Two passes over the big matrices, in three launches. R and N go through memory between the launches."""
     return project(m, n, r, dtype) + moments(m, n, r, dtype, state_bits) + back_project(m, n, r, dtype)
 
 
@@ -152,24 +153,24 @@ def refresh(m: int, n: int, r: int, dtype: torch.dtype) -> Work:
     """The products of a randomized range finder with G: two, and two more for each power iteration, on l = r
     + oversample columns.
 
-    Each reads G, and the sketch on the other side in fp32, and writes its own. Orthonormalisation, O(l²·(m +
-    n)), is not counted.
+    Each reads G and, in fp32, the sketch on the other side, and writes its own sketch. Orthonormalisation,
+    O(l²·(m + n)), is not counted.
     """
     l = min(r + OVERSAMPLE, m, n)
     return (Cost(m * n * dtype.itemsize + 4 * (m + n) * l, 2 * m * n * l),) * (2 + 2 * POWER_ITERS)
 
 
 def _again(size: int, tile: int) -> int:
-    """How often something is read beyond the first time by programs of which each owns `tile` of `size`."""
+    """How often programs read something beyond the first time, if each of them owns `tile` of `size`."""
     return -(-size // tile) - 1
 
 
-# An iteration of linear layers, y = x·Wᵀ on T tokens with W (out, in), in x's dtype; and what is around them
-# in a LLaMA block.
+# An iteration of linear layers, y = x·Wᵀ on T tokens with W (out, in), in x's dtype. Also the work around
+# them in a LLaMA block.
 
 
 def product(rows: int, inner: int, columns: int, dtype: torch.dtype) -> Work:
-    """(rows, inner) · (inner, columns): each matrix passes once."""
+    """(rows, inner) · (inner, columns): each matrix moves between memory and chip once."""
     return (Cost((rows * inner + inner * columns + rows * columns) * dtype.itemsize, 2 * rows * inner * columns),)
 
 
@@ -189,16 +190,17 @@ def coordinates_gradient(tokens: int, outputs: int, r: int, dtype: torch.dtype) 
 
 
 def subspace_step(inputs: int, outputs: int, r: int, dtype: torch.dtype) -> Work:
-    """RSO's, where N stays on the chip: reads dB and P, reads and writes W, M and V."""
+    """RSO's step, where N stays on the chip: reads dB and P, reads and writes W, M and V."""
     moved = (r * outputs + inputs * r + 2 * inputs * outputs) * dtype.itemsize
     return (Cost(moved + 2 * moments_bytes(outputs, r), 2 * inputs * outputs * r),)
 
 
 def causal_attention(tokens: int, sequence: int, hidden: int, dtype: torch.dtype) -> Work:
-    """softmax(QKᵀ)·V and its gradients, without what a backward pass computes again: two products and four,
-    half of each masked.
+    """softmax(QKᵀ)·V and its gradients, without what a backward pass computes again. There are two products
+    and four, and half of each is masked.
 
-    Reads Q, K, V and writes y; reads these and dy and writes three gradients.
+    The forward pass reads Q, K, V and writes y. The backward pass reads these and dy and writes three
+    gradients.
     """
     size, flops = tokens * hidden * dtype.itemsize, tokens * sequence * hidden
     return Cost(4 * size, 2 * flops), Cost(8 * size, 4 * flops)
@@ -208,11 +210,12 @@ def causal_attention(tokens: int, sequence: int, hidden: int, dtype: torch.dtype
 
 
 WorkOf = Callable[[int, int, int], Work]
-"""Of one matrix by (m, n, r)."""
+"""The work for one matrix, as a function of (m, n, r)."""
 
 
 def over_model(model: str, rank: int, work_of: WorkOf) -> Work:
-    """What a model's projected weights take, bucket by bucket, each with the launches of one matrix."""
+    """The work for a model's projected weights, bucket by bucket. Each bucket has the launches of one
+    matrix."""
     return over_buckets(shapes.buckets(model), rank, work_of)
 
 
@@ -226,14 +229,16 @@ def over_buckets(buckets: list[tuple[int, int, int]], rank: int, work_of: WorkOf
 
 
 def state_bytes(shape: tuple[int, int], rank: int, dtype: torch.dtype, state_bits: int = 32) -> int:
-    """Of one parameter in a low-rank group: moments, a basis of its dtype, and the count of updates."""
+    """Bytes of the state of one parameter in a low-rank group: moments, a basis of its dtype, and the count
+    of updates."""
     m, n = sorted(shape)
     rank = min(rank, m)
     return moments_bytes(n, rank, state_bits) + m * rank * dtype.itemsize + 4
 
 
 def works(model: str, rank: int, dtype: torch.dtype) -> dict[str, Work]:
-    """Everything this model of costs knows, by name. No single pass above the rank that fits a chip."""
+    """Everything that this cost model knows, by name. There is no single pass above the rank that fits a
+    chip."""
     forms: dict[str, WorkOf] = {
         "project": lambda m, n, r: project(m, n, r, dtype),
         "moments": lambda m, n, r: moments(m, n, r, dtype),

@@ -4,10 +4,12 @@
     mass of first 2r  E‖PᵀU₂ᵣ‖²_F / r       the share of the basis among the first 2r
     null space        the share of the basis outside the range of G, beyond what r > rank(G) makes unavoidable
 
-Each beside the same of exact sampling: successive draws without replacement with probability ∝ σ, the law of
-torch.multinomial. Both are also drawn with equal Gumbel noise, and the difference of those means is what is
-judged: most of chance falls out of it. Directions of equal σ are nobody's own, nor are those whose σ is less
-than rounding G to fp32 may change, so that top and mass are means over all that could be called first.
+Each figure stands beside the same figure of exact sampling: successive draws without replacement with
+probability ∝ σ, the law of torch.multinomial. Both are also drawn with equal Gumbel noise, and the difference
+of those means is judged, because most of the randomness cancels in it.
+
+Directions of equal σ cannot be told apart, nor can those whose σ is less than rounding G to fp32 may change.
+So top and mass are means over all directions that could be called first.
 """
 
 from __future__ import annotations
@@ -28,20 +30,20 @@ SHAPES = [(64, 160), (512, 1280)]
 SHARES = (16, 4)
 REFRESHES = 500
 OF_LARGE_BATCHES = 100
-"""Refreshes as on a GPU of the larger shape: on a CPU each takes a second."""
+"""Number of refreshes in the way of a GPU on the larger shape. On a CPU each takes a second."""
 EXACT_DRAWS = 20_000
 LIMIT, NULL_LIMIT = 0.03, 0.01
 OVERSAMPLE, POWER_ITERS = 8, 1
 TIED = 1e-5
-"""Relative difference under which neighbours are of equal σ."""
+"""Neighbours whose σ differ by less than this, relatively, count as equal."""
 ROUNDING = 1e-6
-"""Of σ₁: what rounding to fp32 may do to σ, as in quality.py. Which directions have values under it is
-chance, and they count as tied."""
+"""The share of σ₁ by which rounding to fp32 may change σ, as in quality.py. Which directions have values
+under it is chance, so they count as tied."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """G (m, n) fp32, with its rank where that is below min(m, n)."""
+    """G (m, n) fp32, with its rank if that is below min(m, n)."""
 
     spectrum: str
     grad: Tensor
@@ -67,8 +69,8 @@ def cases(m: int, n: int) -> Iterator[Case]:
 
 
 class Law:
-    """The inclusions (k,) of the singular directions of G under exact sampling of r of them, and what they
-    come to."""
+    """The inclusions (k,) of the singular directions of G under exact sampling of r of them, and the figures
+    that follow from them."""
 
     def __init__(self, case: Case, rank: int):
         self.vectors, sigma, _ = torch.linalg.svd(case.grad.double(), full_matrices=False)
@@ -84,7 +86,7 @@ class Law:
         self.exact /= EXACT_DRAWS // 1000 * 1000
 
     def with_noise(self, seed: int) -> Tensor:
-        """Inclusions of one exact draw, with the Gumbel noise that a refresh of this seed draws with."""
+        """Inclusions of one exact draw, with the same Gumbel noise as a refresh of this seed."""
         chosen = lrk.ops.sample_importance(self.sigma, self.rank, seed=[seed])
         return torch.zeros_like(self.sigma).index_fill_(0, chosen, 1)
 
@@ -92,7 +94,8 @@ class Law:
         return (self.vectors.mT @ basis.double().cpu()).square().sum(-1)
 
     def _among_first(self, inclusions: Tensor, count: int) -> float:
-        """Σ over the first `count` directions, of those tied with the last of them the mean."""
+        """Σ over the first `count` directions. Directions tied with the last of them count with their
+        mean."""
         edge, rounding = self.sigma[count - 1], ROUNDING * self.sigma.max()
         tied = (self.sigma - edge).abs() <= TIED * edge
         if edge <= rounding:
@@ -111,7 +114,7 @@ class Law:
 
 
 def measure(law: Law, bases: Iterator[tuple[int, Tensor]]) -> dict:
-    """(seed, basis) of many refreshes against the law."""
+    """Compares the (seed, basis) of many refreshes with the law."""
     found, noise, count = torch.zeros_like(law.sigma), torch.zeros_like(law.sigma), 0
     for seed, basis in bases:
         found += law.of_basis(basis)
@@ -132,8 +135,8 @@ def measure(law: Law, bases: Iterator[tuple[int, Tensor]]) -> dict:
 
 
 def refreshes(grad: Tensor, rank: int, count: int, choose: Callable[..., list[Tensor]], together: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """As an optimizer of seed 0 refreshes its first parameter, the numbers 0 … count − 1; `together` of them
-    at once, with one sketch."""
+    """Refreshes number 0 … count − 1 of the first parameter, as an optimizer of seed 0 does them. `together`
+    of them run at once, with one sketch."""
     for first in range(0, count, together):
         sketch = philox.signed64(philox.derive_seed(0, first))
         own = [philox.signed64(philox.derive_seed(0, number, 0, 0)) for number in range(first, min(first + together, count))]
@@ -147,7 +150,7 @@ def _as_on_a_gpu(*arguments: object) -> list[Tensor]:
 
 
 def ways() -> dict[str, Callable[..., list[Tensor]]]:
-    """As a refresh does it, and on a CPU the way of a batch on a GPU, too."""
+    """The way of a refresh here and, on a CPU, also the way of a batch on a GPU."""
     batch = {"as on a GPU": _as_on_a_gpu} if extension.loaded() and not torch.cuda.is_available() else {}
     return {"operator": subspaces.choose_bases} | batch
 
@@ -167,7 +170,7 @@ def rows(quick: bool) -> Iterator[dict]:
 
 
 def holds(row: dict) -> bool:
-    """A NaN does not."""
+    """Whether the row is within the bounds. A NaN is not."""
     return abs(row["top"] - row["top_exact"]) <= LIMIT and abs(row["mass"] - row["mass_exact"]) <= LIMIT and row["null"] <= NULL_LIMIT
 
 
@@ -183,7 +186,7 @@ def print_rows(found: list[dict]) -> None:
 
 
 def judge(found: list[dict]) -> bool:
-    """Prints PASS or FAIL with the worst differences; True where all are within the bounds."""
+    """Prints PASS or FAIL with the worst differences. Returns True if all are within the bounds."""
     if not found:
         return True
     missed = [row for row in found if not holds(row)]

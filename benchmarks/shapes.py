@@ -19,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As results spell it: "float32"."""
+    """The name of a dtype as results spell it: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -41,7 +41,8 @@ def buckets(name: str) -> list[tuple[int, int, int]]:
 
 
 def is_right(rows: int, columns: int) -> bool:
-    """The projected side by the default rule: the shorter one, a square matrix's right."""
+    """Whether the default rule projects the right side. It projects the shorter side, and the right side of a
+    square matrix."""
     return rows >= columns
 
 

@@ -1,20 +1,21 @@
-"""Timing: CUDA events on a GPU, a monotonic clock on a CPU; contenders in interleaved rounds, so that drift
-hits all alike.
+"""Timing with CUDA events on a GPU and a monotonic clock on a CPU. Contenders run in interleaved rounds, so
+that drift affects all alike.
 
 On a GPU every timed run starts with a cold L2: a buffer of twice its size is overwritten just before, outside
-the events. Then either
+the events. There are two ways to time:
 
-    the host waits for that, and the time is what a caller waits for from an idle GPU, launches included, or
-    with `device_only` the GPU is kept busy until the host has launched everything, and the time is the GPU's
-    own.
+    by default the host waits for that, and the time is what a caller waits for from an idle GPU, launches
+    included;
+    with `device_only` the GPU is kept busy until the host has launched everything, and the time is the
+    GPU's own.
 
-How long it is kept busy, the shield, each contender finds in its warm-up: what is timed must not have begun
-when the host is done. A stream takes about a thousand launches before the host waits for it, so no shield
-hides more than those: such a contender is captured in a CUDA graph, and where that fails timed as it is.
-Timing.launches says which.
+The busy time is called the shield. Each contender finds its length in its warm-up, such that the timed work
+has not begun when the host has launched everything. A stream takes about a thousand launches before the host
+waits for it, so no shield hides more than those. A contender with more launches is captured in a CUDA graph.
+If that fails, it is timed as it is. Timing.launches says which.
 
-On a CPU nothing is flushed: what a contender leaves in the caches the next one evicts, as the rounds are
-interleaved.
+On a CPU nothing is flushed. The rounds are interleaved, so the next contender evicts what one leaves in the
+caches.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import torch
 from torch import Tensor
 
 WARM_UP_SHARE, WARM_UP_S = 0.2, 1.0
-"""Warm-up: a fifth of the budget shared among contenders, a second each at most; the first two runs at
-least."""
+"""The warm-up takes a fifth of the budget, shared among contenders, and at most a second each. Each contender
+makes at least the first two runs."""
 SHIELD_CYCLES = 2_000_000
-"""About a millisecond of a GPU doing nothing, in which the host launches what is timed: the shortest
-shield."""
+"""The shortest shield: about a millisecond of a GPU doing nothing, during which the host launches the timed
+work."""
 LONGEST_SHIELD = 128 * SHIELD_CYCLES
 HIDDEN, GRAPH, VISIBLE = "hidden", "graph", "visible"
 
@@ -41,8 +42,8 @@ HIDDEN, GRAPH, VISIBLE = "hidden", "graph", "visible"
 class Timing:
     """Milliseconds. `ratio` is the median over rounds of this contender's time over the first one's.
 
-    `launches`, of the GPU's own time: "hidden" behind a shield, in a "graph", or "visible": the host's time
-    is in it.
+    `launches`, if the GPU's own time is measured, says how the host's time is kept out: "hidden" behind a
+    shield, or in a "graph". If it is "visible", the host's time is included.
     """
 
     p20: float
@@ -55,12 +56,12 @@ class Timing:
 
 @functools.cache
 def _flushed() -> Tensor:
-    """Twice the L2 cache of the current GPU."""
+    """A buffer of twice the size of the current GPU's L2 cache."""
     return torch.empty(2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size, dtype=torch.int8, device="cuda")
 
 
 def time_once_ms(run: Callable[[], object], on_gpu: bool) -> float:
-    """What a caller waits for."""
+    """The time that a caller waits for one run."""
     if not on_gpu:
         start = time.perf_counter()
         run()
@@ -71,8 +72,8 @@ def time_once_ms(run: Callable[[], object], on_gpu: bool) -> float:
 
 
 def _between_events(run: Callable[[], object]) -> tuple[float, bool]:
-    """(ms of the GPU from what it is doing now to the end of `run`, whether it was still doing that when the
-    host had launched all)."""
+    """The GPU's ms from its current work to the end of `run`, and whether it was still busy with that work
+    when the host had launched everything."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -103,7 +104,7 @@ class _Shielded:
 
     @property
     def launches(self) -> str:
-        """Of most of the samples taken since the shield was found."""
+        """How most of the samples since the shield was found were taken."""
         return VISIBLE if 2 * self.seen > self.samples else GRAPH if self.in_graph else HIDDEN
 
     def once_ms(self) -> float:
@@ -112,8 +113,8 @@ class _Shielded:
         return ms
 
     def find_shield(self) -> None:
-        """After the first run, which may compile. Twice what hides all launches once, for the host is not
-        always as fast."""
+        """Finds the length of the shield. Call it after the first run, which may compile. The length is twice
+        what hides all launches once, because the host is not always as fast."""
         while not self._once()[1]:
             if self.cycles >= LONGEST_SHIELD:
                 self._capture()
@@ -139,7 +140,7 @@ class _Shielded:
 
 
 def _warm_up(clock: _Waiting | _Shielded, seconds: float, slow_ms: float) -> float:
-    """Milliseconds of the last run, never of the first, which may compile and allocate."""
+    """Milliseconds of the last run. It is never the first run, which may compile and allocate."""
     deadline = time.perf_counter() + seconds
     clock.once_ms()
     if isinstance(clock, _Shielded):
@@ -153,11 +154,10 @@ def _warm_up(clock: _Waiting | _Shielded, seconds: float, slow_ms: float) -> flo
 def interleave(
     runs: Mapping[str, Callable[[], object]], on_gpu: bool, seconds: float, least_rounds: int = 5, device_only: bool = False
 ) -> dict[str, Timing]:
-    """Times every contender once a round until `seconds` have passed after a warm-up; `least_rounds` times,
-    if twice as long is enough.
+    """Times every contender once a round until `seconds` have passed after a warm-up. Goes on to
+    `least_rounds` rounds if they fit into twice that time.
 
-    A contender that takes over a third of the budget even when it runs for the second time is not timed
-    again.
+    A contender whose second run still takes over a third of the budget is not timed again.
     """
     clocks = {name: _Shielded(run) if device_only and on_gpu else _Waiting(run, on_gpu) for name, run in runs.items()}
     slow_ms = seconds * 1e3 / 3

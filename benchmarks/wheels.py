@@ -1,4 +1,4 @@
-"""Peers from a folder of wheels: what a machine without a network compares with."""
+"""Peers from a folder of wheels, for comparisons on a machine without a network."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def install(folder: Path) -> None:
-    """Puts every wheel of `folder` on the path of this process, behind all that is installed. Says which one
-    pip refuses, and why.
+    """Puts every wheel of `folder` on the path of this process, behind all that is installed. Prints which
+    wheels pip refuses, and why.
 
-    One by one and without what they depend on: a wheel that does not fit here must not keep out the others,
-    nor bring another torch.
+    Wheels are installed one by one and without their dependencies. A wheel that does not fit here must not
+    keep out the others, nor bring another torch.
     """
     found = sorted(folder.glob("*.whl"))
     if not found:

@@ -1,7 +1,7 @@
-"""Files that survive a kill at any moment: checkpoints appear whole or not at all, and metrics never outrun
-them on resume.
+"""Files that survive a kill at any moment. A checkpoint appears whole or not at all. On resume, metrics that
+are newer than the checkpoint are dropped.
 
-What was damaged afterwards (a flipped byte, a file cut short) is found before a run goes on with it.
+Later damage (a flipped byte, a file cut short) is found before a run goes on with the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-TRAILER = b"\nsha256 %s\n"  # of all before it, in hexadecimal; torch.load does not mind bytes after its own
+TRAILER = b"\nsha256 %s\n"  # SHA-256 of all bytes before it, in hexadecimal; torch.load ignores bytes after its own
 TRAILER_BYTES = len(TRAILER % bytes(64))
 CHUNK_BYTES = 1 << 20
 ROW_KEYS = {
@@ -24,18 +24,18 @@ ROW_KEYS = {
     "eval": ("step", "val_loss"),
     "end": ("step", "state_bytes", "peak_bytes", "wall_s"),
 }
-"""What a row of the metrics has at least, by its event."""
+"""The keys that a row of the metrics has at least, by its event."""
 
 
 class Damaged(RuntimeError):
-    """A file is not what was written; the message names it and says what to do."""
+    """A file does not hold what was written to it. The message names the file and says what to do."""
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write to a neighbour, force it to the disk, then rename over `path`: a reader finds the old file or the
-    new one.
+    """Writes a file beside `path`, forces it to the disk, then renames it to `path`. A reader finds the old
+    file or the new one.
 
-    A write that fails takes its neighbour with it: on a full disk that is the file which keeps it full.
+    If the write fails, the file beside `path` is removed: on a full disk it may be what keeps the disk full.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -50,15 +50,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def remove_partials(paths: Iterable[Path]) -> None:
-    """What processes killed while they wrote `paths` have left. None may be writing them now."""
+    """Removes the partial files that killed processes left while they wrote `paths`. No process may be
+    writing them now."""
     for path in paths:
         for partial in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
             partial.unlink()
 
 
 class Metrics:
-    """One JSON object a line. `position` is stored in each checkpoint; opening at a position forgets what
-    came after it."""
+    """One JSON object a line. Each checkpoint stores `position`. Opening at a position drops all that was
+    written after it."""
 
     def __init__(self, path: Path, position: int = 0):
         read_metrics(path, position)
@@ -80,10 +81,11 @@ class Metrics:
 
 
 def read_metrics(path: Path, position: int | None = None) -> list[dict[str, Any]]:
-    """The complete lines of a metrics file, up to `position` if it is given; none if the file is not there.
+    """The complete lines of a metrics file, up to `position` if it is given. The list is empty if there is no
+    file.
 
-    A line cut short by a kill is left out. Raises Damaged for a line that is no row, and where the file ends
-    before `position`.
+    A line that a kill cut short is left out. Raises Damaged for a line that is no row, and where the file
+    ends before `position`.
     """
     data = path.read_bytes() if path.exists() else b""
     if position is not None:
@@ -108,8 +110,8 @@ def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def finished(path: Path) -> bool:
-    """The last complete line of the metrics is that of a run's end. What a crash left behind the last
-    checkpoint need not be rows."""
+    """Whether the last complete line of the metrics marks the end of a run. Other lines are not checked:
+    after a crash, those behind the last checkpoint need not be rows."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     try:
         return bool(lines) and json.loads(lines[-1])["event"] == "end"
@@ -118,8 +120,8 @@ def finished(path: Path) -> bool:
 
 
 class _Hashing:
-    """A file that torch.save writes to, the digest of what went through it, and the error that torch.save
-    hides behind its own."""
+    """A file for torch.save to write to. It keeps the digest of all that was written, and the OSError that
+    torch.save replaces with an error of its own."""
 
     def __init__(self, file: BinaryIO):
         self._file, self.digest, self.error = file, hashlib.sha256(), None
@@ -137,7 +139,7 @@ class _Hashing:
 
 
 def save(path: Path, checkpoint: dict[str, Any]) -> None:
-    """torch.save and a checksum of it, atomically."""
+    """torch.save, followed by a checksum of it, atomically."""
 
     def write(file: BinaryIO) -> None:
         hashing = _Hashing(file)
@@ -153,8 +155,8 @@ def save(path: Path, checkpoint: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """On the CPU; `load_state_dict` moves each part to its parameters' device. None if there is none yet.
-    Raises Damaged."""
+    """The checkpoint on the CPU, or None if there is none yet. `load_state_dict` moves each part to its
+    parameters' device. Raises Damaged."""
     if not path.exists():
         return None
     digest = hashlib.sha256()

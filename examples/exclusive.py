@@ -1,4 +1,5 @@
-"""One process at a time in a run's directory: two would cut each other's metrics and write rows twice."""
+"""Only one process at a time in a run's directory. Two processes would cut each other's metrics and write
+rows twice."""
 
 from __future__ import annotations
 
@@ -19,11 +20,12 @@ LOCK = ".lock"
 
 @contextmanager
 def exclusive(directory: Path) -> Iterator[bool]:
-    """Make the directory if need be and hold its lock; the system lets go of it when the process dies,
+    """Makes the directory if need be and holds its lock. The system releases the lock when the process dies,
     however it dies.
 
-    Yields whether there is a lock: without one (Windows, some network file systems) a line says so. Raises
-    SettingsError where another process holds it and where the directory cannot be written to.
+    Yields whether there is a lock. Windows and some network file systems have none; a printed line says so
+    then. Raises SettingsError where another process holds the lock and where the directory cannot be written
+    to.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

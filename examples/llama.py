@@ -57,9 +57,9 @@ def rotary_angles(positions: Tensor, head_dim: int, base: float = 10_000.0) -> t
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + head_dim/2}) of (…, positions, head_dim) by its angle.
+    """Turns each pair (x_i, x_{i + head_dim/2}) of (…, positions, head_dim) by its angle.
 
-    ⟨rotate(q at s), rotate(k at t)⟩ then depends on s − t only.
+    ⟨rotate(q at s), rotate(k at t)⟩ then depends only on s − t.
     """
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
@@ -125,8 +125,8 @@ class Llama(nn.Module):
         return self.lm_head(self.norm(x))
 
     def initialize(self, seed: int, std: float = 0.02) -> Llama:
-        """N(0, std²), and std / sqrt(2·layers) where a layer writes to the residual stream. A pure function
-        of the seed."""
+        """Weights from N(0, std²), or with std / sqrt(2·layers) where a layer writes to the residual stream.
+        They are a pure function of the seed."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:

@@ -1,4 +1,4 @@
-"""Memory of one run in a process that makes several: its peak, and what the backward pass needs."""
+"""Memory of one run in a process that makes several runs: its peak, and what the backward pass needs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 class PeakMemory:
     """Bytes at the highest point since this object was made.
 
-    CUDA: `torch.cuda.max_memory_allocated`, from a reset counter. CPU: growth of the process over where it
-    stood at the start; Linux keeps the resident high-water mark (VmHWM) and resets it when "5" is written to
-    /proc/self/clear_refs. Elsewhere the answer is None.
+    CUDA: `torch.cuda.max_memory_allocated`, from a reset counter. CPU: growth of the process since this
+    object was made. Linux keeps the resident high-water mark (VmHWM) and resets it when "5" is written to
+    /proc/self/clear_refs. On other systems the answer is None.
     """
 
     def __init__(self, device: torch.device):
@@ -41,8 +41,8 @@ class PeakMemory:
 
 
 def saved_activation_bytes(model: nn.Module, tokens: Tensor) -> int:
-    """Bytes that the forward pass of the loss keeps for the backward pass: each tensor's memory once,
-    parameters left out."""
+    """Bytes that the forward pass of the loss keeps for the backward pass. Each tensor's memory counts once,
+    and parameters do not count."""
     found = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -53,7 +53,7 @@ def saved_activation_bytes(model: nn.Module, tokens: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = llama.loss(model, tokens)  # lives until everything is counted, so that no address is used twice
+        loss = llama.loss(model, tokens)  # keep the graph alive until everything is counted, so that no address is used twice
     del loss
     return sum(found.values())
 
@@ -66,7 +66,7 @@ def _status_bytes(key: str) -> int:
 
 
 def _return_freed_memory() -> None:
-    """What an earlier run freed but glibc kept would hide the growth of this one."""
+    """Returns memory that an earlier run freed but glibc kept. It would hide the growth of this run."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError, TypeError):  # another libc: the figure is then a lower bound

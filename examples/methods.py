@@ -1,4 +1,4 @@
-"""The optimizers on offer. A new one is an entry in METHODS; nothing else has to know."""
+"""The optimizers on offer. To add one, add an entry to METHODS; nothing else needs to change."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ RSO = ("rso_rank", "inner_steps", "distribution", "rounding")
 class Method:
     title: str
     lr: float  # default peak learning rate of the linear layers within the decoder, for the width of tiny and 9m; see `default_lr`
-    color: str  # in pictures; Okabe and Ito's palette, told apart by colour-blind readers
+    color: str  # in pictures; from the palette of Okabe and Ito, which colour-blind readers can tell apart
     build: Callable[[nn.Module, float, Settings], torch.optim.Optimizer]  # may convert layers of the model, in place
-    reads: tuple[str, ...] = ()  # settings that alter its runs, of those that do not alter every method's
+    reads: tuple[str, ...] = ()  # settings that affect this method's runs but not every method's
 
 
 def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
-    """[embedding, head and norms at their own rate; the linear layers within the decoder at the method's]:
-    the same for every method.
+    """The parameter groups: embedding, head and norms at their own rate; the linear layers within the decoder
+    at the method's.
 
-    What trains at which rate decides more than the method does, so methods that are compared must not differ
-    in it.
+    They are the same for every method. Which parameters train at which rate matters more than the method, so
+    compared methods must not differ in it.
     """
     matrices = [parameter for parameter in model.layers.parameters() if parameter.ndim > 1]
     chosen = set(map(id, matrices))
@@ -46,7 +46,7 @@ def _adamw(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optim
 
 def _low_rank(class_name: str) -> Callable[[nn.Module, float, Settings], torch.optim.Optimizer]:
     def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
-        import lowrank_kernels as lrk  # here, so that adamw alone needs nothing but torch
+        import lowrank_kernels as lrk  # imported here, so that adamw alone needs nothing but torch
 
         dense, projected = lrk.param_groups(model, **{key: getattr(settings, key) for key in (*LOW_RANK, "seed")})
         groups = [dense | {"lr": settings.dense_lr}, projected]
@@ -72,6 +72,6 @@ METHODS: dict[str, Method] = {
 
 
 def default_lr(method: str, hidden: int) -> float:
-    """The best of a short search at width 128, in which the dense parameters had the same rate; half of it,
-    which is about what GaLore's experiments use, for wider models."""
+    """The best rate of a short search at width 128, in which the dense parameters had the same rate. Wider
+    models get half of it, which is about what GaLore's experiments use."""
     return METHODS[method].lr / (1 if hidden <= 128 else 2)

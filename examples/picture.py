@@ -33,7 +33,7 @@ POINTS = {"linewidth": 1.7, "marker": "o", "markersize": 4.5, "markeredgecolor":
 
 
 def draw(path: Path, runs: dict[str, list[dict[str, Any]]], *, title: str, subtitle: str, random_overlap: float) -> None:
-    """Save a PNG of the metrics rows of each optimizer. `random_overlap` = r / m, what two unrelated
+    """Saves a PNG of the metrics rows of each optimizer. `random_overlap` = r / m is what two unrelated
     subspaces share on average."""
     import matplotlib
 
@@ -108,16 +108,16 @@ def _title(axes: Axes, title: str, explanation: str) -> None:
 
 
 def _running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean of each value and `reach` values on either side (fewer at the start); it ends where there are no
-    longer so many."""
+    """Mean of each value and `reach` values on either side. Near the start fewer values are averaged. The
+    list stops where fewer than `reach` values follow."""
     sums = [0.0, *accumulate(values)]
     sides = (min(i, reach) for i in range(len(values) - reach))
     return [(sums[i + side + 1] - sums[i - side]) / (2 * side + 1) for i, side in enumerate(sides)]
 
 
 def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], lines: int = 1) -> None:
-    """Name each line at its right end; labels of lines that end together are pushed apart, evenly up and
-    down."""
+    """Names each line at its right end. Labels of lines that end close together are pushed apart, evenly up
+    and down."""
     low, high = axes.get_ylim()
     gap = 0.055 * lines * (high - low)
     ends = sorted(ends)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 
-# Read when torch is loaded. Threads that spin while they wait starve each other as soon as another process
+# Read when torch is loaded. Threads that spin while they wait slow each other down as soon as another process
 # shares the cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -40,7 +40,7 @@ from settings import CHOICES, Plan, Settings, SettingsError, defaults, flag
 from stopping import stop_on_signal
 from training import Diverged, Files, Stopped
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout works before it is installed
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # so that a checkout works before it is installed
 
 PLAN, SUMMARY, PICTURE = "settings.json", "summary.json", "curves.png"
 DEMO_EXTRA = "pip install 'lowrank-kernels[demo]'"
@@ -157,7 +157,8 @@ def new_plan(args: argparse.Namespace) -> tuple[Plan, text.Corpus]:
 
 
 def resumed_plan(args: argparse.Namespace, directory: Path) -> tuple[Plan, text.Corpus]:
-    """The plan of the run in `directory`; a given argument has to agree with it. Optimizers may be added.
+    """The plan of the run in `directory`. Arguments that are given must agree with it, but optimizers may be
+    added.
 
     Raises SettingsError or checkpoints.Damaged, before anything is written, where the run cannot go on.
     """
@@ -231,7 +232,8 @@ def describe(plan: Plan) -> str:
 
 
 def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: int, resume: bool) -> int:
-    """Train what is not finished, then report on what is. Returns the exit status."""
+    """Trains the optimizers that have not finished, then reports on those that have. Returns the exit
+    status."""
     from report import Reporter, summarize, table
     from rich.console import Console
 
@@ -320,8 +322,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    """The lock comes first where there is a run already, and last where there is none: then nothing is
-    written before all is checked."""
+    """If there is a run already, the lock is taken first. If there is none, it is taken last, so that all is
+    checked before anything is written."""
     _require("rich", DEMO_EXTRA)
     if args.checkpoint_every < 1:
         raise SettingsError(f"--checkpoint-every must be a positive integer, got {args.checkpoint_every}")
@@ -343,7 +345,7 @@ def _main(args: argparse.Namespace) -> int:
     if directory is None:
         directory = new_directory(plan.settings.model)
     with exclusive(directory) as locked:
-        if (directory / PLAN).exists():  # written since the first look
+        if (directory / PLAN).exists():  # another process may have written it since the first look
             raise _holds_a_run(directory)
         return _run_alone(plan, corpus, directory, args, locked)
 
@@ -372,7 +374,7 @@ def _run_alone(plan: Plan, corpus: text.Corpus, directory: Path, args: argparse.
         remove_partials(files + [Files.of(directory, method).checkpoint for method in METHODS])
     try:
         return run(plan, corpus, directory, checkpoint_every=args.checkpoint_every, resume=args.resume)
-    except OSError as error:  # a full disk, say
+    except OSError as error:  # for example a full disk
         print(f"pretrain.py: error: {error}; --resume --out {directory} goes on from what was saved before", file=sys.stderr)
         return 1
 

@@ -1,4 +1,4 @@
-"""What a person sees: progress while it runs, a table at the end. On a terminal bars, in a log plain
+"""What a person sees: progress during a run, and a table at the end. A terminal gets bars, a log gets plain
 lines."""
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ QUIET_S = 30.0  # a log gets a line at least this often
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One run's metrics rows → its figures. None stands for what was not measured.
 
-    step_ms is the median over steps that refreshed no basis; refresh_ms is the median of those that did (RSO:
-    drew new subspaces), less step_ms. The first step is in neither (it allocates the states). overlap is the
-    mean over refreshes from the second on.
+    step_ms is the median over steps that refreshed no basis. refresh_ms is the median over steps that did
+    (RSO: drew new subspaces), less step_ms. The first step counts in neither, because it allocates the
+    states. overlap is the mean over refreshes from the second on.
     """
     end = rows[-1]
     steps = [row for row in rows if row["event"] == "step"]
@@ -86,7 +86,7 @@ def _caption(summaries: dict[str, dict[str, Any]]) -> str:
 
 
 def _cost(method: str, summary: dict[str, Any], full: dict[str, Any]) -> str:
-    """What low rank costs and what it saves, of one run."""
+    """What low rank costs and saves in one run."""
     loss = summary["val_loss"] - full["val_loss"]
     parts = [f"loss {loss:+.3f} nats ({loss / full['val_loss']:+.1%})"]
     for key, name in (("state_bytes", "optimizer state"), ("activation_bytes", "saved activations")):
@@ -101,7 +101,7 @@ class _Speed(ProgressColumn):
 
 
 class Reporter:
-    """Shows the rows of one run after another; use as a context manager."""
+    """Shows the rows of one run after another. Use it as a context manager."""
 
     def __init__(self, console: Console, steps: int):
         self.console = console
@@ -129,7 +129,7 @@ class Reporter:
 
     def start(self, method: str, lr: float) -> None:
         self._title, self._color, self._lr = METHODS[method].title, METHODS[method].color, lr
-        self._started = False  # how many steps a checkpoint spared us is known with the first row
+        self._started = False  # the first row tells how many steps a checkpoint already holds
         self._last_line_s = -math.inf
         self._loss = self._val = "–"
 
@@ -160,7 +160,7 @@ class Reporter:
         self._last_line_s = time.perf_counter()
         steps_since_first = step - 1 - self._done_before
         pace = ""
-        if steps_since_first:  # the first step loads and compiles; its pace is nobody's
+        if steps_since_first:  # the first step loads and compiles, so its pace says nothing about the others
             per_s = steps_since_first / (self._last_line_s - self._first_row_s)
             left_s = int((self._steps - step) / per_s)
             pace = f"  {per_s:.1f} steps/s  {left_s // 60}:{left_s % 60:02} left"

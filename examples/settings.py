@@ -1,4 +1,5 @@
-"""What defines a run: one frozen record, saved beside its results and compared when it is resumed."""
+"""What defines a run: one frozen record. It is saved beside the run's results and compared when the run is
+resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from methods import METHODS
 
 
 class SettingsError(ValueError):
-    """An argument is wrong; the message names it as the user types it."""
+    """An argument is wrong. The message names it as the user types it."""
 
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -68,7 +69,7 @@ class Settings:
     eval_sequences: int = 256
 
     def check(self) -> Settings:
-        """Raise SettingsError for what cannot run."""
+        """Raises SettingsError for settings that cannot run."""
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise SettingsError(f"{flag(name)} must be one of {', '.join(map(str, choices))}, got {getattr(self, name)!r}")
@@ -109,9 +110,9 @@ _POSITIVE = (
     "eval_sequences",
 )
 
-# Rank is a quarter of the width, as in GaLore's experiments; RSO's, whose directions nobody chooses, is half
-# of it. Beyond "tiny" the schedule is theirs in shape and ours in length: a start for your own runs, not a
-# recipe anyone has tuned.
+# Rank is a quarter of the width, as in GaLore's experiments. RSO's rank is half of the width, because its
+# directions are random. Beyond "tiny" the schedule has the shape of GaLore's, but the length is ours. It is a
+# start for your own runs, not a tuned recipe.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {},
     "9m": {"steps": 1000},
@@ -174,7 +175,7 @@ def defaults(model: str) -> Settings:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run directory's contents: the shared settings, and which optimizers run at which peak learning
+    """The plan of a run directory: the shared settings, and which optimizers run at which peak learning
     rate."""
 
     settings: Settings
@@ -186,7 +187,7 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Raise SettingsError, in one sentence, where the file is not what `save` writes."""
+        """Raises SettingsError, in one sentence, where the file is not what `save` writes."""
         try:
             record = json.loads(path.read_bytes())
             given, lr = record["settings"], record["lr"]

@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run between two steps, not inside one."""
+"""Ctrl-C ends a run between two steps, not within one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
-    """A list that the first Ctrl-C (or SIGTERM) puts its signal in; the second one acts as usual."""
+    """Yields a list. The first Ctrl-C (or SIGTERM) appends its signal to it; the second one acts as usual."""
     received: list[int] = []
 
     def handle(number: int, frame: object) -> None:

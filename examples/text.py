@@ -1,7 +1,7 @@
 """Text as bytes: vocabulary 256, nothing to download, no tokenizer to train.
 
-Without a path it is the source of the running Python's standard library, about 12 MB that every reader of
-this file already has.
+Without a path the text is the source of the running Python's standard library, about 12 MB that every reader
+of this file already has.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor
 VOCAB_SIZE = 256
 HELD_OUT = 0.05  # fraction of the files of a directory, or of the bytes of a single file
 
-# Not the library's own prose and code: installed packages, and tests (much of them tables of encoded data).
+# Installed packages are not the library's own text. Its tests are left out because much of them is tables of
+# encoded data.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -29,19 +30,19 @@ class TextError(ValueError):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two 1-D uint8 tensors, and what a reader of the results has to know about them."""
+    """Two 1-D uint8 tensors, and what a reader of the results must know about them."""
 
     train: Tensor
     val: Tensor
     name: str
-    digest: str  # SHA-256 of both parts: a run is resumed on the same text or not at all
+    digest: str  # SHA-256 of both parts; a run is resumed only on the same text
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self.train) / 1e6:.3g} MB to train on, {len(self.val) / 1e6:.3g} MB held out"
 
 
 def load(path: Path | None) -> Corpus:
-    """The standard library (None), a directory (held out by file) or a file (its tail is held out)."""
+    """The standard library (None), a directory (some files are held out) or a file (its tail is held out)."""
     if path is None:
         root = Path(sysconfig.get_paths()["stdlib"])
         files = {name: data for name, data in _files(root, "*.py") if not _NOT_STDLIB & set(Path(name).parts)}
@@ -52,7 +53,7 @@ def load(path: Path | None) -> Corpus:
         raise TextError(f"--data {path}: no such file or directory")
     if path.is_file():
         return _split_tail(path.read_bytes(), name=path.name)
-    files = {name: data for name, data in _files(path, "*") if b"\0" not in data}  # a NUL: not text
+    files = {name: data for name, data in _files(path, "*") if b"\0" not in data}  # a NUL byte means that the file is not text
     if len(files) == 1:
         (data,) = files.values()
         return _split_tail(data, name=path.resolve().name)
@@ -60,8 +61,8 @@ def load(path: Path | None) -> Corpus:
 
 
 def _files(root: Path, pattern: str) -> Iterable[tuple[str, bytes]]:
-    """(path relative to root, contents) of the files under root in sorted order, hidden and empty ones left
-    out."""
+    """(path relative to root, contents) of the files under root in sorted order. Hidden and empty files are
+    left out."""
     for path in sorted(root.rglob(pattern)):
         name = path.relative_to(root)
         if path.is_file() and not any(part.startswith(".") for part in name.parts) and (data := path.read_bytes()):
@@ -70,7 +71,8 @@ def _files(root: Path, pattern: str) -> Iterable[tuple[str, bytes]]:
 
 
 def _check_name(path: Path) -> None:
-    """A name decides which side of the split a file is on, and it is printed."""
+    """Checks a file's name, because the name decides which side of the split the file is on, and it is
+    printed."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -78,8 +80,8 @@ def _check_name(path: Path) -> None:
 
 
 def is_held_out(name: str) -> bool:
-    """A pure function of a file's relative path, so that adding a file never moves another across the
-    split."""
+    """Whether a file is held out. It is a pure function of the file's relative path, so adding a file never
+    moves another one across the split."""
     return _hash_fraction(name) < HELD_OUT
 
 
@@ -96,7 +98,7 @@ def _split_by_file(files: dict[str, bytes], name: str) -> Corpus:
     unique = [paths[0] for paths in copies.values()]  # a copy on the other side of the split would be a leak
 
     held_out = {path for path in unique if is_held_out(path)}
-    if not held_out or len(held_out) == len(unique):  # a handful of files: hold out exactly one
+    if not held_out or len(held_out) == len(unique):  # with only a few files: hold out exactly one
         held_out = {min(unique, key=_hash_fraction)}
     train = b"\n".join(files[path] for path in unique if path not in held_out)
     val = b"\n".join(files[path] for path in unique if path in held_out)
@@ -119,7 +121,7 @@ def _corpus(train: bytes, val: bytes, name: str) -> Corpus:
 
 
 def check_length(corpus: Corpus, seq_len: int) -> None:
-    """Each part has to hold one sequence and the byte that follows it."""
+    """Checks that each part holds at least one sequence and the byte that follows it."""
     for part, data in (("training", corpus.train), ("held-out", corpus.val)):
         if len(data) < seq_len + 1:
             raise TextError(
@@ -128,8 +130,8 @@ def check_length(corpus: Corpus, seq_len: int) -> None:
 
 
 def batch(data: Tensor, *, seed: int, step: int, batch_size: int, seq_len: int) -> Tensor:
-    """(batch_size, seq_len + 1) int64 windows at random places: a pure function of (seed, step), so resuming
-    needs no sampler state."""
+    """(batch_size, seq_len + 1) int64 windows at random places. They are a pure function of (seed, step), so
+    resuming needs no sampler state."""
     key = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
     starts = torch.randint(len(data) - seq_len, (batch_size,), generator=generator)
@@ -137,8 +139,8 @@ def batch(data: Tensor, *, seed: int, step: int, batch_size: int, seq_len: int) 
 
 
 def windows(data: Tensor, *, count: int, seq_len: int) -> Tensor:
-    """(≤ count, seq_len + 1) int64 windows that share no predicted byte, spread evenly over the text: the
-    same for every run."""
+    """(≤ count, seq_len + 1) int64 windows, the same for every run. They are spread evenly over the text, and
+    no predicted byte is in two of them."""
     available = (len(data) - 1) // seq_len
     picked = torch.arange(min(count, available)) * available // min(count, available)
     return data[picked[:, None] * seq_len + torch.arange(seq_len + 1)].long()

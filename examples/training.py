@@ -1,4 +1,4 @@
-"""One run: a model, an optimizer, a schedule; metrics and checkpoints on the way."""
+"""One run: a model, an optimizer, a schedule. It writes metrics and checkpoints on the way."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FINAL_LR = 0.1  # of the peak, at the end of the cosine
 
 
 class Stopped(Exception):
-    """The run was asked to stop; a checkpoint of `step` is written."""
+    """The run was asked to stop. A checkpoint of `step` has been written."""
 
     def __init__(self, step: int):
         self.step = step
@@ -50,7 +50,7 @@ class Files:
         return checkpoints.finished(self.metrics)
 
     def check(self) -> None:
-        """Raise checkpoints.Damaged if the run cannot go on, or be reported on, with these files."""
+        """Raises checkpoints.Damaged if the run cannot go on, or be reported on, with these files."""
         if self.finished():
             checkpoints.read_metrics(self.metrics)
         elif saved := checkpoints.load(self.checkpoint):
@@ -58,8 +58,8 @@ class Files:
 
 
 def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
-    """Linear from peak / warmup to peak over `warmup` steps, then a cosine that ends at FINAL_LR · peak. step
-    counts from 0."""
+    """Linear from peak / warmup to peak over `warmup` steps, then a cosine that ends at FINAL_LR · peak.
+    `step` counts from 0."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
@@ -75,8 +75,8 @@ def build_model(settings: Settings) -> nn.Module:
 
 
 def build_optimizer(model: nn.Module, method: str, lr: float, settings: Settings) -> torch.optim.Optimizer:
-    """Two groups, [embedding, head and norms, the matrices within the decoder]; each has its peak rate in
-    "initial_lr", torch's name."""
+    """Two groups, [embedding, head and norms, the matrices within the decoder]. Each keeps its peak rate in
+    "initial_lr", which is torch's name for it."""
     optimizer = METHODS[method].build(model, lr, settings)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -84,8 +84,8 @@ def build_optimizer(model: nn.Module, method: str, lr: float, settings: Settings
 
 
 def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int) -> float:
-    """Add the gradient of the mean loss over `tokens` to .grad, in `pieces` equal micro-batches; return that
-    loss in nats."""
+    """Adds the gradient of the mean loss over `tokens` to .grad, in `pieces` equal micro-batches. Returns
+    that loss in nats."""
     losses = []
     for piece in tokens.chunk(pieces):
         loss = llama.loss(model, piece) / pieces
@@ -102,20 +102,20 @@ def first_tokens(settings: Settings, corpus: text.Corpus) -> Tensor:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch_size: int) -> float:
-    """Mean loss of each held-out byte, nats."""
+    """Mean loss of a held-out byte, nats."""
     total = sum(llama.loss(model, piece).double().item() * len(piece) for piece in windows.split(batch_size))
     return total / len(windows)
 
 
 def bases(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
-    """Copies on the CPU of the bases in use: none on the device, where they would count as the optimizer's
-    peak."""
+    """Copies of the bases in use, on the CPU. On the device the copies would count towards the optimizer's
+    peak memory."""
     return {p: state["basis"].to("cpu", copy=True) for p, state in optimizer.state.items() if "basis" in state}
 
 
 def mean_overlap(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, Tensor]) -> float | None:
-    """Mean over the projected parameters of ‖PᵀQ‖²_F / r between a basis and its successor; None where there
-    is none yet."""
+    """Mean over the projected parameters of ‖PᵀQ‖²_F / r between a basis and its successor. None if there is
+    no earlier basis."""
     if not before:
         return None
     import lowrank_kernels as lrk
@@ -139,14 +139,16 @@ def train(
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, Any]]:
-    """Train to the end and return the rows of the metrics file. `lr` is the peak rate of the matrices,
+    """Trains to the end and returns the rows of the metrics file. `lr` is the peak rate of the matrices,
     settings.dense_lr that of the rest.
 
-    Rows: "step" (loss in nats a byte, lr and dense_lr of that step, grad_norm, optimizer_ms; at a refresh of
-    bases the overlap with the previous ones), "eval" (val_loss) and a last "end" (state_bytes,
-    activation_bytes, peak_bytes, wall_s). `step` counts finished steps; a row's loss is that of the weights
-    before its step. Raises Stopped once `should_stop()` holds and the step under way is saved, Diverged on a
-    loss that is not finite.
+    Rows are of three kinds. A "step" has the loss in nats a byte, lr and dense_lr of that step, grad_norm and
+    optimizer_ms; at a refresh of bases also the overlap with the previous ones. An "eval" has val_loss. The
+    last row is "end", with state_bytes, activation_bytes, peak_bytes and wall_s. `step` counts finished
+    steps. The loss of a row is that of the weights before its step.
+
+    Raises Stopped once `should_stop()` holds and the current step is saved. Raises Diverged on a loss that is
+    not finite.
     """
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
@@ -215,8 +217,8 @@ def train(
 
 @functools.cache
 def _warm_up(settings: Settings) -> None:
-    """Load, once a process, what the first step of any run loads (libraries, thread pools): not the memory or
-    time of one optimizer."""
+    """Loads, once in a process, the libraries and thread pools that the first step of any run loads. Their
+    memory and time then do not count for one optimizer."""
     small = dataclasses.replace(settings, model="tiny", compile=False)
     model = build_model(small)
     tokens = torch.zeros(settings.batch_size // settings.accumulate, settings.seq_len + 1, dtype=torch.int64, device=settings.device)
@@ -225,7 +227,8 @@ def _warm_up(settings: Settings) -> None:
 
 
 def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: Settings, corpus: text.Corpus) -> dict[str, Any]:
-    """Step number `step` (from 0) of an optimizer of `build_optimizer`, and its metrics row."""
+    """Runs step number `step` (from 0) of an optimizer of `build_optimizer`. Returns the step's metrics
+    row."""
     tokens = text.batch(corpus.train, seed=settings.seed, step=step, batch_size=settings.batch_size, seq_len=settings.seq_len)
     optimizer.zero_grad(set_to_none=True)
     loss = accumulate_gradients(model, tokens.to(settings.device), settings.accumulate)
@@ -259,6 +262,6 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, se
 
 
 def _synchronize(device: str) -> None:
-    """The clock would otherwise time the launch of CUDA kernels, not their run."""
+    """Waits for the device. Without it the clock would time the launch of CUDA kernels, not their run."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
