@@ -216,8 +216,8 @@ UNSUPPORTED: dict[str, Any] = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
-"""Options of torch.optim.AdamW that are not supported here. Each may only have the value given, which turns
-it off."""
+"""Options of torch.optim.AdamW that are not supported here. Each may only have the value given, which has no
+effect."""
 FOREIGN = ("params", "param_names", "initial_lr", "lr_scale", "base_momentum", "max_momentum")
 """Keys that torch, its schedulers and training scripts put into groups. They resemble our keys but are no
 misspellings of them."""
