@@ -1,5 +1,5 @@
-"""What this installation can do here: versions, devices, kernels and the extension, each with the reason
-where it is missing."""
+"""Reports what this installation can do on this machine: versions, devices, kernels and the extension. For
+anything that is missing it gives the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .version import __version__
 
 
 def environment() -> dict[str, str]:
-    """Name → finding, in the order in which `report` prints them. Needs neither Triton, nor a compiler, nor a
+    """Name → finding, in the order in which `report` prints them. This works without Triton, a compiler or a
     GPU."""
     return {
         "lowrank_kernels": f"{__version__} in {os.path.dirname(os.path.abspath(__file__))}",
@@ -40,7 +40,7 @@ def environment() -> dict[str, str]:
 
 
 def report() -> str:
-    """`environment` as text, a line each."""
+    """The findings of `environment` as text, one line each."""
     findings = environment()
     width = max(map(len, findings))
     return "\n".join(f"{name:<{width}}  {finding}" for name, finding in findings.items())
@@ -57,7 +57,7 @@ def _triton() -> str:
         return f"not installed{'' if sys.platform == 'linux' else ' (it has no wheels for this platform)'}"
     try:
         return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # from another distribution: pytorch-triton, triton-windows, ...
+    except importlib.metadata.PackageNotFoundError:  # installed under another name: pytorch-triton, triton-windows, ...
         return importlib.import_module("triton").__version__
 
 

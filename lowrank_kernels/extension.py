@@ -1,7 +1,8 @@
-"""Loads the compiled operators that setup.py built from csrc/ beside this file, or says why there are none.
+"""Loads the compiled operators that setup.py built from csrc/, or says why there are none. The library lies
+beside this file.
 
-LOWRANK_KERNELS_LIBRARY=path in the environment loads that library instead (make sanitize); what goes wrong
-with it raises.
+LOWRANK_KERNELS_LIBRARY=path in the environment loads that library instead (make sanitize). If it cannot be
+loaded, an error is raised instead of a warning.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from .source_digest import digest
 _PACKAGE = Path(__file__).resolve().parent
 _OVERRIDE = "LOWRANK_KERNELS_LIBRARY"
 OPERATORS = ("leading", "short_side_spectrum", "orthonormalise", "sample_importance", "multiply", "peaks", "normal")
-"""Those of ops/parts.py, all of which the extension implements on a CPU and, with its CUDA part, on a CUDA
-GPU."""
+"""The operators of ops/parts.py. The extension implements all of them on a CPU and, with its CUDA part, on a
+CUDA GPU."""
 _SLOWER = "the subspace refresh runs in PyTorch (slower)"
 
 
@@ -31,15 +32,15 @@ class Finding:
     sentence: str
     library: Path | None = None
     unexpected: bool = False
-    """A library was built but cannot be used: worth a warning, where one that was never built is only
-    reported."""
+    """Whether a library was built but cannot be used. This is worth a warning; a library that was never built
+    is only reported."""
 
 
 _finding = Finding("not loaded: LOWRANK_KERNELS_REFERENCE is set")
 
 
 def status() -> str:
-    """A sentence for the environment report."""
+    """A sentence on the state of the extension, for the environment report."""
     return _finding.sentence
 
 
@@ -49,14 +50,14 @@ def loaded() -> bool:
 
 
 def missing(dispatch_key: str) -> list[str]:
-    """The operators that have no compiled kernel of their own under a dispatch key, "CPU" or "CUDA", by the
-    word of torch's dispatcher."""
+    """The operators without a compiled kernel of their own under a dispatch key, "CPU" or "CUDA". torch's
+    dispatcher is asked."""
     return [name for name in OPERATORS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"lowrank_kernels::{name}", dispatch_key)]
 
 
 def load(*, reference_forced: bool) -> None:
-    """Registers the compiled implementations; ops/ calls it once, when the operators are defined. Warns where
-    a built library fails."""
+    """Registers the compiled implementations. ops/ calls this once, after it has defined the operators. Warns
+    where a built library cannot be used."""
     global _finding
     if reference_forced:
         return
@@ -74,7 +75,8 @@ def load(*, reference_forced: bool) -> None:
 
 
 def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Finding:
-    """Which library to load, by the facts that setup.py wrote beside it; loads nothing."""
+    """Decides which library to load, from the facts that setup.py wrote beside it. Loads nothing. Raises
+    FileNotFoundError where LOWRANK_KERNELS_LIBRARY names no file."""
     if override := environ.get(_OVERRIDE):
         library = Path(override).resolve()
         if not library.is_file():
@@ -112,16 +114,18 @@ def _parts(facts: dict) -> str:
 
 
 def _abi(version: str) -> str:
-    """Releases of one minor version share their ABI: "2.13" for 2.13.0+cpu and 2.13.1. Any other build only
-    fits itself."""
+    """The name of a torch version's ABI. Releases of one minor version share it: "2.13" for 2.13.0+cpu and
+    2.13.1. Any other build fits only itself."""
     release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+(cpu|cu\d+|cxx11.*|rocm.*|xpu))?", version)
     return release.group(1) if release else version
 
 
 def _stale(package: Path, facts: dict) -> bool:
-    """In a source tree: whether csrc/ holds other sources than the library was built from. One that registers
-    an operator with another schema than the operator now has would end the process: C++ exceptions do not
-    pass through dlopen."""
+    """Whether csrc/ has changed since the library was built. False outside of a source tree.
+
+    A stale library may register an operator with another schema than the operator now has. That would end the
+    process, because C++ exceptions do not pass through dlopen.
+    """
     return (package.parent / "setup.py").is_file() and facts.get("sources") != digest(package.parent / "csrc")
 
 

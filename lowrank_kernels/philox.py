@@ -3,8 +3,8 @@ every device.
 
     word[i] = philox(key = seed, counter = (i // 4, stream, 0))[i % 4]
 
-The integer words agree bit for bit between devices, what is computed from them (Gaussians, Gumbels) to
-rounding. Nothing depends on the thread count, on earlier draws, or on where a matrix stands in a batch.
+The integer words agree bit for bit between devices. Gaussians and Gumbels computed from them agree up to
+rounding. Nothing depends on the thread count, on earlier draws, or on a matrix's position in a batch.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -26,12 +26,12 @@ SKETCH, TAIL, GUMBEL, COMPLETION, BASIS, ROUNDING, PROJECTION = range(7)
 
 
 def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32. Four counter words and two key words, int64 tensors holding uint32 values,
-    broadcast together."""
+    """Ten rounds of Philox4x32. The four counter words and two key words are int64 tensors that hold uint32
+    values. They are broadcast together. Returns four words of the same kind."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
-        # int64 products wrap, which leaves both 32-bit halves of the unsigned 64-bit product right.
+        # int64 products wrap, but both 32-bit halves of the unsigned 64-bit product are still right.
         product0 = c0 * 0xD2511F53
         product1 = c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
@@ -46,8 +46,8 @@ def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor
 
 
 def derive_seed(seed: int, *path: int) -> int:
-    """A 64-bit seed for one place (parameter, refresh, expert, ...) under `seed`: splitmix64's finaliser over
-    each part in turn."""
+    """A 64-bit seed for one place (parameter, refresh, expert, ...) under `seed`. It applies splitmix64's
+    finaliser to each part of the path in turn."""
     state = seed & MASK64
     for part in path:
         state = (state + 0x9E3779B97F4A7C15 * ((part & MASK64) + 1)) & MASK64
@@ -58,14 +58,12 @@ def derive_seed(seed: int, *path: int) -> int:
 
 
 def signed64(seed: int) -> int:
-    """The low 64 bits of any int as a two's complement int64, the form in which seeds cross operator
-    schemas."""
+    """The low 64 bits of any int as a two's complement int64. Operator schemas take seeds in this form."""
     return ((seed & MASK64) ^ (1 << 63)) - (1 << 63)
 
 
 def seed_tensor(seeds: Sequence[int], device: torch.device | str) -> Tensor:
-    """(batch,) int64 holding the 64 bits of each seed. The copy to a GPU is asynchronous, from pinned
-    memory."""
+    """The 64 bits of each seed, (batch,) int64. The copy to a GPU is asynchronous, from pinned memory."""
     host = torch.tensor([signed64(seed) for seed in seeds], dtype=torch.int64, device="cpu")
     if torch.device(device).type == "cuda":
         host = host.pin_memory()
@@ -73,8 +71,8 @@ def seed_tensor(seeds: Sequence[int], device: torch.device | str) -> Tensor:
 
 
 def words(seeds: Tensor, count: int, stream: int, first: int = 0) -> Tensor:
-    """(batch,) seeds → (batch, count) int64 tensor of uniform uint32 values, from word number `first` on, a
-    multiple of 4."""
+    """(batch,) seeds → (batch, count) int64 tensor of uniform uint32 values. first: number of the first word,
+    a multiple of 4."""
     blocks = -(-count // 4)
     index = first // 4 + torch.arange(blocks, device=seeds.device)
     zero = torch.zeros_like(index)
@@ -87,8 +85,8 @@ def rounding_bits(seed: Tensor, rows: int, columns: int, step: int | Tensor) -> 
     """(1,) seed → (rows, columns) int64 tensor of uniform uint16 values: 16 bits for each element of a matrix
     at one step.
 
-    Element (i, j) has a half of word j % 8 // 2 of the block with counter (j // 8, i, ROUNDING, step): the
-    lower half where j is even.
+    Element (i, j) takes a half of word j % 8 // 2 of the block with counter (j // 8, i, ROUNDING, step). It
+    takes the lower half where j is even, else the upper half.
     """
     device = seed.device
     block = torch.arange(-(-columns // 8), device=device)
@@ -101,10 +99,10 @@ def rounding_bits(seed: Tensor, rows: int, columns: int, step: int | Tensor) -> 
 
 
 def normal(seeds: Tensor, shape: tuple[int, ...], stream: int, dtype: torch.dtype, first: int = 0) -> Tensor:
-    """(batch,) seeds → (batch, *shape) of N(0, 1), by Box–Muller in fp32 (23-bit uniforms: |z| < 5.8), then
-    cast to `dtype`.
+    """(batch,) seeds → (batch, *shape) of N(0, 1). They are computed by Box–Muller in fp32 (23-bit uniforms:
+    |z| < 5.8) and then cast to `dtype`.
 
-    first: number of the first element, a multiple of 4, so that a large matrix can be drawn in pieces.
+    first: number of the first element, a multiple of 4. It lets a large matrix be drawn in pieces.
     """
     count = math.prod(shape)
     bits = words(seeds, count + count % 2, stream, first)
@@ -116,8 +114,8 @@ def normal(seeds: Tensor, shape: tuple[int, ...], stream: int, dtype: torch.dtyp
 
 
 def gumbel(seeds: Tensor, count: int, stream: int) -> Tensor:
-    """(batch,) seeds → (batch, count) fp32 standard Gumbel: −log(E), E = −log(1 − u) exponential, exact in
-    relative terms for small E."""
+    """(batch,) seeds → (batch, count) standard Gumbel in fp32: −log(E), where E = −log(1 − u) is exponential.
+    The relative error of E stays small for small E."""
     unit = (words(seeds, count, stream).to(torch.float32) + 0.5) * 2.0**-32
     exponential = -torch.log1p(-unit.clamp_(max=1.0 - 2.0**-24))
     return -exponential.log()

@@ -1,8 +1,8 @@
-"""What torch allows products of fp32 and bf16 matrices to be computed in, asked and set in a way that fits
-its old and its new settings.
+"""Reads and sets the precision in which torch may compute products of fp32 and bf16 matrices, with its old
+and its new settings.
 
-Since torch 2.9 each backend has `fp32_precision`, and `torch.get_float32_matmul_precision()` raises once that
-was used.
+Since torch 2.9 each backend has `fp32_precision`. Once that has been used,
+`torch.get_float32_matmul_precision()` raises.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 Settings = list[tuple[object, object]]
-"""(backend, what it allowed before)."""
+"""Pairs of (backend, its setting before)."""
 
 
 def _backends() -> list[object]:
-    """The matmul settings of CUDA and oneDNN that have `fp32_precision`; none before torch 2.9."""
+    """The matmul settings of CUDA and oneDNN that have `fp32_precision`. There are none before torch 2.9."""
     return [b for b in (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)) if hasattr(b, "fp32_precision")]
 
 
@@ -30,10 +30,12 @@ def tf32_allowed() -> bool:
 
 
 class _Full:
-    """A context in which settings are full.
+    """A context in which torch's settings demand full precision.
 
-    They are the whole process's: the first of several threads in here changes them, the last one puts them
-    back.
+    The settings belong to the whole process. The first of several threads to enter changes them, and the last
+    one to leave puts them back.
+
+    fill: changes the settings and returns those from before. put_back: restores them.
     """
 
     def __init__(self, fill: Callable[[], Settings], put_back: Callable[[Settings], None]) -> None:
@@ -56,7 +58,8 @@ class _Full:
 
 
 def _set_full() -> Settings:
-    """(backend, its setting) for each; one pair without a backend before torch 2.9."""
+    """Sets every backend to fp32. Returns (backend, its setting before) for each; before torch 2.9 this is
+    one pair with None as the backend."""
     if not (backends := _backends()):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
@@ -76,7 +79,8 @@ def _put_back(allowed: Settings) -> None:
 
 
 def _sum_in_fp32() -> Settings:
-    """Nothing where sums are in fp32 already: the setting stays what it is, with split sums or without."""
+    """Makes cuBLAS add up products of bf16 matrices in fp32. Where it does so already, the setting stays as
+    it is, because it also says whether split sums are allowed."""
     matmul = torch.backends.cuda.matmul
     if not matmul.allow_bf16_reduced_precision_reduction:
         return []
@@ -90,7 +94,7 @@ def _sum_as_before(allowed: Settings) -> None:
 
 
 full_precision = _Full(_set_full, _put_back)
-"""`with full_precision():` fp32 products in fp32, whatever is allowed outside."""
+"""`with full_precision():` computes fp32 products in fp32, whatever is allowed outside."""
 full_accumulation = _Full(_sum_in_fp32, _sum_as_before)
-"""`with full_accumulation():` products of bf16 matrices with their sums in fp32: cuBLAS may else add up parts
-of a sum in bf16."""
+"""`with full_accumulation():` adds up products of bf16 matrices in fp32. Outside of it cuBLAS may add up
+parts of a sum in bf16."""

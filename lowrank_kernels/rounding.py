@@ -9,16 +9,17 @@ from . import philox
 
 
 def round_stochastically(values: Tensor, seed: Tensor, step: int | Tensor) -> Tensor:
-    """bf16 of one matrix (rows, columns), rounded up with the probability that keeps the mean: E[result] =
+    """Rounds one matrix (rows, columns) to bf16, up or down at random so that the mean stays: E[result] =
     fp32(value), exactly.
 
-    A bf16 is the upper half of an fp32. Element (i, j) adds 16 random bits to the lower half, then drops it:
+    A bf16 is the upper half of an fp32. For element (i, j), 16 random bits are added to the lower half, which
+    is then dropped:
 
-        word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, step))[j % 8 // 2],
-        its lower half where j is even, else its upper
+        word(i, j) = philox(key = seed, counter = (j // 8, i, ROUNDING, step))[j % 8 // 2];
+        the bits are its lower half where j is even, else its upper half
 
-    i and j count in the matrix as it is stored. seed: (1,) int64; step: the number of this update. Values
-    that are not finite are rounded to nearest.
+    i and j are indices into the matrix as it is stored. seed: (1,) int64. step: the number of this update.
+    Values that are not finite are rounded to nearest.
     """
     rows, columns = values.shape
     values = values.to(torch.float32).contiguous()

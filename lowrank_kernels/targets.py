@@ -1,4 +1,4 @@
-"""Which modules of a model `target_modules` names."""
+"""Finds the modules of a model that `target_modules` names."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from torch import nn
 
 OUTPUT_HEADS = ("lm_head", "embed_out")
 ALL_LINEAR = ("all-linear", "all_linear")
-"""The second is how Hugging Face writes it."""
+"""The two spellings of "all linear layers"; the second one has an underscore, as Hugging Face writes it."""
 
 
 def matching_modules(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Module]:
-    """Modules by name, in the model's order.
+    """Name → module for all modules that `target_modules` matches, in the model's order.
 
-    target_modules: "all-linear", every linear layer but adapters' of PEFT and the output head (`lm_head`,
-    what `model.get_output_embeddings()` returns, and any layer whose weight is an embedding's), and modules
-    that hold the weights of experts; a list of strings, a module being taken where its name contains one of
-    them or matches one as a regular expression; or a regular expression that must match a module's whole
-    name. Raises ValueError where nothing matches, TypeError for what is no module.
+    target_modules is one of three things:
+
+    - "all-linear": every linear layer except PEFT's adapters and the output head, and every module that holds
+      the weights of experts. The output head is `lm_head`, what `model.get_output_embeddings()` returns, and
+      any layer that shares an embedding's weight.
+    - A list of strings: every module whose name contains one of them, or matches one as a regular expression.
+    - A regular expression: every module whose whole name it matches.
+
+    Raises ValueError where nothing matches, and TypeError where `model` is no nn.Module.
     """
     check_is_module(model)
     matched = dict(_matches(model, target_modules))
@@ -38,33 +42,34 @@ def check_is_module(model: object) -> None:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, and the Conv1D of transformers."""
+    """Whether the module is an nn.Linear or the Conv1D of transformers."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """The Conv1D of transformers: a linear layer with a transposed weight."""
+    """Whether the module is the Conv1D of transformers, a linear layer with a transposed weight."""
     return type(module).__name__ == "Conv1D" and getattr(module, "weight", None) is not None
 
 
 def experts_of(name: str, module: nn.Module) -> list[nn.Parameter]:
-    """The weights [experts, m, n] that a mixture's module holds, as those of Mixtral do in transformers."""
+    """The weights [experts, m, n] that a mixture-of-experts module holds, as Mixtral's do in transformers."""
     if "expert" not in f"{name}.{type(module).__name__}".lower() or type(module).__module__.startswith("torch.nn."):
         return []
     return [parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
 
 
 def without_wrappers(names: list[str]) -> list[str]:
-    """Names of modules or parameters without what torch.compile and DistributedDataParallel put in front of
-    those that a user knows."""
+    """Names of modules or parameters, without the prefixes that torch.compile and DistributedDataParallel add
+    to them."""
     names = [name.replace("_orig_mod.", "") for name in names]
-    if all(name in ("_orig_mod", "module") or name.startswith("module.") for name in names):  # else it is a child of that name
+    if all(name in ("_orig_mod", "module") or name.startswith("module.") for name in names):  # else the model has a child called module
         names = [name.removeprefix("module.") for name in names]
     return names
 
 
 def is_head_or_embedding(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Of a named module: whether it is the output head, an embedding, or has an embedding's weight."""
+    """Returns a function of (name, module). It tells whether the module is the output head or an embedding,
+    or shares an embedding's weight."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
 
@@ -76,7 +81,7 @@ def is_head_or_embedding(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 
 def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """All but the model itself."""
+    """(name, module) of all modules but the model itself, without the prefixes of wrappers."""
     named = [(name, module) for name, module in model.named_modules() if name]
     return list(zip(without_wrappers([name for name, _ in named]), (module for _, module in named), strict=True))
 
@@ -108,12 +113,12 @@ def _pattern(text: str) -> re.Pattern[str] | None:
     try:
         return re.compile(text)
     except re.error:
-        return None  # then it is a part of a name
+        return None  # it is then only searched for as a part of names
 
 
 def _adapters(model: nn.Module) -> set[int]:
-    """The modules that PEFT adds to a layer (lora_A, lora_B, …), which a layer of it lists; all inside of
-    them, too."""
+    """The ids of the modules that PEFT adds to layers (lora_A, lora_B, …), and of all modules inside them.
+    Each of PEFT's layers lists its own."""
     found = set()
     for layer in model.modules():
         for name in getattr(layer, "adapter_layer_names", ()):

@@ -1,10 +1,11 @@
-"""One step of a bucket, by whatever its device has for it.
+"""Takes one step of a bucket with the best implementation that its device has.
 
-    step = fused[rule, lift, storage]         one go, from G to W
-         = project → update → lift            each the device's own where it has one, else reference.py
+    step = fused[rule, lift, storage]         one call, from G to W
+         = project → update → lift            each is the device's own, or that of reference.py if it has none
 
 A backend knows tensors, never optimizers. `LOWRANK_KERNELS_REFERENCE=1` in the environment forces plain
-PyTorch everywhere, for debugging. Tensor subclasses and dispatch modes (fake tensors, loggers) get it too.
+PyTorch everywhere, for debugging. Tensor subclasses and dispatch modes (fake tensors, loggers) also run in
+plain PyTorch.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ __all__ = ["BACKENDS", "Backend", "Bucket", "Hyper", "backend_of", "lift", "proj
 
 @dataclass(frozen=True)
 class Backend:
-    """What a device has of its own, and for which buckets."""
+    """The implementations that a device has of its own, and which buckets they cover."""
 
     covers: Callable[[Bucket], bool] = lambda bucket: True
     project: Callable[[Bucket], Tensor] = reference.project_bucket
     fused: dict[tuple[str, str, str], Callable[[Bucket, Hyper], None]] = field(default_factory=dict)
-    """By rule, lift and storage."""
+    """Whole steps, by the names of rule, lift and storage."""
     rules: dict[tuple[str, str], Callable[[Bucket, Hyper, Tensor], Tensor]] = field(default_factory=dict)
-    """By rule and storage: N of R."""
+    """Functions from R to N, by the names of rule and storage."""
     lifts: dict[str, Callable[[Bucket, Hyper, Tensor], None]] = field(default_factory=dict)
-    """Of lifts that take N alone."""
+    """Lifts that take N alone, by name."""
 
 
 REFERENCE = Backend()
@@ -64,7 +65,8 @@ def backend_of(bucket: Bucket) -> Backend:
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
-    """Moves the bucket's weights and states by one update, in place. It counts none: `steps` stay."""
+    """Moves the bucket's weights and states by one update, in place. It leaves `steps` unchanged; the caller
+    counts the update."""
     fused = backend_of(bucket).fused.get(hyper.method)
     if fused is not None and bucket.projected is None:
         fused(bucket, hyper)
@@ -79,13 +81,14 @@ def project(bucket: Bucket) -> Tensor:
 
 
 def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
-    """N (B, r, n) of R; the rule's states move."""
+    """Computes N (B, r, n) from R and updates the rule's states in place."""
     own = backend_of(bucket).rules.get((hyper.rule.name, hyper.storage.name))
     return reference.update(bucket, hyper, projected) if own is None else own(bucket, hyper, projected)
 
 
 def lift(bucket: Bucket, hyper: Hyper, projected: Tensor, normalised: Tensor) -> None:
-    """The weights, from N and, where the lift takes them, R and G; the lift's states move."""
+    """Moves the weights, in place, from N and, where the lift takes them, R and G. Updates the lift's states
+    in place."""
     own = backend_of(bucket).lifts.get(hyper.lift.name)
     if own is None:
         reference.lift(bucket, hyper, projected, normalised)

@@ -1,4 +1,4 @@
-"""What one step of a bucket takes: its tensors, and the values of its group."""
+"""The inputs of one step of a bucket: its tensors (Bucket) and the values of its group (Hyper)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hyper:
-    """A group's rule, lift and storage, and their numbers. `options`: the rule's own, such as betas and
-    eps."""
+    """A group's rule, lift and storage, and the numbers that they need. options: the rule's own keys, such as
+    betas and eps."""
 
     rule: Rule
     lift: Lift
@@ -29,7 +29,7 @@ class Hyper:
 
     @property
     def method(self) -> tuple[str, str, str]:
-        """What a device may do in one go: the names of rule, lift and storage."""
+        """The names of rule, lift and storage. Devices list their fused steps by them."""
         return self.rule.name, self.lift.name, self.storage.name
 
 
@@ -37,14 +37,15 @@ class Hyper:
 class Bucket:
     """B matrices of equal shape, strides, dtype and device. Every list has one tensor for each matrix.
 
-    weights: as stored, (m, n), or (n, m) where `right`. bases: (m, r). states: what the rule and the lift
-    keep, by name, as the storage stores it; (r, n) row-major for a rule's. steps: one fp32 each, the updates
-    that the matrix has had before this one.
+    weights: as stored, (m, n), or (n, m) where `right`. bases: (m, r). states: the tensors of the rule and
+    the lift, by name, as the storage stores them; those of a rule are (r, n) and row-major. steps: one fp32
+    for each matrix, the number of its updates before this one.
 
-    R comes from `grads`, as stored, or is given: `projected`, (B, r, n) in fp32 (fp64 for fp64).
+    Either `grads` or `projected` is given. grads: the gradients as stored, from which R is computed.
+    projected: R itself, (B, r, n) in fp32 (fp64 for fp64).
 
-    found_inf: one fp32 on the device; where it is not zero nothing moves. rounding_seeds: (B,) int64, for
-    bf16 weights that are rounded stochastically.
+    found_inf: one fp32 on the device; if it is not zero, nothing moves. rounding_seeds: (B,) int64, for bf16
+    weights that are rounded stochastically.
     """
 
     weights: list[Tensor]
@@ -71,7 +72,7 @@ class Bucket:
         return m, self.weights[0].shape[0 if self.right else 1], rank
 
     def part(self, start: int, stop: int) -> Bucket:
-        """Some of its matrices."""
+        """The bucket of the matrices from `start` to `stop`, without copying them."""
         cut = slice(start, stop)
         return replace(
             self,
@@ -85,7 +86,7 @@ class Bucket:
         )
 
     def check(self) -> None:
-        """Raises ValueError where the lists are no bucket, or do not fit each other."""
+        """Raises ValueError where the tensors of a list are not alike, or the lists do not fit each other."""
         if not self.weights:
             raise ValueError("weights is empty: a bucket holds at least one matrix")
         if (self.grads is None) == (self.projected is None):

@@ -1,10 +1,10 @@
 """The step on a CPU, in plain PyTorch, over a bucket of equal shapes.
 
-Same formulas as rules/adamw.py and lifts/back_projection.py. What makes it faster than the formulas typed in:
-large fp32 products go to oneDNN, small ones to the BLAS; bf16 is multiplied as it is where the CPU has
-instructions for it (accumulated in fp32 and rounded once) and in fp32 elsewhere, as is fp16; moments go
-through torch's fused AdamW kernel, one pass over memory; a 16-bit weight's decay and update are part of its
-native product. Figures, and what lost: benchmarks/NOTES.md.
+The formulas are those of rules/adamw.py and lifts/back_projection.py. Four things make this faster than those
+files. Large fp32 products go to oneDNN and small ones to the BLAS. bf16 is multiplied as bf16 where the CPU
+has instructions for it (accumulated in fp32 and rounded once); otherwise bf16, and fp16 always, is multiplied
+in fp32. Moments go through torch's fused AdamW kernel in one pass over memory. Decay and update of a 16-bit
+weight are part of its native product. benchmarks/NOTES.md has the figures, and the alternatives that lost.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ..storage import eight_bit
 from .bucket import Bucket, Hyper
 
 ONEDNN_FROM_FLOPS = 2**23
-"""Flops of an fp32 product from which oneDNN beats the BLAS that torch.mm calls, in spite of its dearer
-call."""
+"""fp32 products of at least this many flops go to oneDNN. Below it the higher cost of a oneDNN call makes the
+BLAS that torch.mm calls faster."""
 
 CHUNK_ELEMENTS = 2**18
-"""Projected gradients are handled this many elements at a time (1 MiB in fp32), so that they are still in
-cache when read again."""
+"""Projected gradients are processed in chunks of this many elements (1 MiB in fp32), so that they are still
+in cache when they are read again."""
 
 
 def _has_native_bf16() -> bool:
-    """Whether bf16 products run on instructions of their own; without them they are some 30 times slower than
-    in fp32."""
+    """Whether the CPU has instructions for bf16 products. Without them a bf16 product is some 30 times slower
+    than an fp32 one."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)
 
@@ -40,7 +40,7 @@ ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.ba
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right for two matrices of one dtype."""
+    """left @ right for two matrices of the same dtype."""
     flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
     if ONEDNN_LINEAR is not None and left.dtype == torch.float32 and flops >= ONEDNN_FROM_FLOPS:
         return ONEDNN_LINEAR(left, right.mT, None, "none", [], "")
@@ -55,12 +55,11 @@ def _product_dtype(*matrices: Tensor) -> torch.dtype:
 
 
 class _Workspace:
-    """Temporaries (count, r, n) of a chunk, reused by the next one: fresh memory costs a page fault every 4
-    KiB.
+    """Temporaries of a chunk, each (count, r, n). The next chunk reuses them, because fresh memory costs a
+    page fault every 4 KiB.
 
-    products: in the dtype that products run in. projected: R in fp32 (fp64 for fp64), the same tensor where
-        the dtypes are equal.
-    negated: −N.
+    products: R in the dtype that products run in. projected: R in fp32 (fp64 for fp64); the same tensor as
+    `products` where the dtypes are equal. negated: −N.
     """
 
     def __init__(self, count: int, basis: Tensor, grad: Tensor, right: bool) -> None:
@@ -100,7 +99,8 @@ def update_moments_(
     device_steps: Sequence[Tensor],
     found_inf: Tensor | None = None,
 ) -> Tensor:
-    """Moments in place; returns N (batch, r, n), which is not to be used where found_inf ≠ 0."""
+    """Updates the moments in place and returns N (batch, r, n). Where found_inf ≠ 0 the moments stay and N is
+    meaningless."""
     _check_moments(exp_avgs, exp_avg_sqs, (), shape=tuple(projected.shape[1:]))
     projected = projected.contiguous()
     negated = torch.empty_like(projected)
@@ -121,7 +121,8 @@ def _update_moments_(
     eps: float,
     steps: Sequence[float],
 ) -> Tensor:
-    """Moments in place; −N into `negated`: AdamW with lr 1 moves weights of zero to exactly that."""
+    """Updates the moments in place and writes −N into `negated`. AdamW with lr = 1 moves weights of zero to
+    exactly −N."""
     negated.zero_()
     adamw(
         list(negated.unbind()),
@@ -155,8 +156,8 @@ def back_project_(
     rounding_seeds: Tensor | None = None,
     device_steps: Sequence[Tensor] | None = None,
 ) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·P·N in place; 16-bit weights are rounded once, from fp32: to nearest, or
-    with seeds stochastically."""
+    """W' = (1 − lr·wd)·W' − lr·α·P·N in place. 16-bit weights are rounded once, from fp32: stochastically
+    with `rounding_seeds`, else to nearest."""
     if found_inf is not None and found_inf.item():
         return
     m, n = weights[0].shape[::-1] if right else weights[0].shape
@@ -172,7 +173,7 @@ def back_project_(
     decay, rate = 1 - lr * weight_decay, -lr * scale
     dtype = torch.promote_types(_product_dtype(weights[0], bases[0]), weights[0].dtype)
     for weight, basis, update in zip(weights, bases, normalised.to(dtype).unbind(), strict=True):
-        # The product in the weight's own orientation, so that both lie in memory alike.
+        # The product is taken in the weight's own orientation, so that both have the same strides.
         left, right_factor = (update.mT, basis.to(dtype).mT) if right else (basis.to(dtype), update)
         if weight.dtype != dtype:
             weight.copy_(weight.to(dtype).mul_(decay).add_(_product(left, right_factor), alpha=rate))
@@ -185,13 +186,13 @@ def back_project_(
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
-    """One AdamW step in the subspace, back-projected, for each matrix of a bucket; states are plain or in 8
-    bits."""
+    """One AdamW step in the subspace, back-projected, for each matrix of a bucket. States are fp32 (fp64 for
+    fp64) or in 8 bits."""
     weights, bases, grads, right = bucket.weights, bucket.bases, bucket.grads, bucket.right
     exp_avgs, exp_avg_sqs = (bucket.states[name] for name in eight_bit.MOMENTS)
     scales = [bucket.states[name] for name in eight_bit.SCALES if name in bucket.states]
     _check_moments(exp_avgs, exp_avg_sqs, scales, shape=(bases[0].shape[1], grads[0].shape[0 if right else 1]))
-    if bucket.found_inf is not None and bucket.found_inf.item():  # on a CPU reading it costs nothing, nor do the next two
+    if bucket.found_inf is not None and bucket.found_inf.item():  # reads on a CPU wait for nothing, here and in the next lines
         return
     (beta1, beta2), eps = hyper.options["betas"], hyper.options["eps"]
     back = dict(lr=float(hyper.lr), scale=-hyper.scale, weight_decay=hyper.weight_decay, right=right)
@@ -213,7 +214,7 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
             _back_project_stochastically_(weights[part], bases[part], negated, seeds, steps[part], **back)
             continue
         if workspace.products.dtype == weights[0].dtype != negated.dtype:
-            negated = workspace.products[: len(projected)].copy_(negated)  # in the dtype of the product to come
+            negated = workspace.products[: len(projected)].copy_(negated)  # in the dtype of the product in back_project_
         back_project_(weights[part], bases[part], negated, **back)
 
 
@@ -234,8 +235,10 @@ def lift(bucket: Bucket, hyper: Hyper, normalised: Tensor) -> None:
 
 
 def _check_moments(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scales: Sequence[list[Tensor]], shape: tuple[int, int]) -> None:
-    """torch's fused AdamW looks at the sizes and strides of nothing: it would write past the end of moments
-    of another size, and pair the wrong elements of those that are not row-major.
+    """Raises ValueError for moments of a wrong shape, dtype or layout.
+
+    torch's fused AdamW checks neither sizes nor strides. It would write past the end of moments of another
+    size, and pair the wrong elements of moments that are not row-major.
     """
     for name, tensors in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
         if [tensor.shape for tensor in tensors].count(shape) != len(tensors):
@@ -262,8 +265,8 @@ def _back_project_stochastically_(
     weight_decay: float,
     right: bool,
 ) -> None:
-    """back_project_ for bf16 weights that are rounded stochastically, in fp32: a product rounded to nearest
-    would not keep the mean."""
+    """back_project_ for bf16 weights that are rounded stochastically. The product is computed in fp32,
+    because a product rounded to nearest would not keep the mean."""
     for weight, basis, update, seed, step in zip(weights, bases, normalised, seeds, steps, strict=True):
         left, right_factor = (update.mT, basis.float().mT) if right else (basis.float(), update)
         exact = weight.float().mul_(1 - lr * weight_decay).add_(_product(left, right_factor), alpha=-lr * scale)

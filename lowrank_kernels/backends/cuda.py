@@ -1,5 +1,5 @@
-"""The step on a GPU, by the Triton kernels. Triton is imported where one is launched, so that a CPU stays
-free of it."""
+"""The step on a GPU, by the Triton kernels. Triton is imported only where a kernel is launched, so that runs
+on a CPU do not need it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def triton_missing() -> str | None:
-    """Why the Triton kernels cannot run here, or None if they can. Warns the first time where a GPU would
-    have used them."""
+    """The reason why the Triton kernels cannot run here, or None if they can. Warns once if there is a GPU
+    that would have used them."""
     if importlib.util.find_spec("triton") is not None:
         return None
     reason = "Triton is not installed"
@@ -34,7 +34,8 @@ def triton_missing() -> str | None:
 
 
 def covers(bucket: Bucket) -> bool:
-    """The kernels take fp32, bf16 and fp16; anything else (fp64) runs in plain PyTorch."""
+    """Whether the kernels can run this bucket. They take fp32, bf16 and fp16; anything else (fp64) runs in
+    plain PyTorch."""
     matrices = [bucket.weights[0], bucket.bases[0], bucket.projected if bucket.grads is None else bucket.grads[0]]
     return triton_missing() is None and all(matrix.dtype in FLOATS for matrix in matrices)
 
@@ -43,7 +44,7 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
     from .triton import adamw_step
 
     adamw_step.step(bucket, hyper)
-    written(*bucket.weights)  # of states no backward pass has old values
+    written(*bucket.weights)  # only weights: no backward pass saves a state
 
 
 def project(bucket: Bucket) -> Tensor:

@@ -1,10 +1,9 @@
-"""A step in plain PyTorch: the truth that every kernel is tested against, and what runs where there is no
-kernel.
+"""A step in plain PyTorch. Every kernel is tested against it, and it runs where there is no kernel.
 
-Orientation. G' = G on the left side and Gᵀ on the right, of shape (m, n); likewise W'. P is (m, r); R, M, V,
-N are (r, n) on both sides. Arithmetic runs in the widest dtype of its inputs and at least fp32, and rounds
-once, when the result is stored. In fp64 these functions are exact enough to judge everything else. What R
-becomes is said by rules/, what N becomes by lifts/.
+Orientation: G' = G on the left side and Gᵀ on the right, of shape (m, n); likewise W'. P is (m, r). R, M, V
+and N are (r, n) on both sides. Arithmetic runs in the widest dtype of its inputs and at least fp32, and
+rounds once, when the result is stored. In fp64 these functions are exact enough to judge everything else.
+rules/ defines N from R, and lifts/ defines how N moves W'.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def orient(matrix: Tensor, right: bool) -> Tensor:
-    """G → G', W → W' (and back): the transpose, as a view, on the right side."""
+    """G → G', W → W', and back. On the right side this is the transpose, as a view."""
     return matrix.mT if right else matrix
 
 
 def project(basis: Tensor, grad: Tensor, right: bool) -> Tensor:
-    """R = PᵀG'. basis (…, m, r); grad as stored → (…, r, n), fp32 (fp64 for fp64 inputs)."""
+    """R = PᵀG', (…, r, n) in fp32 (fp64 for fp64 inputs). basis: (…, m, r). grad: as stored."""
     dtype = compute_dtype(basis, grad)
     return basis.mT.to(dtype) @ orient(grad, right).to(dtype)
 
@@ -46,10 +45,10 @@ def move_(
     rounding_seed: Tensor | None = None,
     step: float | Tensor | None = None,
 ) -> None:
-    """W' = (1 − lr·wd)·W' − lr·α·D in place: decay first, one rounding. weight as stored; direction (…, m,
-    n).
+    """W' = (1 − lr·wd)·W' − lr·α·D in place: decay comes first, and the result is rounded once.
 
-    rounding_seed: (1,) int64, for one bf16 weight rounded stochastically at update number `step`.
+    weight: as stored. direction: D, (…, m, n). rounding_seed: (1,) int64, for one bf16 weight that is rounded
+    stochastically at update number `step`.
     """
     dtype = compute_dtype(weight, direction)
     updated = (1 - lr * weight_decay) * weight.to(dtype) - (lr * scale) * orient(direction, right)
@@ -58,7 +57,8 @@ def move_(
 
 @contextlib.contextmanager
 def kept_where(found_inf: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """What is written to `tensors` inside is undone where found_inf ≠ 0, without asking the device."""
+    """Undoes writes to `tensors` inside the context where found_inf ≠ 0. The host does not wait for the
+    device."""
     before = [] if found_inf is None else [tensor.clone() for tensor in tensors]
     yield
     for tensor, kept in zip(tensors, before, strict=False):
@@ -66,7 +66,7 @@ def kept_where(found_inf: Tensor | None, tensors: Sequence[Tensor]) -> Iterator[
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
-    """One update of the bucket, in place."""
+    """Moves the bucket's weights and states by one update, in place."""
     projected = project_bucket(bucket) if bucket.projected is None else bucket.projected
     lift(bucket, hyper, projected, update(bucket, hyper, projected))
 
@@ -77,7 +77,8 @@ def project_bucket(bucket: Bucket) -> Tensor:
 
 
 def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
-    """N (B, r, n) of R, by the rule, whose states move. N is not to be used where found_inf ≠ 0."""
+    """Computes N (B, r, n) from R by the rule, and updates the rule's states in place. Where found_inf ≠ 0
+    the states stay and N is meaningless."""
     names, normalised = hyper.storage.layout(hyper.rule.state(1, 1), projected.dtype), []
     for index, r in enumerate(projected):
         stored = {name: bucket.states[name][index] for name in names}
@@ -89,7 +90,7 @@ def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
 
 
 def lift(bucket: Bucket, hyper: Hyper, projected: Tensor, normalised: Tensor) -> None:
-    """The weights, by the lift, whose states move too."""
+    """Moves the weights by the lift, and updates the lift's states, all in place."""
     rate = hyper.lr.double().reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
     options = dict(lr=rate, scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right)
     names = hyper.lift.state()
@@ -105,6 +106,6 @@ def lift(bucket: Bucket, hyper: Hyper, projected: Tensor, normalised: Tensor) ->
 
 
 def number(count: Tensor) -> float | Tensor:
-    """t, the number of the update that comes after `count` of them. Read where that waits for nothing,
-    exactly in fp64 elsewhere."""
+    """t = count + 1, the number of the update that comes after `count` updates. It is a float where reading
+    `count` waits for nothing, and elsewhere an fp64 tensor, which is exact."""
     return count.item() + 1 if type(count) is Tensor and count.device.type == "cpu" else count.double() + 1

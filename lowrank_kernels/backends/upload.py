@@ -1,4 +1,4 @@
-"""Numbers of the host that kernels read: copied to the device without waiting for it."""
+"""Copies numbers from the host to the device, where kernels read them, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 
 
 def pack(rows: Sequence[list[int]]) -> bytes:
-    """Signed 64-bit numbers one after another, in the machine's order of bytes."""
+    """All numbers of the rows, one after another, as signed 64-bit integers in the machine's byte order."""
     flat = [number for row in rows for number in row]
     return struct.pack(f"{len(flat)}q", *flat)
 
 
 def upload(packed: bytes, rows: int, device: torch.device) -> tuple[Tensor, ...]:
-    """What `pack` made of so many equally long rows, as int64 tensors on the device, by one asynchronous
-    copy.
+    """Copies `rows` equally long rows, packed by `pack`, to the device in one asynchronous copy. Returns one
+    int64 tensor for each row.
 
-    The pinned memory is not reused while the copy is in flight: PyTorch's caching host allocator frees a
-    block only after the streams that read it have passed. A captured copy reads its source at every replay,
-    so that one is kept for good.
+    The pinned memory is not reused while the copy is in flight, because PyTorch's caching host allocator
+    frees a block only after the streams that read it have passed. A copy captured in a CUDA graph reads its
+    source at every replay, so its source is kept for good.
     """
     flat = torch.frombuffer(bytearray(packed), dtype=torch.int64).view(rows, -1)
     if device.type != "cuda":
@@ -36,18 +36,18 @@ def upload(packed: bytes, rows: int, device: torch.device) -> tuple[Tensor, ...]
 
 
 class _Reserve:
-    """Pinned memory for captured copies, allocated beforehand: pinning memory is not allowed while a stream
-    is being captured."""
+    """Pinned memory for captured copies. It is allocated beforehand, because memory cannot be pinned while a
+    stream is being captured."""
 
-    ELEMENTS = 2**17  # 1 MiB; a table of a model with 224 matrices takes 1120 to 1792
+    ELEMENTS = 2**17  # 1 MiB; the table of a model with 224 matrices takes 1120 to 1792 elements
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: Tensor | None = None
-        self._taken: list[Tensor] = []  # a graph reads them as long as it lives, and does not tell when it dies
+        self._taken: list[Tensor] = []  # kept for good: a graph reads them as long as it lives, and its end is not reported
 
     def top_up(self) -> None:
-        """To be called outside of captures."""
+        """Allocates memory where less than half is left. Call it outside of captures only."""
         if self._free is None or self._free.numel() < self.ELEMENTS // 2:
             with self._lock:
                 self._free = torch.empty((self.ELEMENTS,), dtype=torch.int64, device="cpu", pin_memory=True)

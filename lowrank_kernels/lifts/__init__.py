@@ -1,4 +1,5 @@
-"""Lifts: how N (r, n) moves W' (m, n). One file a lift, in plain PyTorch, which is its definition."""
+"""Lifts: a lift says how N (r, n) moves W' (m, n). Each lift has one file, in plain PyTorch, which is its
+definition."""
 
 from .lift import Lift
 

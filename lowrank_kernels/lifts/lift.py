@@ -1,4 +1,4 @@
-"""What a lift is."""
+"""Lift: the base class of lifts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from torch import Tensor
 
 
 class Lift:
-    """N → the direction D (m, n) of W' = (1 − lr·wd)·W' − lr·α·D, for one matrix."""
+    """Computes from N the direction D (m, n) of W' = (1 − lr·wd)·W' − lr·α·D, for one matrix."""
 
     name: str
     takes_gradient = False
-    """Whether D needs G', which a step whose R is given does not have."""
+    """Whether D needs G'. A step that is given R instead of a gradient has no G'."""
 
     def state(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what is kept between steps, in fp32, which starts as zeros."""
+        """Names and shapes of the tensors that are kept between steps, in fp32. They start as zeros."""
         return {}
 
     def direction(
         self, basis: Tensor, normalised: Tensor, *, grad: Tensor | None, projected: Tensor | None, state: dict[str, Tensor]
     ) -> Tensor:
-        """D from P (m, r), N (r, n), G' (m, n) and R (r, n), all in fp32 (fp64 for fp64); `state` moves in
+        """D from P (m, r), N (r, n), G' (m, n) and R (r, n), all in fp32 (fp64 for fp64). Updates `state` in
         place."""
         raise NotImplementedError

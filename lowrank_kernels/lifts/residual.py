@@ -1,4 +1,4 @@
-"""Fira's lift (Chen et al., arXiv 2410.01623): what the subspace leaves out of the gradient moves the weight
+"""Fira's lift (Chen et al., arXiv 2410.01623): the part of the gradient outside the subspace moves the weight
 too."""
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from torch import Tensor
 from .lift import Lift
 
 GAMMA = 1.01
-"""The residual's norm grows by this factor a step at most (the paper's limiter)."""
+"""γ, the largest factor by which the residual's norm grows in a step (the paper's limiter)."""
 
 
 class Residual(Lift):
-    """D = P·N + φ·S,  S = G' − P·R,  φⱼ = ‖N₌ⱼ‖ / ‖R₌ⱼ‖ for column j, and 0 where R₌ⱼ is.
+    """D = P·N + φ·S,  S = G' − P·R,  φⱼ = ‖Nⱼ‖ / ‖Rⱼ‖ for column j, and φⱼ = 0 where Rⱼ = 0.
 
-    φ·S is scaled down to ‖φ·S‖ = γ·(its norm at the step before) where it would have grown by more than γ =
-    1.01, unless that norm was zero, as before the first step. All of it is decided on the device.
+    ‖φ·S‖ may grow by at most a factor of γ = 1.01 a step. Where it would grow by more, φ·S is scaled down to
+    γ times the norm of the step before. There is no limit where that norm was zero, as before the first step.
+    The device decides all of this.
     """
 
     name = "residual"

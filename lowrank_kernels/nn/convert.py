@@ -1,4 +1,4 @@
-"""to_subspace and to_dense: a model's linear layers to SubspaceLinear, and back."""
+"""to_subspace converts a model's linear layers to SubspaceLinear; to_dense converts them back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARED = (
     ("q", "k", "v"),
     ("wi_0", "wi_1"),
 )
-"""Names of layers beside each other that mostly read the same input: in LLaMA and its kin, BERT, Meta's own
+"""Names of sibling layers that usually read the same input: in LLaMA and models like it, BERT, Meta's own
 LLaMA, T5."""
 
 
@@ -34,35 +34,37 @@ def to_subspace(
     seed: int = 0,
     share: Sequence[Sequence[str]] | str | None = "auto",
 ) -> nn.Module:
-    """Turns linear layers into SubspaceLinear (a Conv1D of transformers into SubspaceConv1D), in place;
+    """Turns linear layers into SubspaceLinear (a Conv1D of transformers into SubspaceConv1D), in place, and
     returns the model. `to_dense` is the inverse.
 
-    Layers stay the objects that they are, with their hooks, names and weights; a weight stops requiring a
-    gradient, and the layer's `coordinates` start to. Build the optimizer afterwards. Parameters that are not
+    Layers stay the same objects and keep their hooks, names and weights. Their weights no longer require a
+    gradient; their new `coordinates` do. Build the optimizer after the conversion. Parameters that are not
     converted train as before.
 
     Args:
-        model: any module, or an nn.Linear itself. Layers with a frozen weight are left alone.
-        rank: r ≥ 1. A layer with fewer in_features stays as it is; a warning names it.
+        model: any module, or an nn.Linear itself. Layers with a frozen weight are not converted.
+        rank: r ≥ 1. A layer with fewer in_features is not converted; a warning names it.
         target_modules: as in `param_groups`: "all-linear" (all but the output head and layers tied to an
             embedding), a list of strings that names contain or match, or a regular expression for whole
-            names. nn.Linear and Conv1D are converted, no subclass.
-        distribution: of P: "gaussian", "haar" or "rademacher"; see SubspaceLinear.
-        seed: P is a function of (seed, the layer's name, outer step); the same on every rank of a
-            data-parallel run. Layers of equal names, in two models or in parts that are converted one by one,
-            have equal Ps where the seeds are equal.
-        share: lists of names of layers that share P, and Z = x·P where they read the same tensor, such as
-            [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]: children of one module with equal
-            in_features. "auto" (default): the names that the usual decoders use. None: no sharing. Layers
-            that share P and are given different tensors compute different Zs; a tensor that was changed
-            between two layers in a way that autograd cannot see (`x.data`, memory shared with NumPy) counts
-            as the same.
+            names. Only nn.Linear and Conv1D themselves are converted, not their subclasses.
+        distribution: the distribution of P: "gaussian", "haar" or "rademacher"; see SubspaceLinear.
+        seed: P is a function of (seed, the layer's name, outer step). It is the same on every rank of a
+            data-parallel run. Two layers of the same name and seed have the same P, even in two models, or in
+            parts of a model that are converted separately.
+        share: lists of names of layers that share P, such as [["q_proj", "k_proj", "v_proj"], ["gate_proj",
+            "up_proj"]]. The layers of a list are children of one module and have equal in_features. They also
+            share Z = x·P where they read the same tensor, and compute different Zs where they read different
+            tensors. A tensor counts as the same if it was changed between two layers in a way that autograd
+            cannot see (`x.data`, memory shared with NumPy). "auto" (default): the names that the usual
+            decoders use. None: no sharing.
 
     Raises:
-        ValueError: a rank under 1 or above the in_features of all layers, an unknown distribution,
-        target_modules that match nothing or nothing that can be converted, a layer that is converted already,
-        a weight that another module uses too, a model in DistributedDataParallel, which has to be put around
-        the converted one. TypeError: a seed that is no int, a sharded weight. The model is then as it was.
+        ValueError: a rank under 1 or above the in_features of all layers; an unknown distribution;
+            target_modules that match nothing, or nothing that can be converted; a layer that is converted
+            already; a weight that another module uses too; a model in DistributedDataParallel, which must
+            wrap the model after the conversion.
+        TypeError: a seed that is no int, a sharded weight.
+        The model is unchanged after an error.
     """
     check_is_module(model)
     _check_not_wrapped(model)
@@ -112,8 +114,8 @@ def _warn_of_narrow(narrow: dict[str, nn.Module], rank: int) -> None:
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Turns every converted layer back into what it was, with the weight that it has, in place, trainable;
-    returns the model."""
+    """Turns every converted layer back into its original class, in place, and returns the model. The layers
+    keep their current weights, which require a gradient again."""
     _check_not_wrapped(model)
     for module in list(model.modules()):
         if isinstance(module, SubspaceLayer):
@@ -122,8 +124,8 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def _check_not_wrapped(model: nn.Module) -> None:
-    """DistributedDataParallel reduces the gradients of the parameters that it finds when it is built, and of
-    no others."""
+    """Raises ValueError for a model in DistributedDataParallel, which reduces only the gradients of
+    parameters that exist when it is built."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError("the model is in DistributedDataParallel, which would not reduce the new parameters' gradients; convert it first")
 
@@ -161,16 +163,16 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """An nn.Linear or Conv1D itself, with a weight that is neither complex nor computed from others, as by
-    parametrizations and pruning."""
+    """Whether the module is exactly an nn.Linear or Conv1D with an ordinary weight. The weight must not be
+    complex, nor computed from other parameters, as by parametrizations and pruning."""
     return (
         (type(module) is nn.Linear or is_conv1d(module)) and isinstance(module.weight, nn.Parameter) and module.weight.is_floating_point()
     )
 
 
 def _check_not_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """A weight that another module uses would get that module's gradient too, which has no coordinates to go
-    to."""
+    """Raises ValueError for a weight that another module uses too. That module's gradient would be lost,
+    since it has no coordinates."""
     users: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -184,7 +186,7 @@ def _check_not_tied(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def _sharing(layers: dict[str, nn.Module], share: Sequence[Sequence[str]] | str | None) -> list[list[str]]:
-    """The names of `layers`, together those that share."""
+    """The names of `layers`, in lists of those that share one P."""
     lists = SHARED if share == "auto" else () if share is None else share
     if not _is_sequence(lists) or not all(_is_sequence(names) and all(isinstance(name, str) for name in names) for names in lists):
         raise ValueError(f"share must be 'auto', None or lists of names such as [['q_proj', 'k_proj', 'v_proj']], got {share!r}")

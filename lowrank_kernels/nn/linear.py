@@ -1,5 +1,5 @@
-"""SubspaceLinear: a linear layer that saves Z = x·P for its backward pass, not x, and trains the r × out
-coordinates of its weight.
+"""SubspaceLinear: a linear layer that trains the r × out coordinates of its weight. It saves Z = x·P for its
+backward pass instead of x.
 
 SubspaceConv1D is the same for the Conv1D of transformers, which stores the transpose of the weight.
 """
@@ -26,7 +26,7 @@ class _SubspaceLinearFunction(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, coordinates: Tensor) -> Tensor:
         ctx.save_for_backward(z, weight)
         y = F.linear(x, weight, bias)
-        return torch.ops.aten._unsafe_view(y, y.shape)  # for some x it is a view, which autograd would not let be changed in place
+        return torch.ops.aten._unsafe_view(y, y.shape)  # for some x, y is a view, and autograd would forbid changing it in place
 
     @staticmethod
     @once_differentiable  # a second derivative would need x
@@ -42,7 +42,7 @@ class _SubspaceLinearFunction(torch.autograd.Function):
 
 
 class SubspaceLayer(nn.Module):
-    """What a converted layer does, whichever way its weight is stored; see SubspaceLinear."""
+    """The base class of converted layers, for either way of storing the weight; see SubspaceLinear."""
 
     transposed = False
     """Whether `weight` is stored as (in, out)."""
@@ -55,7 +55,7 @@ class SubspaceLayer(nn.Module):
         return self.weight.mT if self.transposed else self.weight
 
     def _enter(self, subspace: Subspace) -> None:
-        """From here on the weight moves in `subspace`."""
+        """Converts the layer: from now on its weight moves in `subspace`."""
         self.weight.requires_grad_(False)
         self.weight.grad = None
         self.coordinates = nn.Parameter(self.weight.new_zeros(subspace.rank, self.out_features))
@@ -64,7 +64,7 @@ class SubspaceLayer(nn.Module):
         claim(self)
 
     def _leave(self) -> None:
-        """Back to what the layer was, in place; the weight is what it is."""
+        """Turns the layer back into its original class, in place. The weight keeps its values."""
         release(self)
         self.subspace.layers -= 1
         del self.coordinates, self.subspace
@@ -80,7 +80,7 @@ class SubspaceLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.subspace.rank}, distribution={self.subspace.distribution!r}"
 
-    # Coordinates are in no checkpoint: they are zero.
+    # Coordinates are left out of checkpoints, because they are always zero.
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -92,7 +92,8 @@ class SubspaceLayer(nn.Module):
         if prefix + "coordinates" in missing:
             missing.remove(prefix + "coordinates")
 
-    # An optimizer knows layers by their parameters, and these may become others.
+    # Optimizers find layers by their parameters. The methods below may replace parameters, so they claim
+    # anew.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SubspaceLayer:
         with self._changing_parameters():
@@ -104,16 +105,16 @@ class SubspaceLayer(nn.Module):
 
     @contextmanager
     def _changing_parameters(self) -> Iterator[None]:
-        """Around what may give the parameters other memory, dtypes or devices, or make others of them."""
+        """A context for code that may replace the parameters, or change their memory, dtypes or devices."""
         release(self)
         try:
             yield
         finally:
             weight, coordinates = self.weight, self.coordinates
-            if (coordinates.device, coordinates.dtype) != (weight.device, weight.dtype):  # no checkpoint had any to assign
+            if (coordinates.device, coordinates.dtype) != (weight.device, weight.dtype):  # assign=True left these behind
                 self.coordinates = nn.Parameter(weight.new_zeros(coordinates.shape), coordinates.requires_grad)
             else:
-                coordinates.data.zero_()  # to_empty leaves what was in the memory
+                coordinates.data.zero_()  # to_empty leaves the memory uninitialised
             self.subspace.keep_only(weight.device, weight.dtype)
             claim(self)
 
@@ -124,27 +125,28 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
         y = x·Wᵀ + b          saved for the backward pass: Z = x·P, nothing of size in_features
         dx = dy·W,  dB = Zᵀ·dy,  db = Σ dy          the gradient of W is never formed
 
-    W (out, in) is `weight`, always up to date and not trained directly. B (r, out) is `coordinates`, the
-    parameter: it carries the gradient dB for RSOAdamW, which moves W, and stays zero, since W has already
-    moved. P (in, r) is in no checkpoint: `subspace` draws it from a seed and keeps it until the next one.
-    Saved activations: tokens × r elements of the dtype that the product has, the input's or autocast's, once
-    for all layers that share a Subspace and read the same tensor. The state_dict is that of nn.Linear,
-    `weight` and `bias`.
+    W (out, in) is `weight`. It is always up to date and is not trained directly. B (r, out) is `coordinates`,
+    the trained parameter. It carries the gradient dB for RSOAdamW, which moves W. B itself stays zero,
+    because W already includes the movement. P (in, r) is in no checkpoint: `subspace` draws it from a seed
+    and keeps it until the next P. The saved activations are tokens × r elements in the dtype of the product,
+    which is the input's or autocast's. All layers that share a Subspace and read the same tensor save them
+    once. The state_dict is that of nn.Linear, `weight` and `bias`.
 
-    With coordinates.requires_grad_(False), and where gradients are off, it is nn.Linear. What reads the
-    weight outside of this layer's forward, such as a module tied to it later, trains nothing. Second
+    With coordinates.requires_grad_(False), and where gradients are off, the layer behaves as nn.Linear. A use
+    of the weight outside of this layer's forward, as in a module tied to it later, trains nothing. Second
     derivatives raise RuntimeError, as do transforms of torch.func.
 
     Args:
-        in_features, out_features, bias, device, dtype: of nn.Linear.
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
         rank: r, from 1 to in_features.
-        distribution: of P, with E[P·Pᵀ] = I: "gaussian" N(0, 1/r) (default), "haar" sqrt(in/r)·Q with
-            orthonormal Q, "rademacher" ±1/√r.
-        seed: P is a function of (seed, outer step) and its shape, so layers that are to have different Ps
-            need different seeds; `to_subspace` gives them such.
+        distribution: the distribution of P, with E[P·Pᵀ] = I: "gaussian" N(0, 1/r) (default), "haar"
+            sqrt(in/r)·Q with orthonormal Q, "rademacher" ±1/√r.
+        seed: P is a function of (seed, outer step) and its shape. Layers need different seeds to have
+            different Ps; `to_subspace` sees to that.
 
     Raises:
-        ValueError: rank, distribution or dtype out of range. TypeError: a seed that is no int.
+        ValueError: rank, distribution or dtype out of range.
+        TypeError: a seed that is no int.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
 
 
 class SubspaceConv1D(SubspaceLayer):
-    """The Conv1D of transformers (GPT-2), y = x·W + b with `weight` W (in, out), as SubspaceLinear: only
+    """As SubspaceLinear, for the Conv1D of transformers (GPT-2): y = x·W + b with `weight` W (in, out). Only
     `to_subspace` makes one."""
 
     transposed = True

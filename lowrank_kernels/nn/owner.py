@@ -1,5 +1,5 @@
-"""Which converted layer a parameter belongs to, and that no optimizer but RSOAdamW trains one without
-effect."""
+"""Finds the converted layer that a parameter belongs to, and refuses every optimizer but RSOAdamW, which
+would train such a layer without effect."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from .linear import SubspaceLayer
 
 ATTRIBUTE = "_lowrank_kernels_layer"
-"""Of a weight and of coordinates: their Owner."""
+"""Attribute of a layer's weight and coordinates that holds their Owner."""
 
 
 class Owner:
-    """A weak reference to a layer. A pickle holds an empty set for it: a layer that is loaded claims its
-    parameters."""
+    """A weak reference to a layer. It is pickled as an empty set, because a layer claims its parameters anew
+    when it is loaded."""
 
     def __init__(self, layer: SubspaceLayer) -> None:
         self._layer = weakref.ref(layer)
@@ -27,21 +27,21 @@ class Owner:
         return self._layer()
 
     def __reduce__(self) -> tuple[type[set], tuple[()]]:
-        return set, ()  # which torch.load(weights_only=True) takes
+        return set, ()  # torch.load(weights_only=True) accepts a set
 
 
 def layer_of(parameter: Tensor) -> SubspaceLayer | None:
-    """The converted layer whose weight or coordinates this is."""
+    """The converted layer that this parameter is the weight or the coordinates of, or None."""
     owner = getattr(parameter, ATTRIBUTE, None)
     layer = owner() if isinstance(owner, Owner) else None
-    # A parameter that was replaced belongs to none.
+    # A parameter that the layer has replaced no longer belongs to it.
     return layer if layer is not None and (parameter is layer.coordinates or parameter is layer.weight) else None
 
 
 def claim(layer: SubspaceLayer) -> None:
     _guard()
     for parameter in (layer.weight, layer.coordinates):
-        if layer_of(parameter) is None:  # a shallow copy has the parameters of the original
+        if layer_of(parameter) is None:  # a shallow copy shares its parameters with the original, which keeps them
             setattr(parameter, ATTRIBUTE, Owner(layer))
 
 
@@ -55,7 +55,7 @@ _guarded = False
 
 
 def _guard() -> None:
-    """From the first conversion on every optimizer's step is looked at."""
+    """Checks every optimizer's step from the first conversion on."""
     global _guarded
     if not _guarded:
         _guarded = True
@@ -63,7 +63,8 @@ def _guard() -> None:
 
 
 def _refuse_others(optimizer: Optimizer, *_: object) -> None:
-    """Another optimizer would move coordinates, which stay zero, or nothing at all."""
+    """Raises RuntimeError before the step of another optimizer that holds parameters of a converted layer. It
+    would move coordinates, which have to stay zero, or it would move nothing."""
     if getattr(optimizer, "moves_coordinates", False):
         return
     name = type(optimizer).__name__

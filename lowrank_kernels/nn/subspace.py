@@ -1,4 +1,4 @@
-"""Subspace: P of one layer, or of several that read the same input, and the Z = x·P that they share."""
+"""Subspace: the P of one layer, or of several layers that read the same input and share Z = x·P."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..subspaces import DISTRIBUTIONS, draw_projection, own_memory
 
 @dataclass(frozen=True)
 class _Projected:
-    """Z of an input that is still in use, where and how it was computed, and how many layers may yet ask for
-    it."""
+    """Z of an input x that is still in use. circumstances: see `_circumstances`. left: how many layers may
+    still ask for Z."""
 
     x: weakref.ref[Tensor]
     circumstances: tuple[object, ...]
@@ -26,8 +26,8 @@ class _Projected:
 
 
 class Subspace:
-    """P (in_features, r) with E[P·Pᵀ] = I, a function of (seed, place, outer_step): drawn where it is needed,
-    in no checkpoint.
+    """P (in_features, r) with E[P·Pᵀ] = I, a function of (seed, place, outer_step). It is drawn when it is
+    needed and is in no checkpoint.
 
     in_features, rank, distribution, seed: see SubspaceLinear. place: numbers that keep the Ps of one seed
     apart. outer_step: how often the optimizer has moved on to a new P.
@@ -43,30 +43,30 @@ class Subspace:
         self.in_features, self.rank, self.distribution, self.seed, self.place = in_features, rank, distribution, seed, place
         self.outer_step = 0
         self.layers = 0
-        """How many layers share it."""
+        """How many layers share this subspace."""
         self.has_optimizer = False
-        """Whether an RSOAdamW was built for them."""
+        """Whether an RSOAdamW was built for these layers."""
         self._matrices: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._projected: _Projected | None = None
 
     @property
     def fingerprint(self) -> int:
-        """A signed 64-bit number that differs where the Ps do: of seed, place and distribution. Checkpoints
-        hold it."""
+        """A signed 64-bit number made from seed, place and distribution. It differs where the Ps differ.
+        Checkpoints hold it."""
         return philox.signed64(philox.derive_seed(self.seed, list(DISTRIBUTIONS).index(self.distribution), *self.place))
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """P, in the dtype and on the device of a layer's weight."""
+        """P on the device and in the dtype of a layer's weight."""
         self._ensure_drawn(device, dtype)
         return self._matrices[device, dtype]
 
-    @torch.compiler.assume_constant_result  # it runs while the compiler traces, so that P is an input of the graph
+    @torch.compiler.assume_constant_result  # runs while the compiler traces, so that P is an input of the graph
     def _ensure_drawn(self, device: torch.device, dtype: torch.dtype) -> None:
-        if type(self._matrices.get((device, dtype))) is not Tensor:  # a FakeTensor is of one trace
+        if type(self._matrices.get((device, dtype))) is not Tensor:  # a FakeTensor is valid in one trace only
             self._matrices[device, dtype] = self._draw(device, dtype, self.outer_step)
 
     def keep_only(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Frees the Ps of where and what the layers no longer are."""
+        """Frees the Ps on other devices and in other dtypes than these, and Z."""
         self._projected = None
         self._matrices = {key: matrix for key, matrix in self._matrices.items() if key == (device, dtype)}
 
@@ -79,18 +79,18 @@ class Subspace:
             return own_memory(draw_projection(self.distribution, self.in_features, self.rank, seed=seed, device=device, dtype=dtype))
 
     def move_to(self, outer_step: int) -> None:
-        """The P of that outer step, in the same memory."""
+        """Draws the P of that outer step into the same memory."""
         if outer_step == self.outer_step:
             return
         drawn = [(matrix, self._draw(device, dtype, outer_step)) for (device, dtype), matrix in self._matrices.items()]
-        self.outer_step = outer_step  # when nothing can fail any more
+        self.outer_step = outer_step  # only now, when nothing can fail any more
         self._projected = None
         with torch.no_grad():
             for matrix, fresh in drawn:
                 matrix.copy_(fresh)
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Z = x·P, outside of autograd: (…, in_features) → (…, r). Layers that give the same x get the same
+        """Z = x·P, without autograd: (…, in_features) → (…, r). Layers that pass the same x get the same
         Z."""
         with torch.no_grad():
             if self.layers == 1 or torch.compiler.is_compiling():  # the compiler finds equal products by itself
@@ -98,11 +98,11 @@ class Subspace:
             return self._shared(x, weight)
 
     def _shared(self, x: Tensor, weight: Tensor) -> Tensor:
-        if x.is_inference():  # has no version to tell whether it changed
+        if x.is_inference():  # an inference tensor has no version, which would tell whether it has changed
             return x @ self.matrix(weight.device, weight.dtype)
         last, circumstances = self._projected, _circumstances(x)
         if last is not None and last.x() is x and last.circumstances == circumstances:
-            # The last one to ask takes it: what autograd does not save is then free.
+            # The last layer to ask takes Z, so that its memory is free unless autograd has saved it.
             self._projected = replace(last, left=last.left - 1) if last.left > 1 else None
             return last.z
         z = x @ self.matrix(weight.device, weight.dtype)
@@ -123,8 +123,8 @@ class Subspace:
 
 
 def _circumstances(x: Tensor) -> tuple[object, ...]:
-    """What must not change for x·P to be the same, and to be there: writes to x, autocast, and on a GPU the
-    stream."""
+    """(x's version, autocast's dtype, the stream on a GPU). Z may be reused only while these stay equal.
+    Another version or dtype would give another Z; another stream might read Z before it is computed."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)  # the meta device has none
     stream = torch.cuda.current_stream(x.device) if kind == "cuda" else None

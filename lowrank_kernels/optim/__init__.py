@@ -1,5 +1,5 @@
-"""torch.optim wrappers: groups, buckets, the schedule of refreshes. They know backends, ops and subspaces,
-never Triton."""
+"""torch.optim wrappers: groups, buckets, the schedule of refreshes. They use backends, ops and subspaces.
+They never use Triton directly."""
 
 from . import methods
 from .methods import *  # noqa: F403

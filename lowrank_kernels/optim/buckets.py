@@ -1,5 +1,5 @@
-"""Parameters of a group that one step moves together: equal in shape, strides, dtype and device. Nothing here
-is kept."""
+"""Sorts a group's parameters into buckets. One step moves all parameters of a bucket together, so they are
+equal in shape, strides, dtype and device. Buckets are made anew at each step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Expected = dict[str, tuple[torch.Size, torch.dtype]]
 
 @dataclass
 class Members:
-    """Parameters with a gradient, and their states, empty before the first step. rank: clamped. places: their
-    numbers in the group.
+    """The parameters of one bucket. Every one of them has a gradient.
 
-    per_param: how many matrices each of them stands for; experts are several. grads: one for each matrix, as
-    stored.
+    right: whether the right side is projected. rank: r, clamped to the shorter side. per_param: how many
+    matrices one parameter stands for; more than one for experts. places: the parameters' positions in the
+    group. states: the parameters' states, empty before the first step. grads: one for each matrix, as stored.
     """
 
     right: bool
@@ -40,31 +40,32 @@ class Members:
         return self.params[0].device
 
     def of_matrices(self, name: str) -> list[Tensor]:
-        """A state, one tensor for each matrix."""
+        """The state tensor of this name, one for each matrix."""
         whole = [state[name] for state in self.states]
         return whole if self.params[0].dim() != 3 else [matrix for tensor in whole for matrix in tensor.unbind()]
 
     def to_device(self, scalar: Tensor) -> Tensor:
-        """In fp32; asynchronously to a GPU, while a copy to the CPU must have arrived before it is read."""
+        """The scalar in fp32 on the bucket's device. A copy to a GPU is asynchronous. A copy to the CPU is
+        not, because it must have arrived before it is read."""
         return scalar.to(self.device, torch.float32, non_blocking=self.device.type == "cuda")
 
 
 def split(tensor: Tensor) -> list[Tensor]:
-    """A 2-D tensor as it is, a 3-D one as its matrices (views)."""
+    """[tensor] for a 2-D tensor; the matrices of a 3-D one, as views."""
     return list(tensor.unbind()) if tensor.dim() == 3 else [tensor]
 
 
 def matrices_of(tensor: Tensor) -> list[Tensor]:
-    """The matrices that a parameter or its gradient stands for, views where its strides allow it."""
+    """The matrices that a parameter or its gradient stands for. They are views where the strides allow it."""
     return split(tensor) if tensor.dim() < 4 else [tensor.flatten(1)]
 
 
 def buckets(group: dict[str, Any], group_index: int, states: States, layout: Callable[[Tensor, bool, int], Layout]) -> list[Members]:
-    """The low-rank group's parameters that have a gradient, in order of first appearance.
+    """The buckets of a low-rank group's parameters that have a gradient, in order of first appearance.
 
-    layout: what the state of a parameter holds beside its basis, from its side and rank; shapes of one
-    matrix. Raises TypeError or ValueError for gradients and states that no step can use. Checks stand where a
-    bucket is made: its members have the same shapes.
+    layout: (parameter, right, rank) → what the state holds beside the basis, with the shapes for one matrix.
+    Raises TypeError or ValueError for gradients and states that no step can use. These checks run once for
+    each bucket, since its members have the same shapes.
     """
     places, held = list(range(len(group["params"]))), group["params"]
     if len(set(map(id, held))) != len(held):
@@ -79,8 +80,8 @@ def buckets(group: dict[str, Any], group_index: int, states: States, layout: Cal
         for place in places:
             check_grad(group, group_index, place)
         raise
-    # Each of these is a loop that Python runs fast; one over parameters that asks all of it of each takes
-    # twice the time.
+    # One comprehension for each property is fast. A single loop that reads every property of each parameter
+    # takes twice the time.
     shapes = [param.shape for param in held], [grad.shape for grad in grads]
     kinds = [param.dtype for param in held], [grad.dtype for grad in grads], [param.device for param in held]
     alike: dict[Any, list[int]] = {}
@@ -102,7 +103,7 @@ def buckets(group: dict[str, Any], group_index: int, states: States, layout: Cal
 
 def _bucket_of(group: dict[str, Any], group_index: int, place: int) -> Members:
     check_grad(group, group_index, place)
-    check_param(group, group_index, place)  # what the parameter has become since
+    check_param(group, group_index, place)  # again: the parameter may have changed since construction
     param = group["params"][place]
     if param.grad.shape != param.shape:
         where = describe(group, group_index, place)
@@ -123,8 +124,10 @@ def check_grad(group: dict[str, Any], group_index: int, place: int) -> None:
 
 
 def _check_states(members: Members, group: dict[str, Any], group_index: int, layout: Layout) -> None:
-    """That states go with the parameters as they now are; those of a model that was cast or moved follow it.
-    Kernels rely on it."""
+    """Raises ValueError where a state does not fit its parameter. Kernels rely on this check.
+
+    Casts and moves states whose parameters were cast or moved with their model.
+    """
     present = [state for state in members.states if state]
     if not present:
         return
@@ -144,7 +147,8 @@ def _check_states(members: Members, group: dict[str, Any], group_index: int, lay
 
 
 def _all_fit(states: list[dict[str, Any]], expected: Expected, device: int) -> bool:
-    """The first one as a whole; of the others, in loops that Python runs fast, what kernels rely on."""
+    """Whether the states fit. The first state is checked as a whole. The others are checked only for what
+    kernels rely on, in loops that Python runs fast."""
     count = len(states)
     try:
         for name, (shape, dtype) in expected.items():
@@ -193,7 +197,7 @@ def _check_state(state: dict[str, Any], expected: Expected, group: dict[str, Any
 
 
 def _follow(state: dict[str, Any], param: Tensor, expected: Expected) -> None:
-    """Casts and moves a state whose parameter was, as by model.to(…)."""
+    """Casts and moves a state to match its parameter, which model.to(…) may have cast or moved."""
     for name, (_, dtype) in expected.items():
         if name == "step":
             state[name] = torch.as_tensor(state[name], dtype=dtype, device=param.device).reshape(())

@@ -1,4 +1,4 @@
-"""What becomes of a parameter's moments when it gets another basis: the group's key `moments`."""
+"""What happens to a parameter's moments when it gets another basis. The group's key `moments` decides it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from ..storage import Storage
 
 
 def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storage: Storage) -> None:
-    """Before state["basis"] becomes `fresh`, (m, r) or (experts, m, r).
+    """Changes the moments in `state`, in place. Call it before state["basis"] becomes `fresh`, (m, r) or
+    (experts, m, r).
 
-    "keep": they stay as they are, in the coordinates of the new basis (GaLore, I3S).
-    "rotate": C = P_newᵀ·P_old turns them, as the rule says (LDAdam, arXiv 2410.16103); experts each by
-    itself.
-    "reset": they are zero, and the count of updates with them; of experts, which share one count, all.
+    "keep": the moments stay as they are and are read in the coordinates of the new basis (GaLore, I3S).
+    "rotate": the rule turns the moments by C = P_newᵀ·P_old (LDAdam, arXiv 2410.16103). Each expert is turned
+    by its own C.
+    "reset": the moments and the count of updates become zero. Experts share one count, so all experts of a
+    parameter are reset together.
 
-    Where a basis stays, as with a gradient that is not finite, they stay too. The device decides it.
+    Where the basis stays the same, as after a gradient that is not finite, the moments stay too. The device
+    decides this.
     """
     if moments == "keep":
         return
@@ -33,5 +36,5 @@ def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storag
         rule.rotate(values, torch.where(changed, turn, torch.eye(turn.shape[-1], dtype=state_dtype, device=turn.device)))
         storage.store_(values, stored)
         return
-    for tensor in (*stored.values(), state["step"]):  # one count for all experts, so their moments go with it
+    for tensor in (*stored.values(), state["step"]):  # all experts: they share one count
         tensor.copy_(torch.where(changed.any(), 0, tensor))

@@ -1,5 +1,5 @@
-"""Groups without `rank`: torch's own functional AdamW, fused where its fused kernel computes what is
-meant."""
+"""The step of groups without `rank`: torch's own functional AdamW. Its fused kernel is used where the
+kernel's result is right."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def dense_adamw_step_(
     """The update of torch.optim.AdamW(fused=True), bit for bit, with the same state: step, exp_avg,
     exp_avg_sq.
 
-    That kernel pairs elements by their place in memory. Where weight, gradient and moments lie differently,
-    or the weight has gaps, and where there is no such kernel (complex parameters, other devices), torch picks
-    its default.
+    torch's fused kernel pairs elements by their place in memory. torch's default implementation is used
+    instead in three cases: weight, gradient and moments have different strides; the weight has gaps in
+    memory; or there is no fused kernel (complex parameters, other devices).
     """
     params = [param for param in dict.fromkeys(group["params"]) if param.grad is not None]
     current = {param: states.get(param) or _new_state(param, group.get("capturable", False)) for param in params}
@@ -68,7 +68,8 @@ def _adamw_(
         [],
         steps,
         fused=fused or None,
-        # Of a count on a GPU, which would be read otherwise; a fused kernel never reads it.
+        # Without capturable, torch reads a count on a GPU on the host, which waits. The fused kernel never
+        # does.
         capturable=not fused and steps[0].is_cuda,
         grad_scale=grad_scale,
         found_inf=found_inf,
@@ -92,8 +93,8 @@ def _new_state(param: Tensor, capturable: bool) -> dict[str, Tensor]:
 
 
 def _paired_in_memory(param: Tensor, *others: Tensor) -> bool:
-    """Whether equal places in memory hold equal elements, and the parameter's memory is all its own, without
-    gaps or overlaps."""
+    """Whether equal places in memory hold the same element of all these tensors. The parameter's memory must
+    also have no gaps and no overlaps."""
     if param.is_contiguous() and all(other.is_contiguous() for other in others):
         return True
     dimensions = [dimension for dimension, size in enumerate(param.shape) if size != 1]

@@ -1,5 +1,5 @@
-"""What a parameter group may hold: its keys, its parameters, and every check of them that can be made at
-construction."""
+"""What a parameter group may hold: its keys and its parameters. Every check of them that is possible at
+construction is here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor
 from . import keys
 
 NAME = "_lowrank_kernels_name"
-"""Attribute of a parameter by which it is known in whatever groups and optimizers a user or a framework puts
-it into."""
+"""Attribute of a parameter that holds its name. The name stays with the parameter when a user or a framework
+puts it into other groups or optimizers."""
 ALL_KEYS = (*keys.LOW_RANK, keys.CALLS, *keys.ADAMW, keys.CAPTURABLE)
-"""Of a low-rank group."""
+"""The keys of a low-rank group."""
 
 
 def describe(group: dict[str, Any], group_index: int, param_index: int | None = None) -> str:
@@ -31,7 +31,8 @@ def describe(group: dict[str, Any], group_index: int, param_index: int | None = 
 
 
 def name_of(group: dict[str, Any], param_index: int) -> str | None:
-    """What the group calls the parameter, or `param_groups` of this package did, if any of them knows it."""
+    """The parameter's name from the group's `param_names`, else the one that `lowrank_kernels.param_groups`
+    gave it, else None."""
     if names := group.get("param_names"):
         return names[param_index]
     return getattr(group["params"][param_index], NAME, None)
@@ -42,15 +43,16 @@ def is_low_rank(group: dict[str, Any]) -> bool:
 
 
 def matrix_shape(param: Tensor) -> tuple[int, int]:
-    """(rows, columns) of the matrices a parameter stands for: 2-D as is, [experts, m, n] a batch, more
-    dimensions [out, -1]."""
+    """(rows, columns) of the matrices that a parameter stands for. A 2-D parameter is one matrix; [experts,
+    m, n] is a batch of matrices; a parameter with more dimensions is read as [out, -1]."""
     if param.dim() == 3:
         return param.shape[1], param.shape[2]
     return param.shape[0], math.prod(param.shape[1:])
 
 
 def is_right(shape: tuple[int, int], proj_type: str) -> bool:
-    """Whether the right side is projected. `std` projects the shorter side; a square matrix goes right."""
+    """Whether the right side is projected. `std` projects the shorter side, and the right side of a square
+    matrix."""
     rows, columns = shape
     if proj_type == "std":
         return rows >= columns
@@ -60,13 +62,14 @@ def is_right(shape: tuple[int, int], proj_type: str) -> bool:
 
 
 def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, int]:
-    """Before the group's step number `calls`: the last one at which parameter number `place` was to refresh,
-    and that refresh's number.
+    """(step, number) of the last refresh that was due for parameter number `place`, at or before step `calls`
+    of the group.
 
-    Without `stagger` that is where calls mod gap = 0. With it parameter i of k refreshes where calls mod gap
-    = ⌊i·gap / k⌋: every number below gap is taken by ⌊k / gap⌋ or ⌈k / gap⌉ parameters. k counts all of the
-    group, with a gradient or without. The step is negative where there was none yet. All random draws of a
-    refresh are keyed by its number: 0 for a basis of the first period.
+    Without `stagger` a refresh is due where calls mod gap = 0. With `stagger` parameter i of k refreshes
+    where calls mod gap = ⌊i·gap / k⌋. Every remainder below gap then belongs to ⌊k / gap⌋ or ⌈k / gap⌉
+    parameters. k counts all parameters of the group, with a gradient or without. The step is negative where
+    no refresh was due yet. All random draws of a refresh are keyed by its number, which is 0 for a basis of
+    the first period.
     """
     gap = group["update_proj_gap"]
     offset = place * gap // len(group["params"]) if group["stagger"] else 0
@@ -75,11 +78,11 @@ def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, in
 
 
 def complete(group: dict[str, Any], group_index: int, fixed: dict[str, Any], preferred: dict[str, Any]) -> None:
-    """Fills a low-rank group's missing keys with their defaults and raises ValueError or TypeError for what
-    cannot work.
+    """Fills a low-rank group's missing keys with their defaults. Raises ValueError or TypeError for keys,
+    values and parameters that cannot work.
 
-    fixed: values that the optimizer's class stands for; preferred: its own defaults. A group without `rank`
-        gets only AdamW's checks.
+    fixed: values that the optimizer's class prescribes. preferred: the class's own defaults. A group without
+    `rank` gets only AdamW's checks.
     """
     where = describe(group, group_index)
     check_names(group, group_index)
@@ -94,13 +97,13 @@ def complete(group: dict[str, Any], group_index: int, fixed: dict[str, Any], pre
 
 
 def missing_in_older(group: dict[str, Any]) -> dict[str, Any]:
-    """What a group that an older version saved may lack, and the value that it had then."""
+    """Keys that a group saved by an older version may lack, with the values that they had in that version."""
     return keys.defaults((keys.CAPTURABLE, *(keys.LOW_RANK if is_low_rank(group) else ())))
 
 
 def check_names(group: dict[str, Any], group_index: int, own: Iterable[str] = keys.names(ALL_KEYS)) -> None:
-    """Raises ValueError for keys that cannot be meant, and for names of parameters that are not as many as
-    these."""
+    """Raises ValueError for unsupported or mistyped keys, and where the number of `param_names` is not the
+    number of parameters."""
     where = describe(group, group_index)
     keys.check_names(group, own, where)
     if (given := group.get("param_names")) is not None and len(given) != len(group["params"]):
@@ -108,7 +111,8 @@ def check_names(group: dict[str, Any], group_index: int, own: Iterable[str] = ke
 
 
 def check_values(group: dict[str, Any], group_index: int, fixed: dict[str, Any]) -> None:
-    """Every value of a complete group, also of one that was loaded or changed since; see `complete`."""
+    """Checks every value of a complete group. The group may have been loaded or changed since `complete`,
+    which says what `fixed` is."""
     where = describe(group, group_index)
     keys.check_values(group, (keys.CAPTURABLE, *keys.ADAMW, *((*keys.LOW_RANK, keys.CALLS) if is_low_rank(group) else ())), where)
     for name, value in fixed.items() if is_low_rank(group) else ():
@@ -119,7 +123,7 @@ def check_values(group: dict[str, Any], group_index: int, fixed: dict[str, Any])
 
 
 def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[int, int]]) -> None:
-    """One warning for each shape whose shorter side is under the group's rank."""
+    """Warns once for each shape whose shorter side is under the group's rank."""
     for param_index, param in enumerate(group["params"]):
         shape = matrix_shape(param)
         if group["rank"] > min(shape) and shape not in warned:
@@ -133,7 +137,8 @@ def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[i
 
 
 def draw_key(group: dict[str, Any], param_index: int) -> int | None:
-    """A number for the parameter's name, by which its random draws are keyed, or None where it has none."""
+    """A number made from the parameter's name, or None where it has no name. The parameter's random draws are
+    keyed by it."""
     name = name_of(group, param_index)
     if name is None:
         return None
@@ -141,7 +146,8 @@ def draw_key(group: dict[str, Any], param_index: int) -> int | None:
 
 
 def warn_of_changes(changes: list[str]) -> None:
-    """After a checkpoint has been checked: which of the optimizer's settings it replaces."""
+    """Warns of the optimizer's settings that a checkpoint replaces. Call it once the checkpoint has passed
+    its checks."""
     if changes:
         shown = "; ".join(changes[:8]) + (f"; and {len(changes) - 8} more" if len(changes) > 8 else "")
         warnings.warn(
@@ -153,12 +159,13 @@ def warn_of_changes(changes: list[str]) -> None:
 
 
 def is_flattened(param: Tensor) -> bool:
-    """Whether FullyShardedDataParallel (FSDP1) holds the parameter, as a part of a flat one."""
+    """Whether FullyShardedDataParallel (FSDP1) holds the parameter as a part of a flat one."""
     return getattr(param, "_fsdp_flattened", False)
 
 
 def refuse_flattened(group: dict[str, Any], group_index: int, param_index: int) -> None:
-    """FSDP1 keeps of each matrix a piece without rows and columns."""
+    """Raises TypeError for a parameter of FSDP1, which keeps a flat piece of each matrix, without rows and
+    columns."""
     if is_flattened(group["params"][param_index]):
         raise TypeError(
             f"FullyShardedDataParallel (FSDP1) keeps flat pieces of matrices, which cannot be projected "
@@ -167,7 +174,7 @@ def refuse_flattened(group: dict[str, Any], group_index: int, param_index: int) 
 
 
 def check_param(group: dict[str, Any], group_index: int, param_index: int) -> None:
-    """Raises where a low-rank group cannot hold this parameter."""
+    """Raises ValueError or TypeError where a low-rank group cannot hold this parameter."""
     param = group["params"][param_index]
     where = describe(group, group_index, param_index)
     refuse_flattened(group, group_index, param_index)

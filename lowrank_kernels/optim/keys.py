@@ -1,4 +1,4 @@
-"""Every key of a parameter group, once: its default, what it may be, and what it means.
+"""Declares every key of a parameter group once: its default, its allowed values and its meaning.
 
 Checks, error messages, the lists in the docstrings and docs/group-keys.md come from these declarations.
 """
@@ -19,15 +19,16 @@ from torch import Tensor
 from ..subspaces import SELECTIONS, SVDS
 
 REQUIRED = object()
-"""The default of a key that has none."""
+"""Stands as the default of a key that has no default."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """`checked` returns the value as Python's own type, so that a checkpoint holds nothing else, or raises.
+    """One key of a parameter group.
 
-    TypeError for another type, ValueError for a value out of range; both name the key, the value and where it
-    was found.
+    `checked` returns the value as one of Python's own types, so that checkpoints hold only those. It raises
+    TypeError for a value of the wrong type and ValueError for a value out of range. Both errors name the key,
+    the value and where it was found.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Whole(Key):
-    """An int ≥ `least`; any int where that is None."""
+    """An int ≥ `least`, or any int where `least` is None."""
 
     least: int | None = None
 
@@ -58,7 +59,7 @@ class Whole(Key):
 
 @dataclass(frozen=True)
 class Number(Key):
-    """A finite float, least ≤ value < below."""
+    """A finite float with least ≤ value < below."""
 
     least: float = -math.inf
     below: float = math.inf
@@ -75,10 +76,11 @@ class Number(Key):
 
 @dataclass(frozen=True)
 class Rate(Key):
-    """A finite float ≥ 0, or a one-element tensor of it: on the CPU, and with `capturable` on a GPU too."""
+    """A finite float ≥ 0, or a one-element tensor that holds one. The tensor is on the CPU; with `capturable`
+    it may be on a GPU."""
 
     def checked(self, value: Any, where: str, capturable: bool | None = None) -> float | Tensor:
-        """capturable: the group's, or None where the optimizer has no such thing."""
+        """capturable: the group's value, or None where the optimizer has no such key."""
         if not isinstance(value, Tensor):
             return Number(self.name, self.default, self.meaning, least=0.0).checked(value, where)
         on_gpu = value.device.type != "cpu"
@@ -181,9 +183,9 @@ LOW_RANK = (
         "the update for rounding)",
     ),
 )
-"""Keys of a low-rank group, beside AdamW's."""
+"""Keys of a low-rank group, in addition to AdamW's."""
 CALLS = Whole("calls", 0, "how many steps the group has behind it", least=0)
-"""Where a low-rank group stands, in the group itself."""
+"""The position of a low-rank group in its schedule, which the group itself holds."""
 RATE = Rate("lr", 1e-3, "step size")
 ADAMW = (
     RATE,
@@ -199,12 +201,12 @@ RSO = (
     Number("momentum", 0.9, 'of `"sgd"`', least=0.0, below=1.0),
     ROUNDING,
 )
-"""Keys of RSOAdamW's groups, beside AdamW's."""
+"""Keys of RSOAdamW's groups, in addition to AdamW's."""
 POSITION = (
     Whole("outer_step", 0, "how many outer steps a group has behind it", least=0),
     Whole("inner_step", 0, "how many inner steps it has of the one under way", least=0),
 )
-"""Where a group of RSOAdamW stands, in the group itself."""
+"""The position of an RSOAdamW group in its schedule, which the group itself holds."""
 
 UNSUPPORTED: dict[str, Any] = {
     "amsgrad": False,
@@ -214,12 +216,14 @@ UNSUPPORTED: dict[str, Any] = {
     "fused": None,
     "decoupled_weight_decay": True,
 }
-"""What torch.optim.AdamW knows besides, and the only value that means nothing here."""
+"""Options of torch.optim.AdamW that are not supported here. Each may only have the value given, which has no
+effect."""
 FOREIGN = ("params", "param_names", "initial_lr", "lr_scale", "base_momentum", "max_momentum")
-"""Of torch, its schedulers and of training scripts, where they resemble keys of ours."""
+"""Keys that torch, its schedulers and training scripts put into groups. They resemble our keys but are no
+misspellings of them."""
 NEAR_MISS = 0.8
-"""Of difflib's ratio: `update_gap` for update_proj_gap has 0.80, `maximise` for maximize 0.88, `keeps` for
-eps 0.75."""
+"""A name with at least this ratio of difflib to a known key counts as a misspelling. `update_gap` for
+update_proj_gap has 0.80, `maximise` for maximize 0.88, `keeps` for eps 0.75."""
 
 
 def names(keys: Iterable[Key]) -> tuple[str, ...]:
@@ -231,7 +235,7 @@ def defaults(keys: Iterable[Key]) -> dict[str, Any]:
 
 
 def check_values(group: dict[str, Any], keys: Iterable[Key], where: str) -> None:
-    """Puts the checked value of every key into the group."""
+    """Checks the value of every key and puts the checked value into the group."""
     for key in keys:
         if isinstance(key, Rate):
             group[key.name] = key.checked(group[key.name], where, group.get("capturable"))
@@ -240,10 +244,10 @@ def check_values(group: dict[str, Any], keys: Iterable[Key], where: str) -> None
 
 
 def check_names(group: dict[str, Any], own: Iterable[str], where: str) -> None:
-    """Raises ValueError for a key of torch's AdamW that is not supported, unless it is off, and for one that
-    nearly is one of ours.
+    """Raises ValueError for an unsupported key of torch's AdamW that is not off, and for a key that closely
+    resembles a known one.
 
-    Other keys pass, as torch's optimizers let them: frameworks tag groups with them.
+    All other keys are accepted, as in torch's optimizers, because frameworks tag groups with them.
     """
     for name, value in group.items():
         if name in own or name in FOREIGN:
@@ -256,8 +260,8 @@ def check_names(group: dict[str, Any], own: Iterable[str], where: str) -> None:
 
 
 def check_arguments(optimizer: str, options: dict[str, Any], own: Iterable[str], of_groups: Iterable[str], remedy: str) -> None:
-    """Raises TypeError for keyword arguments that an optimizer does not have; the unsupported ones of torch's
-    AdamW may be off."""
+    """Raises TypeError for keyword arguments that an optimizer does not have. Unsupported options of torch's
+    AdamW are accepted if they are off."""
     for name, value in options.items():
         if name in of_groups:
             raise TypeError(f"{optimizer}() takes no {name!r}, which belongs to {remedy}")
@@ -275,7 +279,7 @@ def nearest_name(name: Any, known: Iterable[str]) -> str | None:
 
 
 def table(keys: Iterable[Key]) -> str:
-    """In Markdown: key, default, meaning."""
+    """The keys as a Markdown table with the columns key, default and meaning."""
     rows = [f"| `{key.name}` | {'required' if key.default is REQUIRED else f'`{_shown(key.default)}`'} | {key.meaning} |" for key in keys]
     return "\n".join(("| key | default | meaning |", "|---|---|---|", *rows))
 

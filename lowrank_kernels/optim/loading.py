@@ -1,4 +1,5 @@
-"""Loading a checkpoint as it is: torch's base class casts states to their parameters' dtype."""
+"""Loads a checkpoint without casting its states. torch's base class would cast them to their parameters'
+dtype."""
 
 from __future__ import annotations
 
@@ -22,9 +23,11 @@ def load_uncast(
     check: Callable[[dict[str, Any]], dict[str, Any]],
     restore: Callable[[dict[str, Any]], None],
 ) -> None:
-    """`load` is torch's load_state_dict. `check` gets the dict that it will take, and gives it completed or
-    raises; `restore` gets that one afterwards, to put states back as they were saved. Hooks of the user run
-    as with torch's: before `check`, and after `restore`.
+    """Loads `state_dict` with torch's checks and hooks, then puts the states back as they were saved.
+
+    load: torch's load_state_dict. check: gets the dict that is about to be loaded; returns it completed, or
+    raises. restore: gets the completed dict after `load` and puts the states back. The user's own hooks run
+    as with torch: the pre-hooks before `check`, the post-hooks after `restore`.
     """
     final: dict[str, Any] = {}
 
@@ -57,10 +60,10 @@ def refuse_projectors(incoming: dict[str, Any]) -> None:
 def complete_older(
     param_groups: list[dict[str, Any]], states: dict[Any, dict[str, Any]], missing: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> None:
-    """Fills in what an older version did not save: keys with the value that they had then, and where its
-    refreshes stand.
+    """Fills in what an older version did not save: missing keys, and when each basis was chosen.
 
-    There each parameter counted its own steps, and refreshed where that count was a multiple of the gap.
+    missing: group → keys that it may lack, with the values that they had in the older version. In that
+    version each parameter counted its own steps, and refreshed where that count was a multiple of the gap.
     """
     for group in param_groups:
         counts = {key: _count(states[key]) for key in group["params"] if "basis" in states.get(key, ())}
@@ -70,7 +73,7 @@ def complete_older(
             group.setdefault(key, value)
         for key in counts:
             state = states[key]
-            if "refreshed_at" not in state and counts[key] == 0:  # its only step was skipped: a random basis
+            if "refreshed_at" not in state and counts[key] == 0:  # its only step was skipped, so its basis is a random one
                 del states[key]
                 continue
             state.setdefault("refreshed_at", max(group.get("calls", 0) - 1, 0))
@@ -84,7 +87,8 @@ def _count(state: dict[str, Any]) -> int:
 
 
 def changes(group: dict[str, Any], saved: dict[str, Any], own: Iterable[keys.Key], index: int) -> list[str]:
-    """What the checkpoint's group says of these keys that the optimizer's does not."""
+    """One sentence for each of these keys whose value in the checkpoint's group differs from the
+    optimizer's."""
     differing = (name for name in keys.names(own) if group[name] != saved[name])
     return [f"{name} {group[name]!r} becomes {saved[name]!r} (group {index})" for name in differing]
 
@@ -92,8 +96,10 @@ def changes(group: dict[str, Any], saved: dict[str, Any], own: Iterable[keys.Key
 def check_low_rank(
     state: dict[str, Any], expected: dict[str, tuple[int, ...]], batch: Sequence[int], saved: dict[str, Any], where: str
 ) -> None:
-    """Raises ValueError for a checkpoint's state of a projected parameter, if it can be none. expected: the
-    shapes for one matrix."""
+    """Raises ValueError where a checkpoint's state cannot belong to this projected parameter.
+
+    expected: the shapes for one matrix. batch: (experts,) or (). saved: the checkpoint's group.
+    """
     if "step" not in state:
         raise ValueError(f"the checkpoint's step is missing ({where}); it was saved for another optimizer")
     check_step(state["step"], where)
@@ -114,19 +120,24 @@ def check_low_rank(
 
 
 def restore_low_rank(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:
-    """The loaded state of a projected parameter, as it was saved, in memory of its own."""
+    """Puts the saved values into the loaded state of a projected parameter, uncast and in memory of their
+    own."""
     for key, value in saved.items():
         if key == "step":
             state[key] = torch.tensor(float(value), dtype=torch.float32, device=param.device)
         elif key == "basis":
             state[key] = own_memory(value.detach().to(param.device))
-        elif isinstance(value, Tensor):  # row-major, which the step relies on
+        elif isinstance(value, Tensor):  # row-major: the step relies on it
             state[key] = value.detach().to(param.device, copy=True, memory_format=torch.contiguous_format)
 
 
 def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -> None:
-    """The loaded state of a parameter that torch's AdamW moves, in memory of its own and in the parameter's
-    strides; its fused kernel wants `step` beside it."""
+    """Puts the saved values into the loaded state of a parameter that torch's AdamW moves, in memory of their
+    own.
+
+    The moments get the parameter's strides. `step` goes to the parameter's device, where torch's fused kernel
+    wants it.
+    """
     for key, value in saved.items():
         if isinstance(value, Tensor):
             if key in MOMENTS:
@@ -136,8 +147,8 @@ def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -
 
 
 def check_dense(state: dict[str, Any], param: Tensor, where: str) -> None:
-    """Raises ValueError for a checkpoint's state of a parameter that torch's AdamW moves, if it can be
-    none."""
+    """Raises ValueError where a checkpoint's state cannot belong to this parameter, which torch's AdamW
+    moves."""
     check_tensors(state, ("step", *MOMENTS), where)
     check_step(state["step"], where)
     for key in MOMENTS:
@@ -157,7 +168,8 @@ def check_tensors(state: dict[str, Any], needed: Iterable[str], where: str) -> N
 
 
 def check_step(step: Any, where: str) -> None:
-    """A count of updates: a number, or a tensor that holds one."""
+    """Raises ValueError where `step` is no count of updates, which is a whole number or a tensor that holds
+    one."""
     if isinstance(step, Tensor):
         single = step.numel() == 1 and not step.is_complex()
         number = step.item() if single and step.device.type != "meta" else step

@@ -1,4 +1,4 @@
-"""The methods, one class each: a rule, a selection, a lift."""
+"""The methods, one class each. A method is a rule, a selection and a lift."""
 
 from __future__ import annotations
 
@@ -19,47 +19,48 @@ STORAGES = {32: Plain(), 8: EightBit()}
 
 @keys.documented("Keys of a low-rank group", keys.LOW_RANK)
 class LowRankAdamW(LowRankOptimizer):
-    """AdamW on R = PᵀG; W moves by α·P·N.
+    """AdamW on the projected gradient R = PᵀG; W moves by α·P·N.
 
         R = PᵀG';  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε)
         W' = (1 − lr·wd)·W' − lr·α·P·N          G' = G, W' = W on the left side, their transposes on the right
 
-    With P = I and α = 1 this is torch.optim.AdamW. For a matrix (rows, columns), m is the projected side and
-    n the other; P is (m, r) in the parameter's dtype, M and V are (r, n) in fp32 (fp64 for fp64 parameters),
-    so the state takes 8·r·n bytes and a basis against AdamW's 8·m·n in fp32.
+    With P = I and α = 1 this is torch.optim.AdamW. m is the length of the projected side of a matrix, n that
+    of the other side. P is (m, r) in the parameter's dtype. M and V are (r, n) in fp32 (fp64 for fp64
+    parameters). The fp32 state takes 8·r·n bytes plus the basis, where AdamW's takes 8·m·n.
 
     Args:
-        params: parameters, (name, parameter) pairs or groups. A group with `rank` is projected, one without
-            is torch's own fused AdamW. `lowrank_kernels.param_groups` makes both from a model.
-        lr: step size; a float, or a one-element tensor, on the CPU unless `capturable`.
+        params: parameters, (name, parameter) pairs or groups. A group with `rank` is projected. A group
+            without `rank` is trained by torch's own fused AdamW. `lowrank_kernels.param_groups` makes both
+            from a model.
+        lr: step size; a float, or a one-element tensor, which must be on the CPU unless `capturable`.
         betas: β1, β2 in [0, 1).
         eps: ε ≥ 0, added to the root of the bias-corrected second moment.
         weight_decay: wd ≥ 0, decoupled, applied before the update.
-        capturable: step() may be part of a CUDA graph (False). lr may then be a tensor on the GPU, which
-            kernels read at each replay. A graph keeps betas, eps, weight_decay, scale and an lr that is a
-            number as they were when it was captured, and the addresses of states, which load_state_dict
-            replaces. `refresh` says how bases come into it.
+        capturable: whether step() may be part of a CUDA graph (False). lr may then be a tensor on the GPU,
+            which kernels read at each replay. A graph fixes betas, eps, weight_decay and scale when it is
+            captured, and lr too if it is a number. It also fixes the addresses of the states, which
+            load_state_dict replaces. `refresh` explains how a graph gets new bases.
 
-    What a low-rank group holds besides is declared in optim/keys.py; help(LowRankAdamW) and
-    docs/group-keys.md list it.
+    The other keys of a low-rank group are declared in optim/keys.py; help(LowRankAdamW) and
+    docs/group-keys.md list them.
 
-    Where torch.distributed is initialised the first step compares seeds and other settings of all processes,
-    in one small all-gather, and raises RuntimeError where they differ for the same parameters. A matrix whose
-    gradients have been all zero waits with its basis for the first one that is not. Unknown keys of a group
-    pass, as torch's optimizers let them, unless they nearly are one of these.
+    Where torch.distributed is initialised, the first step compares the seeds and other settings of all
+    processes in one small all-gather. It raises RuntimeError where they differ for the same parameters. A
+    matrix gets its basis with its first gradient that is not all zero. Unknown keys of a group are accepted,
+    as in torch's optimizers, unless they closely resemble a known key.
 
-    Parameters of shape [experts, m, n] are batches of matrices, those with more dimensions are read as [out,
-    -1].
+    A parameter of shape [experts, m, n] is a batch of matrices. A parameter with more dimensions is read as
+    [out, -1].
 
     Raises:
-        ValueError, TypeError: at construction (and add_param_group) for anything out of range, a mistyped
-        key, what torch's AdamW knows and this one does not (amsgrad, maximize, …), a parameter that is no
-        matrix; in step() for a sparse or complex gradient. The message names the group, the parameter and the
-        remedy.
+        ValueError, TypeError: at construction (and add_param_group) for a value out of range, a mistyped key,
+        an option of torch's AdamW that is not supported here (amsgrad, maximize, …), or a parameter that is
+        no matrix; in step() for a sparse or complex gradient. The message names the group, the parameter and
+        the remedy.
 
-    Sources: GaLore, arXiv 2403.03507; I3S, arXiv 2502.05790. Unlike galore-torch, decay comes first and ε
-    stands outside the bias correction, as in torch.optim.AdamW; with eps = 0 and weight_decay = 0 the two
-    rules agree.
+    Sources: GaLore, arXiv 2403.03507; I3S, arXiv 2502.05790. Two things differ from galore-torch and follow
+    torch.optim.AdamW: decay comes first, and ε stands outside the bias correction. With eps = 0 and
+    weight_decay = 0 the two rules agree.
     """
 
     rule = AdamW()
@@ -88,30 +89,31 @@ class LowRankAdamW(LowRankOptimizer):
 
 
 class GaLoreAdamW(LowRankAdamW):
-    """LowRankAdamW with selection="dominant": the r leading singular vectors of the gradient (GaLore, arXiv
-    2403.03507)."""
+    """LowRankAdamW with selection="dominant": the basis is the r leading singular vectors of the gradient
+    (GaLore, arXiv 2403.03507)."""
 
     fixed = {"selection": "dominant"}
 
 
 class I3SAdamW(LowRankAdamW):
-    """LowRankAdamW with selection="importance": r singular vectors sampled with probability ∝ σ (I3S, arXiv
-    2502.05790)."""
+    """LowRankAdamW with selection="importance": the basis is r singular vectors, sampled with probability ∝ σ
+    (I3S, arXiv 2502.05790)."""
 
     fixed = {"selection": "importance"}
 
 
 class FiraAdamW(LowRankAdamW):
-    """LowRankAdamW with lift="residual": the rest of the gradient moves the weight as well, scaled like N
-    (Fira, arXiv 2410.01623).
+    """LowRankAdamW with lift="residual": the part of the gradient outside the subspace moves the weight as
+    well, scaled like N (Fira, arXiv 2410.01623).
 
-        W' = (1 − lr·wd)·W' − lr·α·(P·N + φ·(G' − P·R)),     φ: of each column, ‖N‖ / ‖R‖
+        W' = (1 − lr·wd)·W' − lr·α·(P·N + φ·(G' − P·R)),     φ = ‖N‖ / ‖R‖ of each column
 
-    lifts/residual.py has the limiter, which keeps the second part from growing by more than 1.01 a step.
+    A limiter keeps the norm of the second part from growing by more than a factor of 1.01 a step; see
+    lifts/residual.py.
 
-    selection is "dominant" unless the group says otherwise; "importance" gives I3S's bases under Fira. The
-    state has `residual_norm` besides, one fp32 a matrix. No device has it in one go yet: it is composed of
-    project, rule and lift.
+    selection is "dominant" unless the group sets another one; "importance" combines I3S's bases with Fira.
+    The state also has `residual_norm`, one fp32 for each matrix. No device has a fused step for this method
+    yet: a step is composed of project, rule and lift.
     """
 
     fixed = {"lift": "residual"}

@@ -1,5 +1,5 @@
-"""LowRankOptimizer: the order of things in a step, the schedule of refreshes, and what every low-rank
-optimizer loads and saves."""
+"""LowRankOptimizer: the base class of all low-rank optimizers. It orders the parts of a step, schedules the
+refreshes of bases, and loads and saves the state."""
 
 from __future__ import annotations
 
@@ -30,44 +30,45 @@ from .waiting import Waiting
 
 Fresh = tuple[int, str, Tensor]
 HOST = ("cpu",)
-"""Devices whose tensors can be read without waiting."""
+"""Types of devices whose tensors the host can read without waiting."""
 
 
 class LowRankOptimizer(Optimizer):
-    """Groups with `rank` are projected; the others are ordinary AdamW. A subclass names a rule, its lifts and
-    its storages.
+    """Projects groups with `rank`, and trains the others with ordinary AdamW. A subclass names a rule, its
+    lifts and its storages.
 
         group → buckets → (due? choose → carry → basis.copy_) → one backends.step a bucket → calls += 1
 
     The state of a projected parameter holds
 
-        step            fp32 on its device, the updates that were made
-        basis           P, (m, r) in its dtype; zero as long as no gradient was other than that
-        refreshed_at    the group's `calls` when that basis was chosen
-        draw_key        of a parameter with a name: a number for it, by which its draws go on being keyed
+        step            the number of updates made, fp32 on the parameter's device
+        basis           P, (m, r) in the parameter's dtype; zero until a gradient is not all zero
+        refreshed_at    the group's `calls` when the basis was chosen
+        draw_key        a number made from the parameter's name, which keys its random draws; only where the
+                        parameter has a name
 
     and the tensors of the rule and the lift. The state of a dense parameter is that of torch.optim.AdamW.
 
-    A group counts its own steps in `calls`; one that a GradScaler skipped is none. A basis is chosen before
-    the first update, and with the first gradient at or after each step where calls % update_proj_gap is the
-    parameter's offset: 0, or in a group with `stagger` its share of the period. Checks come before anything
-    moves.
+    A group counts its own steps in `calls`. A step that a GradScaler skipped does not count. A parameter gets
+    its first basis before its first update. It gets a new one with the first gradient at or after each step
+    where calls % update_proj_gap equals the parameter's offset. The offset is 0; in a group with `stagger`
+    the offsets spread over the period. All checks run before anything moves.
 
-    With a GradScaler the step is skipped on the device. A GPU is asked whether it was only where a refresh is
-    due. Gradients that the scaler has not unscaled are unscaled here, in place; 16-bit ones through fp32
-    copies, a bucket at a time.
+    With a GradScaler the device skips the step. The host asks a GPU whether a step was skipped only where a
+    refresh is due. Gradients that the scaler has not unscaled are unscaled here, in place, a bucket at a
+    time; 16-bit gradients go through fp32 copies.
     """
 
     rule: Rule
     lifts: dict[str, Lift]
     storages: dict[int, Storage]
-    """By state_bits."""
+    """The storages by state_bits."""
     fixed: dict[str, Any] = {}
-    """Values of group keys that the class stands for; a group with another one is refused."""
+    """Values of group keys that the class prescribes. A group with another value is refused."""
     preferred: dict[str, Any] = {}
-    """Defaults of group keys that are the class's own."""
+    """The class's own defaults of group keys."""
 
-    _step_supports_amp_scaling = True  # GradScaler then hands over grad_scale and found_inf, as it does to torch's fused AdamW
+    _step_supports_amp_scaling = True  # makes GradScaler hand over grad_scale and found_inf, as to torch's fused AdamW
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._forget()
@@ -84,8 +85,8 @@ class LowRankOptimizer(Optimizer):
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it
-        was."""
+        """Adds a group as torch does, then runs every check that is possible now. A refused group leaves the
+        optimizer unchanged."""
         super().add_param_group(param_group)
         index = len(self.param_groups) - 1
         try:
@@ -95,8 +96,8 @@ class LowRankOptimizer(Optimizer):
             raise
 
     def _complete(self, group: dict[str, Any], index: int) -> None:
-        """Fills the group's missing keys with their defaults and raises ValueError or TypeError for what
-        cannot work."""
+        """Fills the group's missing keys with their defaults. Raises ValueError or TypeError for keys, values
+        and parameters that cannot work."""
         groups.complete(group, index, self.fixed, self.preferred)
         self._check_rule(group, index)
         if groups.is_low_rank(group):
@@ -127,10 +128,10 @@ class LowRankOptimizer(Optimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns the closure's loss, if one is given.
+        """Updates every parameter that has a gradient. Returns the closure's loss, if a closure is given.
 
-        Inside a CUDA graph, which takes capturable=True, it is the update alone; `refresh` says how bases
-        come into it.
+        A CUDA graph of step() requires capturable=True and holds the update alone, without refreshes; see
+        `refresh`.
         """
         loss = None
         if closure is not None:
@@ -142,7 +143,7 @@ class LowRankOptimizer(Optimizer):
     @outside_training
     def _update(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        # Nothing is captured before CUDA is initialised, which asking would do.
+        # is_current_stream_capturing would initialise CUDA. Nothing can be captured before that.
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         work = [(group, *self._sorted(group, index, capturing)) for index, group in enumerate(self.param_groups)]
         if not (capturing or self._compared):
@@ -155,13 +156,13 @@ class LowRankOptimizer(Optimizer):
         if found_inf is not None and found_inf.device.type in HOST:
             found_inf = None
         for group, _, low_rank in work:
-            # A group without any parameters, as ZeroRedundancyOptimizer leaves them, counts along.
+            # A group without parameters counts its steps too: ZeroRedundancyOptimizer leaves such groups.
             if not skipped and (low_rank or (groups.is_low_rank(group) and not group["params"])):
                 self._step_group(group, low_rank, grad_scale, found_inf, capturing)
         self._after_step(skipped)
 
     def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
-        """The group's dense parameters, and its buckets, after every check."""
+        """Runs every check of a group. Returns its dense parameters and its low-rank buckets."""
         groups.check_values(group, index, self.fixed)
         self._check_rule(group, index)
         if not groups.is_low_rank(group):
@@ -215,7 +216,7 @@ class LowRankOptimizer(Optimizer):
             each = [matrices_of(param.detach()) for param in members.params]
             weights = [weight for matrices in each for weight in matrices]
             counts = [state["step"] for state in members.states for _ in range(members.per_param)]
-            # Some strides give no view of a matrix.
+            # Some strides allow no view as a matrix. The matrix is then a copy, to be written back.
             copied = [(param, m[0]) for param, m in zip(members.params, each, strict=True) if m[0].data_ptr() != param.data_ptr()]
         bucket = Bucket(
             weights=weights,
@@ -239,24 +240,27 @@ class LowRankOptimizer(Optimizer):
         return [*hyper.storage.layout(hyper.rule.state(1, 1), torch.float32), *hyper.lift.state()]
 
     def _rounding_seeds(self, group: dict[str, Any], members: Members) -> Tensor:
-        """(B,) int64, a function of (seed, place)."""
+        """The seeds of stochastic rounding, (B,) int64, a function of the group's seed and each matrix's
+        place. With moments="reset" they depend on `refreshed_at` too."""
         seeds = []
         for slot, state in enumerate(members.states):
-            # The count of updates, which the bits hang on too, starts anew with each period of "reset".
+            # The random bits depend on the count of updates, which "reset" sets to zero in each period.
+            # Without this number every period would round alike.
             period = (state["refreshed_at"],) if group["moments"] == "reset" else ()
             places = self._places(group, members, slot)
             seeds += [philox.signed64(philox.derive_seed(group["seed"], *place, *period)) for place in places]
         return upload(pack([seeds]), 1, members.device)[0]
 
     def _places(self, group: dict[str, Any], members: Members, slot: int) -> list[tuple[int, int]]:
-        """(key of the parameter, number of the matrix in it): what the random draws of each of its matrices
-        are keyed by."""
+        """(key of the parameter, number of the matrix in it) for each of a parameter's matrices. The random
+        draws of a matrix are keyed by this pair."""
         key = self._draw_key(group, members.places[slot], members.states[slot])
         return [(key, number) for number in range(members.per_param)]
 
     def _draw_key(self, group: dict[str, Any], place: int, state: dict[str, Any]) -> int:
-        """A number for the parameter's name; its index in the optimizer where it has no name, or an older
-        checkpoint knew none."""
+        """The number that keys the parameter's random draws. It is made from the parameter's name. It is the
+        parameter's index in the optimizer where there is no name, or where the state has none, as in an older
+        checkpoint."""
         if "draw_key" in state:
             return state["draw_key"]
         named = None if state else groups.draw_key(group, place)
@@ -271,15 +275,17 @@ class LowRankOptimizer(Optimizer):
         return first
 
     def _after_step(self, skipped: bool) -> None:
-        """What is left to do when everything has moved."""
+        """Runs at the end of each step, after every parameter has moved. skipped: whether the step was
+        skipped on the host."""
 
     # The refresh.
 
     def _due(self, group: dict[str, Any], low_rank: list[Members]) -> list[dict[tuple[int, str], list[int]]]:
-        """For each bucket (number of the refresh, kind) → slots of the members that need a basis before this
-        update; [] where none does.
+        """The members of each bucket that need a basis before this update, as (number of the refresh, kind) →
+        slots; [] where no member needs one.
 
-        kind: "first", where there is no state yet; "next"; "waits", for the first gradient that is not zero.
+        kind: "first" where there is no state yet; "next" where a new period begins; "waits" where the basis
+        may still be zero, because no gradient other than zero has come yet.
         """
         self._waiting.settle(self.state)
         due = [self._due_now(group, members) for members in low_rank]
@@ -297,7 +303,7 @@ class LowRankOptimizer(Optimizer):
                 last, number = groups.last_refresh(group, members.places[slot], group["calls"])
             if not state:
                 slots.setdefault((number, "first"), []).append(slot)
-            elif not last <= state["refreshed_at"] <= group["calls"]:  # a later one is another group's count
+            elif not last <= state["refreshed_at"] <= group["calls"]:  # a later refreshed_at is of another group's count
                 slots.setdefault((number, "next"), []).append(slot)
             elif waiting and members.params[slot] in waiting:
                 slots.setdefault((number, "waits"), []).append(slot)
@@ -306,7 +312,8 @@ class LowRankOptimizer(Optimizer):
     def _chosen(
         self, group: dict[str, Any], members: Members, due: dict[tuple[int, str], list[int]], found_inf: Tensor | None
     ) -> list[Fresh]:
-        """(slot, kind, new basis (m, r) or (experts, m, r)) of the members that are due. Changes nothing."""
+        """(slot, kind, new basis) of each member that is due. A basis is (m, r) or (experts, m, r). Changes
+        nothing."""
         fresh: list[Fresh] = []
         for (number, kind), slots in due.items():
             chosen = iter(self._choose(group, members, number, kind, slots, found_inf))
@@ -319,8 +326,12 @@ class LowRankOptimizer(Optimizer):
     def _choose(
         self, group: dict[str, Any], members: Members, number: int, kind: str, slots: list[int], found_inf: Tensor | None
     ) -> list[Tensor]:
-        """One for each matrix. Of those that wait only matrices without a basis get one; a CPU chooses no
-        other, a GPU takes no other."""
+        """The new bases of the members in `slots`, one (m, r) for each matrix.
+
+        For the kind "waits" only matrices without a basis get a new one; the others keep theirs. A CPU
+        chooses bases for those matrices alone. A GPU chooses one for every matrix, and keeps or takes it on
+        the device.
+        """
         each = members.per_param
         grads = [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
         places = [place for slot in slots for place in self._places(group, members, slot)]
@@ -353,14 +364,15 @@ class LowRankOptimizer(Optimizer):
         return bases
 
     def _refresh(self, group: dict[str, Any], members: Members, fresh: list[Fresh], hyper: Hyper) -> None:
-        """New bases into the states, into the same memory: a graph may hold its address."""
+        """Writes new bases into the states. An existing basis keeps its memory, since a CUDA graph may hold
+        its address."""
         first = []
         for slot, kind, basis in fresh:
             param, state = members.params[slot], members.states[slot]
             if kind == "first" or param in self._waiting.params:
                 first.append(slot)
             if kind == "first":
-                with torch.inference_mode(False):  # the states outlive a step in it
+                with torch.inference_mode(False):  # the states outlive a step in inference mode
                     state |= self._new_state(group, members, slot, subspaces.own_memory(basis), hyper)
                 self.state[param] = state
                 continue
@@ -368,7 +380,7 @@ class LowRankOptimizer(Optimizer):
                 carry(group["moments"], state, basis, hyper.rule, hyper.storage)
                 state["refreshed_at"] = group["calls"]
             state["basis"].copy_(basis)
-        if group["selection"] != "random":  # which needs no gradient
+        if group["selection"] != "random":  # a random basis needs no gradient
             self._waiting.note([members.params[slot] for slot in first], [members.states[slot]["basis"] for slot in first])
 
     def _new_state(self, group: dict[str, Any], members: Members, slot: int, basis: Tensor, hyper: Hyper) -> dict[str, Any]:
@@ -382,7 +394,7 @@ class LowRankOptimizer(Optimizer):
         return state
 
     def _layout(self, hyper: Hyper, param: Tensor, right: bool, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shapes, for one matrix, and dtypes of the tensors that the rule and the lift keep."""
+        """Name → (shape for one matrix, dtype) of the tensors that the rule and the lift keep."""
         rows, columns = groups.matrix_shape(param)
         state_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         layout = hyper.storage.layout(hyper.rule.state(rank, rows if right else columns), state_dtype)
@@ -391,13 +403,12 @@ class LowRankOptimizer(Optimizer):
     @torch.compiler.disable
     @outside_training
     def refresh(self) -> None:
-        """What a replay of a CUDA graph that holds step() leaves to the host: call it once before each
-        replay.
+        """Does the host's part of a step() in a CUDA graph. Call it once before each replay of the graph.
 
-        Chooses the bases that are due before that update, from the gradients as they stand, which the graph
-        last left there (or, where the backward pass is a graph of its own, has just computed), into the same
-        memory. Counts the update. Raises RuntimeError without capturable=True, before the first step, and
-        where no parameter has a gradient.
+        Chooses the bases that are due before that update, and writes them into the same memory. Chooses them
+        from the current gradients: those of the last replay, or those just computed where the backward pass
+        is a graph of its own. Counts the update. Raises RuntimeError without capturable=True, before the
+        first step, and where no parameter has a gradient.
         """
         work = []
         for index, group in enumerate(self.param_groups):
@@ -414,7 +425,7 @@ class LowRankOptimizer(Optimizer):
             )
         if not all(state for _, low_rank in work for members in low_rank for state in members.states):
             raise RuntimeError("refresh() came before the first step; take one outside of the graph, which makes the states")
-        # All before anything changes: what may run out of memory.
+        # Choosing bases may run out of memory. All of it comes before anything changes.
         chosen = []
         for group, low_rank in work:
             due = self._due(group, low_rank)
@@ -425,8 +436,8 @@ class LowRankOptimizer(Optimizer):
             group["calls"] += 1
 
     def _compare_ranks(self) -> None:
-        """Where torch.distributed is initialised the draws of all processes have to agree. One that has none
-        takes part as well."""
+        """Raises RuntimeError where torch.distributed is initialised and the random draws of two processes
+        would differ. A process without low-rank parameters takes part in the all-gather as well."""
         held, settings = [], []
         for group in filter(groups.is_low_rank, self.param_groups):
             settings.append(tuple(group[key] for key in keys.names(keys.LOW_RANK)))
@@ -457,19 +468,21 @@ class LowRankOptimizer(Optimizer):
         loading.complete_older(self.param_groups, self.state, self._missing_in_older)
 
     def _missing_in_older(self, group: dict[str, Any]) -> dict[str, Any]:
-        """What a group that an older version saved may lack, and the value that it had then."""
+        """Keys that a group saved by an older version may lack, with the values that they had in that
+        version."""
         return groups.missing_in_older(group)
 
     @torch._disable_dynamo
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers only, so that torch.load(..., weights_only=True) takes it."""
+        """As torch's. It holds only tensors and Python's own types, so that torch.load(...,
+        weights_only=True) accepts it."""
         self._ask_for_skips()
         return super().state_dict()
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but fp32 states of half-precision parameters stay fp32, and nothing loaded shares
-        memory with `state_dict`.
+        """As torch's, with two differences: fp32 states of half-precision parameters stay fp32, and the
+        loaded states share no memory with `state_dict`.
 
         Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
         """
@@ -480,7 +493,8 @@ class LowRankOptimizer(Optimizer):
             self._forget()
 
     def _checked(self, incoming: dict[str, Any]) -> dict[str, Any]:
-        """The dict to load, with the keys that it is older than. Raises ValueError where it does not fit."""
+        """The dict to load, completed by the keys that an older version did not save. Raises ValueError where
+        it does not fit this optimizer."""
         loading.refuse_projectors(incoming)
         final = {**incoming, "param_groups": [dict(group) for group in incoming["param_groups"]]}
         final["state"] = {key: dict(state) for key, state in incoming["state"].items()}
@@ -488,7 +502,7 @@ class LowRankOptimizer(Optimizer):
         changes: list[str] = []
         for index, (group, saved) in enumerate(zip(self.param_groups, final["param_groups"], strict=False)):
             changes += self._check_loaded_group(group, saved, index)
-            if len(group["params"]) == len(saved["params"]):  # else torch says so
+            if len(group["params"]) == len(saved["params"]):  # else torch raises
                 for place, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
                     if state := final["state"].get(saved_id):
                         self._check_loaded_state(state, param, saved, group, index, place)
@@ -496,8 +510,8 @@ class LowRankOptimizer(Optimizer):
         return final
 
     def _check_loaded_group(self, group: dict[str, Any], saved: dict[str, Any], index: int) -> list[str]:
-        """Raises ValueError where the checkpoint's group cannot be this one; else the settings that it
-        changes."""
+        """One sentence for each setting that the checkpoint's group changes. Raises ValueError where that
+        group does not fit this one."""
         if groups.is_low_rank(group) != groups.is_low_rank(saved):
             kinds = ("dense", "low-rank")
             raise ValueError(
@@ -538,7 +552,7 @@ class LowRankOptimizer(Optimizer):
 
 
 def warn_without_rank(optimizer: LowRankOptimizer) -> None:
-    """Once, where a class that stands for a projection was given nothing to project."""
+    """Warns where the optimizer's class prescribes a projection and no group has a `rank`."""
     if (optimizer.fixed or optimizer.preferred) and not any(map(groups.is_low_rank, optimizer.param_groups)):
         warnings.warn(
             f"{type(optimizer).__name__} has no group with rank and trains every parameter with AdamW; "
@@ -549,5 +563,6 @@ def warn_without_rank(optimizer: LowRankOptimizer) -> None:
 
 
 def _is_refresh(due: list[dict[tuple[int, str], list[int]]]) -> bool:
-    """Whether a basis is to be replaced or made. That of a matrix which waits is decided on the device."""
+    """Whether any basis is to be replaced or made. Members of the kind "waits" do not count: the device
+    decides about them."""
     return any(kind != "waits" for each in due for _, kind in each)

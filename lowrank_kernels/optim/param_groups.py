@@ -1,4 +1,4 @@
-"""Which parameters of a model are projected: `param_groups`."""
+"""`param_groups`: chooses which parameters of a model are projected."""
 
 from __future__ import annotations
 
@@ -16,32 +16,36 @@ from .groups import ALL_KEYS, NAME
 
 
 def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str] = "all-linear", **options: Any) -> list[dict[str, Any]]:
-    """Splits a model's trainable parameters in [dense group, low-rank group] for LowRankAdamW and its kin.
+    """Splits a model's trainable parameters into [dense group, low-rank group], for LowRankAdamW and its
+    subclasses.
 
     Args:
         model: any module. Parameters with requires_grad=False are left out; shared ones appear once.
         rank: r of the low-rank group.
-        target_modules: "all-linear" (or "all_linear"), every linear layer but PEFT's adapters and the output
-            head (`lm_head`, what `model.get_output_embeddings()` returns, and any layer whose weight is an
-            embedding's), and experts that lie in one parameter, as Mixtral's do; or a list of strings, a
-            module being taken where its name contains one of them (`["q_proj", "mlp"]`) or matches it as a
-            regular expression; or a regular expression that must match a module's whole name. Of the modules
-            found, the weights of linear layers are projected, and 3-D parameters `[experts, m, n]`.
+        target_modules: one of three things. The weights of linear layers and the 3-D parameters
+            `[experts, m, n]` of the modules found are projected.
+            - "all-linear" (or "all_linear"): every linear layer except PEFT's adapters and the output head,
+              and every module that holds its experts in one parameter, as Mixtral's does. The output head is
+              `lm_head`, what `model.get_output_embeddings()` returns, and any layer that shares an
+              embedding's weight.
+            - A list of strings such as `["q_proj", "mlp"]`: every module whose name contains one of them, or
+              matches one as a regular expression.
+            - A regular expression: every module whose whole name it matches.
         options: any other key of a low-rank group (`update_proj_gap`, `stagger`, `scale`, `proj_type`,
             `selection`, `lift`, `moments`, `svd`, `oversample`, `power_iters`, `seed`, `state_bits`,
-            `rounding`; `lr`, `betas`, `eps`, `weight_decay`), set in the low-rank group only. `capturable` is
-            the optimizer's own argument, for both groups.
+            `rounding`; `lr`, `betas`, `eps`, `weight_decay`). They are set in the low-rank group only.
+            `capturable` is the optimizer's own argument, for both groups.
 
     Returns:
         [{"params": everything else}, {"params": projected weights, "rank": rank, **options}]. The parameters
-        remember their names, by which random draws are keyed in whatever optimizer they come into. Warns
-        where less than half of the elements of trainable matrices (embeddings and head left out) are
+        carry their names from now on, and any optimizer of this package keys their random draws by them.
+        Warns where less than half of the elements of trainable matrices (embeddings and head left out) are
         projected.
 
     Raises:
         ValueError: an unknown option; target_modules that match nothing, nothing that can be projected, or a
             converted layer.
-        TypeError: a model that is none.
+        TypeError: a model that is no nn.Module.
     """
     allowed = [name for name in keys.names(ALL_KEYS) if name != "rank"]
     for key in options:
@@ -100,9 +104,9 @@ def _warn_if_little(model: nn.Module, dense: list[nn.Parameter], low_rank: list[
 
 def _projectable(name: str, module: nn.Module, by_name: bool) -> Iterator[nn.Parameter]:
     if is_linear(module):
-        if isinstance(module.weight, nn.Parameter):  # a parametrized weight is computed from others, which stay dense
+        if isinstance(module.weight, nn.Parameter):  # a parametrized weight is computed from other parameters; they stay dense
             yield module.weight
     elif not by_name:
         yield from experts_of(name, module)
-    elif not type(module).__module__.startswith("torch.nn."):  # torch's own have no experts; Conv1d has 3-D weights
+    elif not type(module).__module__.startswith("torch.nn."):  # torch's own modules have no experts, but Conv1d's weight is 3-D
         yield from (parameter for parameter in module.parameters(recurse=False) if parameter.dim() == 3)

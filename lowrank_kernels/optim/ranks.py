@@ -1,4 +1,4 @@
-"""Whether the processes of a data-parallel run draw the same subspaces."""
+"""Checks that the processes of a data-parallel run draw the same subspaces."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch.distributed as dist
 
 
 def check_equal(parameters: Iterable[object], settings: Iterable[object], device: torch.device) -> None:
-    """Raises RuntimeError, in all processes, where two of them have the same parameters and other settings.
-    One small all-gather.
+    """Raises RuntimeError, in all processes, where two of them have the same parameters but different
+    settings. This takes one small all-gather.
 
-    Processes that hold other parameters, as parts of a pipeline or under ZeroRedundancyOptimizer, have
-    nothing in common to compare.
-    parameters, settings: numbers, strings and tuples of them.
+    parameters, settings: numbers, strings and tuples of them. Processes with different parameters are not
+    compared, such as the stages of a pipeline or the processes of ZeroRedundancyOptimizer.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return

@@ -1,5 +1,5 @@
-"""RSOAdamW: trains the coordinates of SubspaceLinear layers for some steps at a time, each time in new random
-subspaces."""
+"""RSOAdamW: trains the coordinates of SubspaceLinear layers in random subspaces, and draws new subspaces
+every `inner_steps` steps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from .optimizer import LowRankOptimizer
 from .rso_groups import Layers, layers_of
 
 PART_ELEMENTS = 2**25
-"""The gradients of a bucket are copied to fp32 this many elements (128 MiB), or one matrix, at a time."""
+"""The most elements of gradients that one bucket copies to fp32 (128 MiB). A larger matrix is a bucket by
+itself."""
 
 
 class RSOAdamW(LowRankOptimizer):
-    """AdamW on the coordinates B of W₀ᵀ + P·B, afresh every `inner_steps` steps: randomized subspace
-    optimization (arXiv 2502.07222).
+    """AdamW on the coordinates B of Wᵀ = W₀ᵀ + P·B, started anew in another subspace every `inner_steps`
+    steps: randomized subspace optimization (arXiv 2502.07222).
 
         R = dB + proximal·B;  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²
         N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε)
@@ -37,47 +38,51 @@ class RSOAdamW(LowRankOptimizer):
         Wᵀ = (1 − lr·wd)·Wᵀ − lr·P·N,      which keeps Wᵀ = W₀ᵀ + P·B, where W₀ decays as well
         after `inner_steps` steps: the next P from the seed, and B = M = V = t = 0
 
-    The weights of the layers (`SubspaceLinear`, `to_subspace`) are merged at all times: nothing is to be done
-    before evaluating or saving the model. All other parameters get torch's own fused AdamW. With inner="sgd"
-    N is M = momentum·M + R, on the layers alone.
+    The weights of the layers (`SubspaceLinear`, `to_subspace`) are up to date at all times. The model can be
+    evaluated or saved without any merging. All other parameters are trained by torch's own fused AdamW. With
+    inner="sgd" the layers use N = M = momentum·M + R; the other parameters keep AdamW.
 
-    State of a layer: `step` (t), exp_avg and exp_avg_sq (or momentum_buffer) of (r, out) in fp32 (fp64 for
-    fp64), where proximal is not 0 `displacement`, which is B, and `subspace`, a number by which
-    load_state_dict recognises P; the group holds `outer_step` and `inner_step`. P is in no checkpoint. A
-    resumed run continues bit for bit, in the middle of an outer step too; the model has to be converted as it
-    was.
+    The state of a layer holds `step` (t); exp_avg and exp_avg_sq (or momentum_buffer), each (r, out) in fp32
+    (fp64 for fp64); where proximal is not 0, `displacement`, which is B; and `subspace`, a number by which
+    load_state_dict recognises P. The group holds `outer_step` and `inner_step`. No checkpoint holds P. A
+    resumed run continues bit for bit, even from the middle of an outer step, if the model is converted with
+    the same arguments.
 
-    Calls of step() count for `inner_steps`, also those that a GradScaler skips; t counts updates. Layers that
-    share P belong into one group.
+    Every call of step() counts for `inner_steps`, even one that a GradScaler skips; t counts updates only.
+    Layers that share P must be in one group.
 
     Args:
         params: `model.parameters()` after the conversion, (name, parameter) pairs or groups.
         lr: step size; a float, or a one-element tensor on the CPU.
         betas: β1, β2 in [0, 1).
         eps: ε ≥ 0, added to the root of the bias-corrected second moment.
-        weight_decay: wd ≥ 0, decoupled, of the whole weight.
+        weight_decay: wd ≥ 0, decoupled, applied to the whole weight.
         inner_steps: steps in one subspace (200).
         proximal: weight of ½·proximal·‖B‖² in the inner problem (0).
         inner: "adamw", or "sgd" with momentum.
-        momentum: of "sgd", in [0, 1) (0.9).
-        rounding: of the layers' weights at each step: "nearest" (default), or for layers in bf16
-            "stochastic", up or down at random so that the mean stays, as a function of (the layer's P, index
-            of its parameter in the group, t, element). To nearest, updates below half a unit in the last
-            place of a weight are lost.
+        momentum: momentum of "sgd", in [0, 1) (0.9).
+        rounding: how the layers' weights are rounded at each step: "nearest" (default), or "stochastic" for
+            layers in bf16. Rounding to nearest loses updates below half a unit in the last place of a weight.
+            Stochastic rounding goes up or down at random so that the mean stays. It is a function of (the
+            layer's P, index of its parameter in the group, t, element).
 
-    Every argument but params is a key of a group too, and may be changed between steps. Within an outer step:
-    `inner_steps` at or below the position ends it with the next call, another `inner` starts from zero
-    moments, and a proximal term that was off until now takes the B of this moment for 0.
+    Every argument but params is also a key of a group and may be changed between steps. Some changes take
+    effect within an outer step. If `inner_steps` is set to the current position or less, the next call ends
+    the outer step. Another `inner` starts from zero moments. If `proximal` was 0 until now, B counts from
+    zero at that moment.
 
-    Where torch.distributed is initialised the first step compares subspaces of all processes, in one small
-    all-gather, and raises RuntimeError where they differ.
+    Where torch.distributed is initialised, the first step compares the subspaces of all processes in one
+    small all-gather. It raises RuntimeError where they differ.
 
     Raises:
-        ValueError, TypeError: at construction for what is out of range, a mistyped key, parameters of which
-        none belongs to a converted layer, sharded parameters, layers that share P in different groups.
-        RuntimeError in step(): a layer of these parameters was converted after the optimizer was built, its P
-        belongs to another optimizer, its weight has a gradient of its own or is no parameter any more, or a
-        CUDA graph is being captured. A warning names layers that had no gradient in the first outer step.
+        ValueError, TypeError: at construction for a value out of range, a mistyped key, parameters of which
+        none belongs to a converted layer, sharded parameters, or layers that share P but are in different
+        groups.
+        RuntimeError: in step() where a layer of these parameters was converted after the optimizer was built,
+        its P belongs to another optimizer, its weight has a gradient of its own or is no longer a parameter,
+        or a CUDA graph is being captured.
+
+    Warns of layers that had no gradient in the first outer step.
     """
 
     moves_coordinates = True
@@ -107,8 +112,8 @@ class RSOAdamW(LowRankOptimizer):
             remedy="lowrank_kernels.to_subspace(model, rank=…, …)",
         )
         self._met: set[Tensor] = set()
-        """Coordinates that had a gradient in the first outer step, also where a GradScaler skipped all of
-        it."""
+        """Coordinates that had a gradient in the first outer step, even if a GradScaler skipped all of its
+        steps."""
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
         super().__init__(params, adamw | own | keys.defaults(keys.POSITION))
@@ -120,7 +125,7 @@ class RSOAdamW(LowRankOptimizer):
         if not any(map(layers_of, self.param_groups)):
             raise ValueError(self._why_no_coordinates())
         self._built = True
-        for group in self.param_groups:  # when nothing can be refused any more: another optimizer may be at work on these layers
+        for group in self.param_groups:  # last, after every check: a refused optimizer must not disturb another one on these layers
             _move_subspaces(layers_of(group), group["outer_step"])
 
     def _why_no_coordinates(self) -> str:
@@ -140,8 +145,8 @@ class RSOAdamW(LowRankOptimizer):
 
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's, then every check that can be made now. A refused group leaves the optimizer as it
-        was."""
+        """Adds a group as torch does, then runs every check that is possible now. A refused group leaves the
+        optimizer unchanged."""
         super().add_param_group(param_group)
         if self._built:
             group = self.param_groups[-1]
@@ -167,7 +172,8 @@ class RSOAdamW(LowRankOptimizer):
                 )
 
     def _check_converted(self) -> None:
-        """No layer that trained as a whole has become a SubspaceLinear unnoticed."""
+        """Raises RuntimeError where a layer was converted after the optimizer was built, so that its
+        coordinates are not in the optimizer."""
         owned = {param for group in self.param_groups for param in layers_of(group)}
         for index, group in enumerate(self.param_groups):
             for param in group["params"]:
@@ -208,7 +214,8 @@ class RSOAdamW(LowRankOptimizer):
             rso_groups.check_layer(layer, group, index, param)
         if group["outer_step"] == 0:
             self._met.update(param for param in layers if param.grad is not None)
-        # What has the state of coordinates and no layer belonged to one that is dense again.
+        # A parameter with the state of coordinates but without a layer is left over: to_dense has turned its
+        # layer back.
         dense = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
         return dense, _buckets(group, layers)
 
@@ -269,7 +276,8 @@ class RSOAdamW(LowRankOptimizer):
         return upload(pack([seeds]), 1, members.device)[0]
 
     def _state_of(self, param: Tensor, group: dict[str, Any], hyper: Hyper) -> dict[str, Any]:
-        """The layer's state, with zeros for what it lacks; without the moments of another inner optimizer."""
+        """The layer's state, made complete for the current settings. Missing tensors become zeros. The
+        moments of another inner optimizer are removed."""
         state, needed = self.state[param], hyper.rule.state(*param.shape)
         state_dtype = torch.promote_types(param.dtype, torch.float32)
         if any(key not in state for key in needed):
@@ -289,7 +297,7 @@ class RSOAdamW(LowRankOptimizer):
     # The refresh: the next P, for the next forward pass.
 
     def _after_step(self, skipped: bool) -> None:
-        """Calls count, also those that were skipped."""
+        """Counts the call, even a skipped one, and starts the next outer step where it is due."""
         for group in self.param_groups:
             group["inner_step"] += 1
         for index, group in enumerate(self.param_groups):
@@ -302,7 +310,7 @@ class RSOAdamW(LowRankOptimizer):
     def _next_outer_step(self, group: dict[str, Any], layers: Layers) -> None:
         try:
             _move_subspaces(layers, group["outer_step"] + 1)
-        except BaseException:  # out of memory, Ctrl-C: the next call tries again
+        except BaseException:  # such as out of memory or Ctrl-C; the next call tries again
             _move_subspaces(layers, group["outer_step"])
             raise
         group["inner_step"] = 0
@@ -313,11 +321,11 @@ class RSOAdamW(LowRankOptimizer):
                     value.zero_()
 
     def refresh(self) -> None:
-        """There is none: this optimizer cannot be a part of a CUDA graph."""
+        """Always raises RuntimeError, because this optimizer cannot be a part of a CUDA graph."""
         raise RuntimeError("RSOAdamW has no refresh(): its step() cannot be captured in a CUDA graph, and draws the next P itself")
 
     def _compare_ranks(self) -> None:
-        """All processes have to draw the same subspaces."""
+        """Raises RuntimeError where processes would draw different subspaces."""
         layers = [pair for group in self.param_groups for pair in layers_of(group).items()]
         settings = [tuple(group[key] for key in ("inner_steps", "rounding", *keys.names(keys.POSITION))) for group in self.param_groups]
         if layers:
@@ -393,8 +401,9 @@ def _move_subspaces(layers: Layers, outer_step: int) -> None:
 
 
 def _buckets(group: dict[str, Any], layers: Layers) -> list[Members]:
-    """Coordinates with a gradient whose layers' weights are alike, at most PART_ELEMENTS of their gradients
-    at a time."""
+    """The buckets of coordinates that have a gradient. All layers of a bucket have weights of the same shape,
+    strides, dtype and device. Its gradients have at most PART_ELEMENTS elements, unless it is a single
+    matrix."""
     found: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
     places = {param: place for place, param in enumerate(group["params"])}
     for param, layer in layers.items():

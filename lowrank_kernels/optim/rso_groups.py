@@ -1,5 +1,5 @@
-"""What a group of RSOAdamW may hold: its keys, where it stands, its converted layers, and every check that
-can be made of them."""
+"""What a group of RSOAdamW may hold: its keys, its position in the schedule and its converted layers, with
+every check of them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .loading import check_step, check_tensors
 
 RULES: dict[str, Rule] = {"adamw": AdamW(), "sgd": SGD()}
 INNER = {inner: tuple(rule.state(1, 1)) for inner, rule in RULES.items()}
-"""Inner optimizers, and the tensors (r, out) of their state."""
+"""Inner optimizer → names of its state's tensors, each (r, out)."""
 ALL_KEYS = (*keys.ADAMW, *keys.RSO, *keys.POSITION)
 Layers = dict[Tensor, SubspaceLayer]
-"""Coordinates → their layer."""
+"""Coordinates → the layer that they belong to."""
 
 
 def layers_of(group: dict[str, Any]) -> Layers:
@@ -33,7 +33,7 @@ def describe(group: dict[str, Any], index: int, param: Tensor) -> str:
 
 
 def check_values(group: dict[str, Any], index: int) -> None:
-    """Every value of a group, also of one that was loaded or changed since."""
+    """Checks every value of a group. The group may have been loaded or changed since its construction."""
     keys.check_values(group, ALL_KEYS, groups.describe(group, index))
 
 

@@ -1,4 +1,4 @@
-"""What a GradScaler asks of a step: gradients divided by its scale, and a step that is skipped on the
+"""Support for GradScaler: dividing gradients by its scale, and counting the steps that it skipped on the
 device."""
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from .buckets import Members
 
 @contextlib.contextmanager
 def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
-    """The members' gradients divided by the scale inside, and left so after a step that was made, as torch's
-    fused AdamW does.
+    """Divides the members' gradients by the scale inside the context. They stay divided after a successful
+    step, as with torch's fused AdamW.
 
-    16-bit gradients are divided in fp32 copies: their own quotients would underflow. A failed step leaves all
-    as they were, exactly so for scales that are powers of two, as a scaler's are.
+    16-bit gradients are divided in fp32 copies, because quotients in 16 bits would underflow. A failed step
+    restores the gradients. The restored values are exact for scales that are powers of two, as a scaler's
+    are.
     """
     if grad_scale is None:
         yield
@@ -40,12 +41,12 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
         if divided[0].data_ptr() != param.grad.data_ptr():
             whole = torch.stack(divided) if param.dim() == 3 else divided[0]
             param.grad.copy_(whole.reshape(param.shape))
-    members.grads = grads  # fp32 copies are let go
+    members.grads = grads  # frees the fp32 copies
 
 
 class Skips:
-    """Steps of a group that a scaler may have skipped on a GPU since the host last asked, which waits for
-    it."""
+    """Counts, on the GPU, the steps of a group that a scaler has skipped since the host last asked. Asking
+    waits for the GPU."""
 
     def __init__(self) -> None:
         self._skipped: Tensor | None = None
@@ -55,6 +56,6 @@ class Skips:
         self._skipped = skipped if self._skipped is None else self._skipped + skipped
 
     def ask(self) -> int:
-        """How many of them were."""
+        """The number of steps skipped since the last call. Waits for the GPU."""
         skipped, self._skipped = self._skipped, None
         return 0 if skipped is None else int(skipped.item())

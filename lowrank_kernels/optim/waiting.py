@@ -1,9 +1,9 @@
-"""Parameters whose gradients have been all zero so far. They wait with their first basis: an arbitrary one
-would last a whole period.
+"""Tracks parameters whose gradients have been all zero so far. They get no basis yet, because an arbitrary
+one would last a whole period.
 
-The basis of such a matrix is zero, and so is its update: this is all that a checkpoint has to hold. On a GPU
-the host learns later that a parameter has its basis; until then it lets bases be chosen that the device then
-does not take.
+The basis of such a matrix is zero, and so is its update. A checkpoint needs to hold nothing else about it. On
+a GPU the host learns only later that a parameter has its basis. Until then it still has bases chosen for that
+parameter, and the device discards them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from .buckets import split
 
 
 class Waiting:
-    """What the host knows of it."""
+    """What the host knows about the parameters that wait for a basis."""
 
     def __init__(self) -> None:
         self.params: set[Tensor] = set()
-        """All that may be waiting."""
+        """All parameters that may still be waiting."""
         self._examined = False
         self._unknown: list[tuple[Callable[[], bool], Tensor, list[Tensor]]] = []
 
     def note(self, params: list[Tensor], bases: list[Tensor]) -> None:
-        """These have got a basis, or a part of it, or zeros because there was no gradient to choose it
-        from."""
+        """Records parameters that a basis was just chosen for. The basis, or that of some experts, is zero
+        where the gradient was zero."""
         if not params:
             return
         chosen = torch.stack([_is_chosen(basis) for basis in bases])
@@ -37,8 +37,8 @@ class Waiting:
         self._take_in()
 
     def settle(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """Takes in what is known by now; the first time looks at all bases, which may come from a checkpoint,
-        and waits for a GPU."""
+        """Updates `params` from the flags that have arrived by now. The first call looks at all bases, since
+        they may come from a checkpoint, and waits for a GPU."""
         if not self._examined:
             self._examined = True
             bases = {param: state["basis"] for param, state in states.items() if "basis" in state}
@@ -52,7 +52,8 @@ class Waiting:
 
 
 def _on_its_way(flags: Tensor) -> tuple[Callable[[], bool], Tensor]:
-    """Whether the flags have arrived on the host, and where they arrive."""
+    """Starts copying the flags to the host. Returns a function that tells whether they have arrived, and the
+    tensor that they arrive in."""
     if not flags.is_cuda:
         return lambda: True, flags
     on_host = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)

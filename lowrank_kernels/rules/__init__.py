@@ -1,5 +1,5 @@
-"""Update rules: R (r, n) and what the rule keeps → N (r, n). One file a rule, in plain PyTorch, which is its
-definition."""
+"""Update rules: a rule computes N (r, n) from R (r, n) and its own state. Each rule has one file, in plain
+PyTorch, which is its definition."""
 
 from .rule import Rule
 

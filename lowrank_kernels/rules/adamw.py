@@ -25,7 +25,7 @@ class AdamW(Rule):
         return (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
 
     def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:
-        """M ← C·M, V ← C²·V elementwise squared: V as if its directions were independent (LDAdam, arXiv
-        2410.16103)."""
+        """M ← C·M and V ← C²·V, where C = `turn` and C² squares each element. V is turned as if its
+        directions were independent (LDAdam, arXiv 2410.16103)."""
         state["exp_avg"].copy_(turn @ state["exp_avg"])
         state["exp_avg_sq"].copy_(turn.square() @ state["exp_avg_sq"])

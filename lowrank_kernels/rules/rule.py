@@ -1,4 +1,4 @@
-"""What a rule is."""
+"""Rule: the base class of update rules."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from torch import Tensor
 
 
 class Rule:
-    """R → N for one matrix. A subclass has a name, its keys in a group, its states, and its formula."""
+    """Computes N from R for one matrix. A subclass has a name, its keys of a group, its state and its
+    formula."""
 
     name: str
     keys: tuple[str, ...] = ()
     """Keys of the group that `update` takes."""
 
     def state(self, rank: int, n: int) -> dict[str, tuple[int, int]]:
-        """Names and shapes of what is kept between steps, which starts as zeros."""
+        """Names and shapes of the tensors that are kept between steps. They start as zeros."""
         raise NotImplementedError
 
     def update(self, projected: Tensor, state: dict[str, Tensor], step: float | Tensor, **options: Any) -> Tensor:
-        """N (…, r, n) from R (…, r, n), both in fp32 (fp64 for fp64); `state` moves in place. step: the
+        """N (…, r, n) from R (…, r, n), both in fp32 (fp64 for fp64). Updates `state` in place. step: the
         number of this update, from 1."""
         raise NotImplementedError
 
     def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:
-        """The state in the coordinates of a new basis: turn = P_newᵀ·P_old (…, r, r)."""
+        """Turns the state into the coordinates of a new basis, in place. turn: P_newᵀ·P_old, (…, r, r)."""
         raise NotImplementedError(
             f"the rule {self.name} does not say what becomes of its state in a new basis; use moments='keep' or 'reset'"
         )

@@ -1,4 +1,4 @@
-"""Gradient descent with momentum in the subspace, as torch.optim.SGD has it."""
+"""Gradient descent with momentum in the subspace, with torch.optim.SGD's conventions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the states of a rule lie in memory between steps."""
+"""Storages: a storage says how the state of a rule is held in memory between steps."""
 
 from .eight_bit import EightBit
 from .plain import Plain

@@ -1,4 +1,4 @@
-"""8-bit moments: one byte an element and one fp32 scale for each block of 64 neighbours along n.
+"""8-bit moments: one byte for each element and one fp32 scale for each block of 64 neighbours along n.
 
 A block's scale s is its largest |value|. A code is linear in a root of the value, so that the values of a
 block may span several orders of magnitude:
@@ -6,11 +6,13 @@ block may span several orders of magnitude:
     M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋             m = s·sign(c − 128)·((c − 128)/127)²
     V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0       v = s·(c/255)⁴
 
-Neighbouring codes of M are 1.6 % apart at the top and 6e-5·s at the bottom, those of √V 0.8 % and 1.5e-5·√s.
-V > 0 keeps a code of 1 at least, so that N stays finite. A block whose largest value is under 2⁻¹²⁶ becomes
-zero; in one that holds a NaN or an infinity all values decode to NaN. Codes are uint8 (…, r, n), scales fp32
-(…, r, ⌈n / 64⌉). Blockwise coding of Adam's moments: Dettmers et al., "8-bit optimizers via block-wise
-quantization", arXiv 2110.02861; the codes here need no table.
+Neighbouring codes of M are 1.6 % apart at the top and 6e-5·s at the bottom. Those of √V are 0.8 % and
+1.5e-5·√s apart. V > 0 keeps a code of at least 1, so that N stays finite. A block whose largest value is
+under 2⁻¹²⁶ becomes zero. In a block that holds a NaN or an infinity all values decode to NaN. Codes are uint8
+(…, r, n), scales fp32 (…, r, ⌈n / 64⌉).
+
+Source of blockwise coding of Adam's moments: Dettmers et al., "8-bit optimizers via block-wise quantization",
+arXiv 2110.02861. Unlike theirs, the codes here need no table.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ SCALES = ("exp_avg_scale", "exp_avg_sq_scale")
 
 
 def scales_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-    """(…, r, n) → (…, r, ⌈n / 64⌉)."""
+    """The shape of the scales, (…, r, ⌈n / 64⌉), of moments of shape (…, r, n)."""
     return (*shape[:-1], -(-shape[-1] // BLOCK))
 
 
@@ -41,7 +43,7 @@ def decode(
 
 
 def encode_(m: Tensor, v: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor) -> None:
-    """Writes the codes and scales of M and V, (…, r, n) of any float dtype."""
+    """Writes the codes and scales of M and V in place. m, v: (…, r, n) of any float dtype."""
     exp_avg_scale.copy_(_peak(m))
     exp_avg_sq_scale.copy_(_peak(v))
     exp_avg.copy_((128 + (127 * m.sign() * _share(m, exp_avg_scale).sqrt() + 0.5).floor()).nan_to_num(128))
@@ -50,26 +52,26 @@ def encode_(m: Tensor, v: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_s
 
 
 def _peak(values: Tensor) -> Tensor:
-    """Largest |value| of each block in fp32: NaN in a block that is not finite, 0 where it is under the
-    smallest normal number."""
+    """The largest |value| of each block, in fp32. It is NaN for a block that is not finite, and 0 where it is
+    under the smallest normal number."""
     padded = torch.nn.functional.pad(values.abs(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
     peak = padded.amax(-1).to(torch.float32)
     return peak.where(peak >= SMALLEST, 0 * peak).where(peak.isfinite(), torch.nan)
 
 
 def _share(values: Tensor, scale: Tensor) -> Tensor:
-    """|value| / s in [0, 1], 0 where s is 0."""
+    """|value| / s in [0, 1]; 0 where s is 0."""
     spread = _spread(scale, values)
     return (values.abs() / spread).clamp(max=1).where(spread != 0, 0)
 
 
 def _spread(scale: Tensor, like: Tensor) -> Tensor:
-    """A scale for each element."""
+    """The scale of each element's block, (…, r, n)."""
     return scale.repeat_interleave(BLOCK, -1)[..., : like.shape[-1]]
 
 
 class EightBit(Storage):
-    """M and V of AdamW as codes, each with its scales beside it: exp_avg and exp_avg_scale, exp_avg_sq and
+    """Stores AdamW's M and V as codes, each with its scales: exp_avg and exp_avg_scale, exp_avg_sq and
     exp_avg_sq_scale."""
 
     name = "eight_bit"

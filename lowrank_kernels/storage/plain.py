@@ -1,4 +1,4 @@
-"""States as they are: fp32, or fp64 for fp64 weights."""
+"""Plain: stores states uncoded, in fp32, or in fp64 for fp64 weights."""
 
 from __future__ import annotations
 

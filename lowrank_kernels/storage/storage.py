@@ -1,4 +1,4 @@
-"""What a storage is."""
+"""Storage: the base class of storages."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 class Storage:
-    """Stored tensors ↔ the values that a rule computes with."""
+    """Converts between stored tensors and the values that a rule computes with."""
 
     name: str
 
     def layout(self, shapes: dict[str, tuple[int, int]], state_dtype: torch.dtype) -> Layout:
-        """What is stored for values of these names and shapes. state_dtype: fp32, fp64 for fp64 weights."""
+        """Names, shapes and dtypes of the tensors that store values of these names and shapes. state_dtype:
+        fp32, or fp64 for fp64 weights."""
         raise NotImplementedError
 
     def load(self, stored: dict[str, Tensor], state_dtype: torch.dtype) -> dict[str, Tensor]:
-        """The values, in `state_dtype`; they may be the stored tensors themselves."""
+        """The values in `state_dtype`. They may be the stored tensors themselves."""
         raise NotImplementedError
 
     def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-        """Writes back what `load` gave and a rule changed."""
+        """Writes the values that `load` returned, and that a rule has changed, back into `stored`."""
         raise NotImplementedError
