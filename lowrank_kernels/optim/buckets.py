@@ -160,7 +160,10 @@ def _all_fit(states: list[dict[str, Any]], expected: Expected, device: int) -> b
                 or list(map(Tensor.numel, tensors)).count(shape.numel()) != count
             ):
                 return False
-            if name != "basis" and not all(map(Tensor.is_contiguous, tensors)):
+            if name == "basis":
+                if list(map(Tensor.stride, tensors)).count(tensors[0].stride()) != count:
+                    return False
+            elif not all(map(Tensor.is_contiguous, tensors)):
                 return False
     except (KeyError, AttributeError, TypeError):
         return False
@@ -202,7 +205,8 @@ def _follow(state: dict[str, Any], param: Tensor, expected: Expected) -> None:
         if name == "step":
             state[name] = torch.as_tensor(state[name], dtype=dtype, device=param.device).reshape(())
         elif name == "basis":
-            if (state[name].dtype, state[name].device) != (param.dtype, param.device):
-                state[name] = own_memory(state[name].to(param.device, param.dtype))
+            basis = own_memory(state[name].to(param.device, param.dtype))
+            if (basis.dtype, basis.device, basis.stride()) != (state[name].dtype, state[name].device, state[name].stride()):
+                state[name] = basis  # else the memory stays: a CUDA graph may hold its address
         else:
             state[name] = state[name].to(param.device, dtype).contiguous()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -77,7 +76,7 @@ class LowRankOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """Drop everything known about the states; they may have been replaced."""
-        self._skips: defaultdict[int, Skips] = defaultdict(Skips)  # by the id of a group
+        self._skips = Skips()
         self._waiting = Waiting()
         self._compared = False
 
@@ -204,7 +203,7 @@ class LowRankOptimizer(Optimizer):
                     self._refresh(group, members, self._chosen(group, members, due[slot], found_inf), hyper)
                 self._move(group, members, hyper, found_inf)
         if found_inf is not None and not capturing:
-            self._skips[id(group)].note(found_inf)
+            self._skips.note(group, found_inf)
         group["calls"] += not capturing
 
     def _move(self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None) -> None:
@@ -289,7 +288,7 @@ class LowRankOptimizer(Optimizer):
         """
         self._waiting.settle(self.state)
         due = [self._due_now(group, members) for members in low_rank]
-        if _is_refresh(due) and (skipped := self._skips[id(group)].ask()):
+        if _is_refresh(due) and (skipped := self._skips.ask(group)):
             group["calls"] -= skipped
             due = [self._due_now(group, members) for members in low_rank]
         return due if any(due) else []
@@ -452,8 +451,8 @@ class LowRankOptimizer(Optimizer):
 
     def _ask_for_skips(self) -> None:
         for group in self.param_groups:
-            if id(group) in self._skips:
-                group["calls"] -= self._skips[id(group)].ask()
+            if skipped := self._skips.ask(group):
+                group["calls"] -= skipped
 
     def __getstate__(self) -> dict[str, Any]:
         self._ask_for_skips()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,17 +46,17 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
 
 
 class Skips:
-    """Counts, on the GPU, the steps of a group that a scaler has skipped since the host last asked. Asking
-    waits for the GPU."""
+    """Counts, on the GPU, the steps of each group that a scaler has skipped since the host last asked."""
 
     def __init__(self) -> None:
-        self._skipped: Tensor | None = None
+        self._skipped: dict[int, tuple[dict[str, Any], Tensor]] = {}
+        """By the id of a group. The group is held with its count, so that no other one gets its id."""
 
-    def note(self, found_inf: Tensor) -> None:
-        skipped = (found_inf != 0).float()
-        self._skipped = skipped if self._skipped is None else self._skipped + skipped
+    def note(self, group: dict[str, Any], found_inf: Tensor) -> None:
+        _, before = self._skipped.get(id(group), (group, 0))
+        self._skipped[id(group)] = group, before + (found_inf != 0).float()
 
-    def ask(self) -> int:
-        """The number of steps skipped since the last call. Waits for the GPU."""
-        skipped, self._skipped = self._skipped, None
+    def ask(self, group: dict[str, Any]) -> int:
+        """The number of the group's steps skipped since the last call. Waits for the GPU that counts them."""
+        _, skipped = self._skipped.pop(id(group), (group, None))
         return 0 if skipped is None else int(skipped.item())

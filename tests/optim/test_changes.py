@@ -294,3 +294,41 @@ def test_a_step_in_inference_mode_and_one_outside():
         optimizer.step()
     optimizer.step()
     assert optimizer.state[parameter]["step"] == 2
+
+
+def test_a_basis_that_lies_otherwise_than_its_bucket_is_brought_back():
+    """Kernels read all bases of a bucket with the strides of the first one."""
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.ones(8, 12)) for _ in range(3)]
+    optimizer = lrk.LowRankAdamW([{"params": params, "rank": 2}])
+    for number in range(2):
+        for param in params:
+            param.grad = torch.randn(8, 12)
+        if number == 1:
+            states = [optimizer.state[param] for param in params]
+            kept, before = states[0]["basis"], states[1]["basis"].clone()
+            states[1]["basis"] = states[1]["basis"].mT.contiguous().mT.clone(memory_format=torch.contiguous_format)
+            assert states[1]["basis"].stride() != kept.stride()
+        optimizer.step()
+    assert states[1]["basis"].stride() == kept.stride() and torch.equal(states[1]["basis"], before)
+    assert states[0]["basis"] is kept, "a CUDA graph may hold its address"
+
+
+def test_a_new_group_does_not_inherit_the_skips_of_one_that_is_gone(monkeypatch):
+    """Its dict may lie where the other one lay."""
+    monkeypatch.setattr(optimizer_module, "HOST", ())
+    optimizer = lrk.LowRankAdamW([{"params": [nn.Parameter(torch.ones(3))]}])
+    for _ in range(20):
+        param = nn.Parameter(torch.ones(8, 12))
+        optimizer.add_param_group({"params": [param], "rank": 2})
+        for found_inf in (0.0, 1.0):
+            param.grad, optimizer.found_inf = torch.randn(8, 12), torch.tensor(found_inf)
+            optimizer.step()
+        optimizer.found_inf = None
+        del optimizer.state[param], optimizer.param_groups[1]
+        fresh = nn.Parameter(torch.ones(8, 12))
+        optimizer.add_param_group({"params": [fresh], "rank": 2})
+        fresh.grad = torch.randn(8, 12)
+        optimizer.step()
+        assert optimizer.state_dict()["param_groups"][1]["calls"] == 1
+        del optimizer.state[fresh], optimizer.param_groups[1]
