@@ -63,11 +63,11 @@ def bucket_of(
         states |= dict(zip(eight_bit.SCALES, (exp_avg_scales, exp_avg_sq_scales), strict=True))
     steps = device_steps or [torch.tensor(step - 1.0, device=weights[0].device) for _ in weights]
     bucket = Bucket(weights, bases, states, list(steps), right, grads=grads, found_inf=found_inf, rounding_seeds=rounding_seeds)
-    bucket.check()
     storage = EightBit() if exp_avg_scales else Plain()
     options = {"betas": (beta1, beta2), "eps": eps}
-    rate = lr if device_lr is None else device_lr
-    return bucket, Hyper(AdamW(), BackProjection(), storage, rate, scale, weight_decay, options)
+    hyper = Hyper(AdamW(), BackProjection(), storage, lr if device_lr is None else device_lr, scale, weight_decay, options)
+    bucket.check(hyper)
+    return bucket, hyper
 
 
 def adamw_step_(*lists: list[Tensor], run: Callable[[Bucket, Hyper], None] = reference.step, **options) -> None:

@@ -1,6 +1,7 @@
 """A bucket's step by its backend: which one serves it, what is composed, and the CPU implementation against
 reference.py in fp64."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -16,7 +17,8 @@ from lowrank_kernels import backends
 from lowrank_kernels.backends import cpu, cuda, reference
 from lowrank_kernels.lifts.back_projection import BackProjection
 from lowrank_kernels.rules import Rule
-from lowrank_kernels.storage import Plain
+from lowrank_kernels.rules.adamw import AdamW
+from lowrank_kernels.storage import EightBit, Plain, eight_bit
 
 step_ = functools.partial(formulas.adamw_step_, run=backends.step)
 HYPER = dict(lr=0.05, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, scale=0.25)
@@ -166,12 +168,62 @@ def test_found_inf_leaves_every_bit(implementation):
     assert not torch.equal(tensors[0][0], before[0][0])
 
 
-def test_a_bucket_says_what_does_not_fit():
-    weights, grads, bases, exp_avgs, exp_avg_sqs = bucket(12, 20, 3, False)
-    with pytest.raises(ValueError, match="must share a shape"):
-        step_(weights, [grads[0].mT], bases, exp_avgs, exp_avg_sqs, **HYPER, right=False)
-    with pytest.raises(ValueError, match="must fit a right weight"):
-        step_(weights, grads, bases, exp_avgs, exp_avg_sqs, **HYPER, right=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grads": [torch.ones(12, 21)] * 3}, r"weights \(12, 20\) and grads \(12, 21\) must share a shape"),
+        ({"grads": [torch.ones(12, 20)] * 2}, "equally many matrices, got 2 grads for 3"),
+        ({"grads": [torch.ones(12, 20), torch.ones(20, 12).T, torch.ones(12, 20)]}, r"grads must share shape, strides.*\[1\] has"),
+        ({"grads": None}, "either grads or projected"),
+        ({"projected": torch.ones(3, 3, 20)}, "either grads or projected"),
+        ({"grads": None, "projected": torch.ones(3, 4, 20)}, r"projected must be \(3, 3, 20\)"),
+        ({"weights": []}, "weights is empty"),
+        ({"right": True}, "must fit a right weight"),
+        ({"bases": [torch.ones(11, 3)] * 3}, "must fit a left weight"),
+        ({"exp_avg": [torch.ones(20, 3)] * 3}, r"exp_avg must be \(3, 20\) torch.float32, got \(20, 3\)"),
+        ({"exp_avg": [torch.ones(3, 20).T.contiguous().T] * 3}, "exp_avg must be row-major"),
+        ({"exp_avg": [torch.ones(3, 20).bfloat16()] * 3}, "exp_avg must be .* torch.float32, got .* torch.bfloat16"),
+        ({"exp_avg": [torch.ones(3, 20, dtype=torch.uint8)] * 3}, "exp_avg must be .* got .* torch.uint8"),
+        ({"exp_avg_scale": [torch.ones(3, 1)] * 3}, "states must be exp_avg, exp_avg_sq for .*, got exp_avg, exp_avg_sq, exp_avg_scale"),
+        ({"steps": [torch.zeros(())]}, "equally many"),
+        ({"steps": [torch.zeros((), dtype=torch.int64)] * 3}, "steps must be one float32"),
+        ({"found_inf": torch.ones(2)}, "found_inf must be one float32"),
+        ({"lr": torch.ones(2)}, "lr must be one float32"),
+        ({"lr": torch.ones((), dtype=torch.float64)}, "lr must be one float32"),
+        ({"rounding_seeds": torch.ones(2, dtype=torch.int64)}, r"rounding_seeds are \(3,\) int64"),
+        ({"rounding_seeds": torch.ones(3, dtype=torch.int64)}, "for bfloat16 weights, got .* for torch.float32"),
+    ],
+    ids=str,
+)
+def test_a_bucket_says_what_does_not_fit(change, message):
+    made, hyper = formulas.bucket_of(*bucket(12, 20, 3, False, batch=3), **HYPER, right=False)
+    made.check(hyper)
+    for name, value in change.items():
+        if name == "lr":
+            hyper = dataclasses.replace(hyper, lr=value)
+        elif name.startswith("exp_avg"):
+            made.states[name] = value
+        else:
+            setattr(made, name, value)
+    with pytest.raises(ValueError, match=message):
+        made.check(hyper)
+
+
+@pytest.mark.parametrize("change", [{"exp_avg": torch.float32}, {"exp_avg_scale": None}, {"exp_avg_scale": (3, 2)}], ids=str)
+def test_a_bucket_of_8_bit_states_says_what_does_not_fit(change):
+    weights, grads, bases, _, _ = bucket(12, 20, 3, False)
+    codes = {name: [torch.zeros(3, 20, dtype=torch.uint8)] for name in eight_bit.MOMENTS}
+    scales = {name: [torch.ones(3, 1)] for name in eight_bit.SCALES}
+    made = backends.Bucket(weights, bases, codes | scales, [torch.zeros(())], False, grads=grads)
+    hyper = backends.Hyper(AdamW(), BackProjection(), EightBit(), lr=0.1)
+    made.check(hyper)
+    for name, value in change.items():
+        if value is None:
+            del made.states[name]
+        else:
+            made.states[name] = [torch.ones(value) if isinstance(value, tuple) else torch.ones(3, 20, dtype=value)]
+    with pytest.raises(ValueError, match="exp_avg"):
+        made.check(hyper)
 
 
 def test_kernels_tell_autograd_that_they_wrote():
@@ -226,8 +278,9 @@ def test_what_is_not_fused_is_composed(implementation, right, monkeypatch):
              for w, p, g in zip(weights, bases, grads, strict=True)]  # fmt: skip
     last, steps = [torch.zeros(3, 20) for _ in range(2)], [torch.zeros(()) for _ in range(2)]
     made = backends.Bucket(weights, bases, {"last": last}, steps, right, grads=grads)
-    made.check()
-    backends.step(made, backends.Hyper(Doubled(), BackProjection(), Plain(), lr=0.05))
+    hyper = backends.Hyper(Doubled(), BackProjection(), Plain(), lr=0.05)
+    made.check(hyper)
+    backends.step(made, hyper)
     assert all(torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6) for a, b in zip(weights, exact, strict=True))
     assert all(tensor.any() for tensor in last) and not any(steps), "whoever keeps the counts raises them"
 

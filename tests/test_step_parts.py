@@ -21,23 +21,44 @@ SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 SKIPPED = pytest.mark.parametrize("shape", [(), (1,)], ids=["0-d", "1-d"])
 
 
-def reference_update_moments_(exp_avgs, exp_avg_sqs, projected, *, beta1, beta2, eps, device_steps, found_inf=None):
-    states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
-    made = backends.Bucket(exp_avgs, exp_avgs, states, device_steps, False, projected=projected, found_inf=found_inf)
-    options = {"betas": (beta1, beta2), "eps": eps}
-    return reference.update(made, backends.Hyper(AdamW(), BackProjection(), Plain(), 0.0, options=options), projected)
+def of_bucket(run):
+    """update_moments_ by a function of a bucket. The weights and bases are there to have a bucket."""
+
+    def update_moments_(exp_avgs, exp_avg_sqs, projected, *, beta1, beta2, eps, device_steps, found_inf=None):
+        n, rank = projected.shape[2], projected.shape[1]
+        weights, bases = ([torch.zeros(1, size, dtype=projected.dtype, device=DEVICE) for _ in range(len(projected))] for size in (n, rank))
+        states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
+        made = backends.Bucket(weights, bases, states, device_steps, False, projected=projected, found_inf=found_inf)
+        hyper = backends.Hyper(AdamW(), BackProjection(), Plain(), 0.0, options={"betas": (beta1, beta2), "eps": eps})
+        if run is backends.update:
+            made.check(hyper)
+        return run(made, hyper, projected)
+
+    return update_moments_
 
 
-def reference_back_project_(weights, bases, normalised, *, right, device_steps=None, found_inf=None, rounding_seeds=None, **numbers):
-    steps = device_steps or [torch.zeros((), device=DEVICE) for _ in weights]
-    made = backends.Bucket(weights, bases, {}, steps, right, projected=normalised, found_inf=found_inf, rounding_seeds=rounding_seeds)
-    made.check()
-    reference.lift(made, backends.Hyper(AdamW(), BackProjection(), Plain(), **numbers), normalised, normalised)
+def lifted_by(run):
+    """back_project_ by a function of a bucket. The states are there to have a bucket."""
+
+    def back_project_(weights, bases, normalised, *, right, device_steps=None, found_inf=None, rounding_seeds=None, **numbers):
+        steps = device_steps or [torch.zeros((), device=DEVICE) for _ in weights]
+        dtype = torch.float64 if torch.float64 in (weights[0].dtype, bases[0].dtype) else torch.float32
+        shape = bases[0].shape[1], weights[0].shape[0 if right else 1]
+        states = {name: [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in weights] for name in ("exp_avg", "exp_avg_sq")}
+        made = backends.Bucket(
+            weights, bases, states, steps, right, projected=normalised, found_inf=found_inf, rounding_seeds=rounding_seeds
+        )
+        hyper = backends.Hyper(AdamW(), BackProjection(), Plain(), **numbers)
+        made.check(hyper)
+        run(made, hyper, normalised, normalised)
+
+    return back_project_
 
 
-@pytest.fixture(params=["cpu", "reference", "Triton"])
+@pytest.fixture(params=["backend", "cpu", "reference", "Triton"])
 def implementation(request):
-    """Of a part by name; Triton's on a CPU in the interpreter."""
+    """Of a part by name. The backend is what an optimizer's bucket gets: on a GPU, and in the dry lane, the
+    kernels. Triton on a CPU runs in the interpreter."""
     if request.param == "Triton":
         pytest.importorskip("triton")
     elif request.param == "cpu" and DEVICE != "cpu":
@@ -48,12 +69,15 @@ def implementation(request):
             from lowrank_kernels.backends.triton import back_project
 
             return {"update_moments_": triton_update_moments_, "back_project_": back_project.back_project_}[name]
-        if request.param == "cpu":
-            return {"update_moments_": counted(cpu.update_moments_), "back_project_": cpu.back_project_}[name]
-        return {"update_moments_": counted(reference_update_moments_), "back_project_": reference_back_project_}[name]
+        update, lift = {
+            "backend": (of_bucket(backends.update), lifted_by(backends.lift)),
+            "cpu": (cpu.update_moments_, cpu.back_project_),
+            "reference": (of_bucket(reference.update), lifted_by(reference.lift)),
+        }[request.param]
+        return {"update_moments_": counted(update), "back_project_": lift}[name]
 
     of.name = request.param
-    of.in_triton = request.param == "Triton"
+    of.in_triton = request.param == "Triton" or (request.param == "backend" and DEVICE == "cuda")
     return of
 
 
@@ -133,7 +157,7 @@ def test_weights_are_rounded_stochastically_as_the_reference_does(implementation
         assert not torch.equal(weight, value.bfloat16())
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "reference"], indirect=True)
+@pytest.mark.parametrize("implementation", ["backend", "cpu", "reference"], indirect=True)
 def test_moments_of_fp64_stay_in_fp64(implementation):
     exp_avgs, exp_avg_sqs, projected = moments(batch=1, dtype=torch.float64)
     m, v = exp_avgs[0].clone(), exp_avg_sqs[0].clone()
@@ -171,7 +195,7 @@ def test_moments_do_not_see_a_found_inf_of_zero(implementation, shape):
 @SIDES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_back_projection_against_fp64(implementation, dtype, right):
-    if implementation.in_triton and dtype == torch.float64:
+    if implementation.name == "Triton" and dtype == torch.float64:
         pytest.skip("the kernels take no fp64")
     weights, bases, normalised = weights_of(right, dtype)
     exact = [weight.double() for weight in weights]
@@ -194,7 +218,7 @@ def test_back_projection_against_fp64(implementation, dtype, right):
 @SKIPPED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_weights_keep_their_bits_where_a_step_is_skipped(implementation, dtype, right, shape):
-    if implementation.in_triton and dtype == torch.float64:
+    if implementation.name == "Triton" and dtype == torch.float64:
         pytest.skip("the kernels take no fp64")
     weights, bases, normalised = weights_of(right, dtype)
     weights[1][0, 0] = float("nan")
@@ -217,7 +241,7 @@ def test_weights_do_not_see_a_found_inf_of_zero(implementation, right, shape):
 REFUSED = (ValueError, RuntimeError)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "Triton"], indirect=True)
+@pytest.mark.parametrize("implementation", ["backend", "cpu", "Triton"], indirect=True)
 @pytest.mark.parametrize("wrong", ["exp_avgs", "exp_avg_sqs", "both", "projected", "device_steps", "too many device_steps"])
 def test_moments_of_other_lengths_are_refused_untouched(implementation, wrong):
     exp_avgs, exp_avg_sqs, projected = moments()
@@ -234,7 +258,7 @@ def test_moments_of_other_lengths_are_refused_untouched(implementation, wrong):
     assert same(before, bits(exp_avgs + exp_avg_sqs))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "Triton"], indirect=True)
+@pytest.mark.parametrize("implementation", ["backend", "cpu", "Triton"], indirect=True)
 @pytest.mark.parametrize("size", [(5, 32), (4, 33), (1, 33), (5, 34)], ids=str)
 @pytest.mark.parametrize("which", [0, 1], ids=["exp_avgs", "exp_avg_sqs"])
 def test_moments_of_another_shape_are_refused_untouched(implementation, which, size):
@@ -274,7 +298,7 @@ def test_the_cpu_takes_projected_gradients_of_any_strides():
     assert same(bits(exp_avgs + exp_avg_sqs), bits(others[0] + others[1]))
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "Triton"], indirect=True)
+@pytest.mark.parametrize("implementation", ["backend", "cpu", "Triton"], indirect=True)
 @pytest.mark.parametrize("change", [torch.Tensor.double, torch.Tensor.bfloat16], ids=["fp64", "bf16"])
 def test_moments_of_another_dtype_are_refused_untouched(implementation, change):
     exp_avgs, exp_avg_sqs, projected = moments()

@@ -85,8 +85,9 @@ class Bucket:
             rounding_seeds=None if self.rounding_seeds is None else self.rounding_seeds[cut],
         )
 
-    def check(self) -> None:
-        """Raises ValueError where the tensors of a list are not alike, or the lists do not fit each other."""
+    def check(self, hyper: Hyper) -> None:
+        """Raises ValueError where the tensors of a list are not alike, or the lists do not fit each other or
+        the method. An optimizer checks its states where it makes buckets; this is for other callers."""
         if not self.weights:
             raise ValueError("weights is empty: a bucket holds at least one matrix")
         if (self.grads is None) == (self.projected is None):
@@ -105,13 +106,21 @@ class Bucket:
                 raise ValueError(f"weights {tuple(self.weights[0].shape)} and grads {tuple(self.grads[0].shape)} must share a shape")
         elif self.projected.shape != (len(self), rank, n) or self.projected.device != self.device:
             raise ValueError(f"projected must be {(len(self), rank, n)} on {self.device}, got {tuple(self.projected.shape)}")
+        state_dtype = torch.float64 if torch.float64 in (self.weights[0].dtype, self.bases[0].dtype) else torch.float32
+        expected = hyper.storage.layout(hyper.rule.state(rank, n), state_dtype)
+        expected |= {name: (shape, torch.float32) for name, shape in hyper.lift.state().items()}
+        if self.states.keys() != expected.keys():
+            raise ValueError(f"states must be {', '.join(expected)} for {hyper.method}, got {', '.join(self.states)}")
         for name, tensors in self.states.items():
             _check_alike(name, tensors, len(self), self.device)
-            if tensors[0].dim() == 2 and (tensors[0].shape[0] != rank or not tensors[0].is_contiguous()):
-                raise ValueError(f"{name} must be row-major with r = {rank} rows, got {tuple(tensors[0].shape)}")
+            shape, dtype = expected[name]
+            if tuple(tensors[0].shape) != tuple(shape) or tensors[0].dtype != dtype:
+                raise ValueError(f"{name} must be {tuple(shape)} {dtype}, got {tuple(tensors[0].shape)} {tensors[0].dtype}")
+            if not tensors[0].is_contiguous():
+                raise ValueError(f"{name} must be row-major, got strides {tensors[0].stride()} of shape {tuple(shape)}")
         _check_alike("steps", self.steps, len(self), self.device)
-        for name, scalar in (("steps", self.steps[0]), ("found_inf", self.found_inf)):
-            if scalar is not None and (scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != self.device):
+        for name, scalar in (("steps", self.steps[0]), ("found_inf", self.found_inf), ("lr", hyper.lr)):
+            if isinstance(scalar, Tensor) and (scalar.numel() != 1 or scalar.dtype != torch.float32 or scalar.device != self.device):
                 raise ValueError(f"{name} must be one float32 on {self.device}, got {tuple(scalar.shape)}, {scalar.dtype}, {scalar.device}")
         seeds = self.rounding_seeds
         if seeds is not None and (self.weights[0].dtype != torch.bfloat16 or seeds.shape != (len(self),) or seeds.dtype != torch.int64):

@@ -33,7 +33,7 @@ def test_a_part_of_the_lane(arch):
     [summary] = [line for line in done.stdout.splitlines() if line.startswith(f"sm_{arch}: ")]
     launches, _, passed = summary.removeprefix(f"sm_{arch}: ").partition(" launches compiled, not run; passed: ")
     counts = {ending: int(count) for count, _, ending in (part.partition(" ") for part in passed.split(", "))}
-    assert int(launches) > 30 and counts["to its end"] > 15 and counts["to a comparison"] > 0
+    assert int(launches) > 60 and counts["to its end"] > 40 and counts["to a comparison"] > 0
 
 
 BREAKS = {
