@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..ops.dispatch import REFERENCE_FORCED
-from . import cpu, cuda, reference
+from . import cpu, cuda, foreach, reference
 from .bucket import Bucket, Hyper
 
 __all__ = ["BACKENDS", "Backend", "Bucket", "Hyper", "backend_of", "lift", "project", "step", "update"]
@@ -43,14 +43,14 @@ BACKENDS = {
     "cpu": Backend(
         project=cpu.project_bucket,
         fused=dict.fromkeys(ADAMW, cpu.step),
-        rules={("adamw", "plain"): cpu.update},
+        rules={("adamw", "plain"): cpu.update, ("sgd", "plain"): foreach.sgd},
         lifts={"back_projection": cpu.lift},
     ),
     "cuda": Backend(
         covers=cuda.covers,
         project=cuda.project,
         fused=dict.fromkeys(ADAMW, cuda.step),
-        rules={("adamw", "plain"): cuda.update},
+        rules={("adamw", "plain"): cuda.update, ("sgd", "plain"): foreach.sgd},
         lifts={"back_projection": cuda.lift},
     ),
 }

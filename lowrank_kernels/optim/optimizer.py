@@ -144,7 +144,7 @@ class LowRankOptimizer(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         # is_current_stream_capturing would initialise CUDA. Nothing can be captured before that.
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        work = [(group, *self._sorted(group, index, capturing)) for index, group in enumerate(self.param_groups)]
+        work = self._work(capturing)
         if not (capturing or self._compared):
             self._compare_ranks()
             self._compared = True
@@ -159,6 +159,10 @@ class LowRankOptimizer(Optimizer):
             if not skipped and (low_rank or (groups.is_low_rank(group) and not group["params"])):
                 self._step_group(group, low_rank, grad_scale, found_inf, capturing)
         self._after_step(skipped)
+
+    def _work(self, capturing: bool) -> list[tuple[dict[str, Any], list[Tensor], list[Members]]]:
+        """Each group with its dense parameters and its low-rank buckets, after every check."""
+        return [(group, *self._sorted(group, index, capturing)) for index, group in enumerate(self.param_groups)]
 
     def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
         """Runs every check of a group. Returns its dense parameters and its low-rank buckets."""
@@ -217,26 +221,33 @@ class LowRankOptimizer(Optimizer):
             counts = [state["step"] for state in members.states for _ in range(members.per_param)]
             # Some strides allow no view as a matrix. The matrix is then a copy, to be written back.
             copied = [(param, m[0]) for param, m in zip(members.params, each, strict=True) if m[0].data_ptr() != param.data_ptr()]
-        bucket = Bucket(
-            weights=weights,
-            bases=members.of_matrices("basis"),
-            states={name: members.of_matrices(name) for name in self._tensors_of(hyper)},
-            steps=counts,
-            right=members.right,
-            grads=members.grads,
-            found_inf=found_inf,
-            rounding_seeds=self._rounding_seeds(group, members) if group["rounding"] == "stochastic" else None,
+        bucket = self._bucket(
+            group, members, hyper, found_inf, weights=weights, bases=members.of_matrices("basis"), steps=counts, grads=members.grads
         )
         if isinstance(hyper.lr, Tensor):
             hyper = dataclasses.replace(hyper, lr=members.to_device(hyper.lr))
         backends.step(bucket, hyper)
         for param, matrix in copied:
             param.copy_(matrix.view(param.shape))
+        self._count(members, found_inf)
+
+    def _bucket(
+        self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None, **tensors: list[Tensor] | Tensor
+    ) -> Bucket:
+        """The members' states as a backend takes them. tensors: weights, bases, steps, and grads or projected."""
+        names = [*hyper.storage.layout(hyper.rule.state(1, 1), torch.float32), *hyper.lift.state()]
+        return Bucket(
+            states={name: members.of_matrices(name) for name in names},
+            right=members.right,
+            found_inf=found_inf,
+            rounding_seeds=self._rounding_seeds(group, members) if group["rounding"] == "stochastic" else None,
+            **tensors,
+        )
+
+    def _count(self, members: Members, found_inf: Tensor | None) -> None:
+        """One update more for each parameter, unless the device finds that it skipped the step."""
         steps = [state["step"] for state in members.states]
         torch._foreach_add_(steps, 1.0 if found_inf is None else (found_inf == 0).to(torch.float32).reshape(()))
-
-    def _tensors_of(self, hyper: Hyper) -> list[str]:
-        return [*hyper.storage.layout(hyper.rule.state(1, 1), torch.float32), *hyper.lift.state()]
 
     def _rounding_seeds(self, group: dict[str, Any], members: Members) -> Tensor:
         """The seeds of stochastic rounding, (B,) int64, a function of the group's seed and each matrix's

@@ -6,17 +6,18 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends, philox
-from ..backends import Bucket, Hyper
+from ..backends import Hyper
 from ..backends.reference import kept_where
 from ..backends.upload import pack, upload
 from ..lifts.back_projection import BackProjection
-from ..nn import layer_of
+from ..nn import SubspaceLayer, layer_of
 from ..storage import Plain
 from . import groups, keys, loading, ranks, rso_groups
 from .buckets import Members, check_grad
@@ -171,13 +172,13 @@ class RSOAdamW(LowRankOptimizer):
                     "into one group, or convert with share=None"
                 )
 
-    def _check_converted(self) -> None:
+    def _check_converted(self, found: list[Layers]) -> None:
         """Raises RuntimeError where a layer was converted after the optimizer was built, so that its
-        coordinates are not in the optimizer."""
-        owned = {param for group in self.param_groups for param in layers_of(group)}
-        for index, group in enumerate(self.param_groups):
+        coordinates are not in the optimizer. found: the layers of each group."""
+        owned = {param for layers in found for param in layers}
+        for index, (group, layers) in enumerate(zip(self.param_groups, found, strict=True)):
             for param in group["params"]:
-                layer = layer_of(param)
+                layer = None if param in layers else layer_of(param)
                 if layer is not None and param is layer.weight and layer.coordinates not in owned and layer.coordinates.requires_grad:
                     raise RuntimeError(
                         f"{rso_groups.describe(group, index, param)} is the weight of a SubspaceLinear whose coordinates are not in this "
@@ -197,14 +198,20 @@ class RSOAdamW(LowRankOptimizer):
 
     # The step.
 
-    def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
+    def _work(self, capturing: bool) -> list[tuple[dict[str, Any], list[Tensor], list[Members]]]:
         if capturing:
             raise RuntimeError(
                 "RSOAdamW.step() cannot be captured in a CUDA graph, whose replays would never draw the next P; leave it out"
             )
-        if index == 0:
-            self._check_converted()
-        layers = layers_of(group)
+        found = list(map(layers_of, self.param_groups))
+        self._check_converted(found)
+        return [
+            (group, *self._sorted_layers(group, index, layers))
+            for index, (group, layers) in enumerate(zip(self.param_groups, found, strict=True))
+        ]
+
+    def _sorted_layers(self, group: dict[str, Any], index: int, layers: Layers) -> tuple[list[Tensor], list[Members]]:
+        """Runs every check of a group. Returns its dense parameters and its buckets of layers."""
         rso_groups.check_values(group, index)
         rso_groups.check_rounding(group, index, layers)
         for place, param in enumerate(group["params"]):
@@ -229,14 +236,16 @@ class RSOAdamW(LowRankOptimizer):
     ) -> None:
         hyper = self._hyper(group)
         for members in low_rank:
-            members.states = [self._state_of(param, group, hyper) for param in members.params]
-            self._move(group, members, hyper, found_inf, grad_scale)
+            members.states = [
+                self._state_of(param, layer, group, hyper) for param, layer in zip(members.params, members.layers, strict=True)
+            ]
+            self._move_layers(group, members, hyper, grad_scale, found_inf)
 
-    def _move(
-        self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None, grad_scale: Tensor | None = None
+    def _move_layers(
+        self, group: dict[str, Any], members: LayerMembers, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        layers, states, device = list(map(layer_of, members.params)), members.states, members.device
-        weights = [layer.weight for layer in layers]
+        states, device = members.states, members.device
+        weights = [layer.weight for layer in members.layers]
         found_inf = None if found_inf is None else members.to_device(found_inf)
         projected = torch.empty(
             len(states), *members.params[0].shape, dtype=torch.promote_types(weights[0].dtype, torch.float32), device=device
@@ -248,16 +257,9 @@ class RSOAdamW(LowRankOptimizer):
         if group["proximal"]:
             displacements = [state["displacement"] for state in states]
             torch._foreach_add_(list(projected.unbind()), displacements, alpha=group["proximal"])
-        bucket = Bucket(
-            weights=weights,
-            bases=[layer.subspace.matrix(device, layer.weight.dtype) for layer in layers],
-            states={name: members.of_matrices(name) for name in self._tensors_of(hyper)},
-            steps=[state["step"] for state in states],
-            right=members.right,
-            projected=projected,
-            found_inf=found_inf,
-            rounding_seeds=self._rounding_seeds(group, members) if group["rounding"] == "stochastic" else None,
-        )
+        bases = [layer.subspace.matrix(device, weight.dtype) for layer, weight in zip(members.layers, weights, strict=True)]
+        steps = [state["step"] for state in states]
+        bucket = self._bucket(group, members, hyper, found_inf, weights=weights, bases=bases, steps=steps, projected=projected)
         normalised = backends.update(bucket, hyper, projected)
         backends.lift(bucket, hyper, projected, normalised)
         if moved := [(state["displacement"], n) for state, n in zip(states, normalised, strict=True) if "displacement" in state]:
@@ -265,17 +267,16 @@ class RSOAdamW(LowRankOptimizer):
             with kept_where(found_inf, displacements):
                 torch._foreach_mul_(displacements, 1 - hyper.lr * hyper.weight_decay)
                 torch._foreach_add_(displacements, updates, alpha=-hyper.lr)
-        torch._foreach_add_(bucket.steps, 1.0 if found_inf is None else (found_inf == 0).float().reshape(()))
+        self._count(members, found_inf)
 
-    def _rounding_seeds(self, group: dict[str, Any], members: Members) -> Tensor:
-        subspaces = [layer_of(param).subspace for param in members.params]
+    def _rounding_seeds(self, group: dict[str, Any], members: LayerMembers) -> Tensor:
         seeds = [
-            philox.signed64(philox.derive_seed(subspace.fingerprint, group["outer_step"], place))
-            for subspace, place in zip(subspaces, members.places, strict=True)
+            philox.signed64(philox.derive_seed(layer.subspace.fingerprint, group["outer_step"], place))
+            for layer, place in zip(members.layers, members.places, strict=True)
         ]
         return upload(pack([seeds]), 1, members.device)[0]
 
-    def _state_of(self, param: Tensor, group: dict[str, Any], hyper: Hyper) -> dict[str, Any]:
+    def _state_of(self, param: Tensor, layer: SubspaceLayer, group: dict[str, Any], hyper: Hyper) -> dict[str, Any]:
         """The layer's state, made complete for the current settings. Missing tensors become zeros. The
         moments of another inner optimizer are removed."""
         state, needed = self.state[param], hyper.rule.state(*param.shape)
@@ -284,7 +285,7 @@ class RSOAdamW(LowRankOptimizer):
             for key in (key for names in rso_groups.INNER.values() for key in names):
                 state.pop(key, None)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["subspace"] = layer_of(param).subspace.fingerprint
+            state["subspace"] = layer.subspace.fingerprint
             state |= {key: torch.zeros(param.shape, dtype=state_dtype, device=param.device) for key in needed}
         elif any(
             isinstance(value, Tensor) and value.dtype != state_dtype for key, value in state.items() if key != "step"
@@ -400,7 +401,14 @@ def _move_subspaces(layers: Layers, outer_step: int) -> None:
         layer.subspace.has_optimizer = True
 
 
-def _buckets(group: dict[str, Any], layers: Layers) -> list[Members]:
+@dataclass
+class LayerMembers(Members):
+    """Coordinates whose layers' weights are alike. layers: one for each of them."""
+
+    layers: list[SubspaceLayer] = field(default_factory=list)
+
+
+def _buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
     """The buckets of coordinates that have a gradient. All layers of a bucket have weights of the same shape,
     strides, dtype and device. Its gradients have at most PART_ELEMENTS elements, unless it is a single
     matrix."""
@@ -417,5 +425,7 @@ def _buckets(group: dict[str, Any], layers: Layers) -> list[Members]:
         for start in range(0, len(members), at_once):
             places, params = (list(each) for each in zip(*members[start : start + at_once], strict=True))
             grads = [param.grad for param in params]
-            result.append(Members(not transposed, params[0].shape[0], 1, params, places, [], grads))
+            result.append(
+                LayerMembers(not transposed, params[0].shape[0], 1, params, places, [], grads, [layers[param] for param in params])
+            )
     return result
