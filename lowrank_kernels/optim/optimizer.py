@@ -234,7 +234,7 @@ class LowRankOptimizer(Optimizer):
     def _bucket(
         self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None, **tensors: list[Tensor] | Tensor
     ) -> Bucket:
-        """The members' states as a backend takes them. tensors: weights, bases, steps, and grads or projected."""
+        """The bucket that a backend takes. tensors: weights, bases, steps, and grads or projected."""
         names = [*hyper.storage.layout(hyper.rule.state(1, 1), torch.float32), *hyper.lift.state()]
         return Bucket(
             states={name: members.of_matrices(name) for name in names},
