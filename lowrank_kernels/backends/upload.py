@@ -12,7 +12,9 @@ from torch import Tensor
 
 def pack(rows: Sequence[list[int]]) -> bytes:
     """All numbers of the rows, one after another, as signed 64-bit integers in the machine's byte order."""
-    flat = [number for row in rows for number in row]
+    flat: list[int] = []
+    for row in rows:
+        flat += row
     return struct.pack(f"{len(flat)}q", *flat)
 
 
