@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .. import backends, ops, philox, subspaces
+from .. import backends, philox, subspaces
 from ..backends import Bucket, Hyper
 from ..backends.upload import pack, upload
 from ..lifts import Lift
 from ..ops.dispatch import outside_training
 from ..rules import Rule
 from ..storage import Storage
-from . import groups, keys, loading, ranks
+from . import groups, keys, loading, ranks, refreshes
 from .buckets import Members, buckets, check_grad, matrices_of
 from .carry import carry
 from .dense import dense_adamw_step_
+from .refreshes import Due
 from .scaler import Skips, unscaled
 from .waiting import Waiting
 
@@ -199,7 +200,7 @@ class LowRankOptimizer(Optimizer):
     ) -> None:
         hyper = self._hyper(group)
         due = [] if capturing else self._due(group, low_rank)
-        if found_inf is not None and _is_refresh(due) and found_inf.item():
+        if found_inf is not None and refreshes.is_refresh(due) and found_inf.item():
             return
         for slot, members in enumerate(low_rank):
             with unscaled(members, grad_scale):
@@ -290,7 +291,7 @@ class LowRankOptimizer(Optimizer):
 
     # The refresh.
 
-    def _due(self, group: dict[str, Any], low_rank: list[Members]) -> list[dict[tuple[int, str], list[int]]]:
+    def _due(self, group: dict[str, Any], low_rank: list[Members]) -> list[Due]:
         """The members of each bucket that need a basis before this update, as (number of the refresh, kind) →
         slots; [] where no member needs one.
 
@@ -298,80 +299,25 @@ class LowRankOptimizer(Optimizer):
         may still be zero, because no gradient other than zero has come yet.
         """
         self._waiting.settle(self.state)
-        due = [self._due_now(group, members) for members in low_rank]
-        if _is_refresh(due) and (skipped := self._skips.ask(group)):
+        due = [refreshes.due(group, members, self._waiting.params) for members in low_rank]
+        if refreshes.is_refresh(due) and (skipped := self._skips.ask(group)):
             group["calls"] -= skipped
-            due = [self._due_now(group, members) for members in low_rank]
+            due = [refreshes.due(group, members, self._waiting.params) for members in low_rank]
         return due if any(due) else []
 
-    def _due_now(self, group: dict[str, Any], members: Members) -> dict[tuple[int, str], list[int]]:
-        waiting, stagger = self._waiting.params, group["stagger"]
-        last, number = groups.last_refresh(group, 0, group["calls"])
-        slots: dict[tuple[int, str], list[int]] = {}
-        for slot, state in enumerate(members.states):
-            if stagger:
-                last, number = groups.last_refresh(group, members.places[slot], group["calls"])
-            if not state:
-                slots.setdefault((number, "first"), []).append(slot)
-            elif not last <= state["refreshed_at"] <= group["calls"]:  # a later refreshed_at is of another group's count
-                slots.setdefault((number, "next"), []).append(slot)
-            elif waiting and members.params[slot] in waiting:
-                slots.setdefault((number, "waits"), []).append(slot)
-        return slots
-
-    def _chosen(
-        self, group: dict[str, Any], members: Members, due: dict[tuple[int, str], list[int]], found_inf: Tensor | None
-    ) -> list[Fresh]:
+    def _chosen(self, group: dict[str, Any], members: Members, due: Due, found_inf: Tensor | None) -> list[Fresh]:
         """(slot, kind, new basis) of each member that is due. A basis is (m, r) or (experts, m, r). Changes
         nothing."""
         fresh: list[Fresh] = []
         for (number, kind), slots in due.items():
-            chosen = iter(self._choose(group, members, number, kind, slots, found_inf))
+            places = [place for slot in slots for place in self._places(group, members, slot)]
+            may_look = members.device.type in HOST
+            chosen = iter(refreshes.choose(group, members, number, kind, slots, places, may_look, found_inf))
             for slot in slots:
                 matrices = [next(chosen) for _ in range(members.per_param)]
                 whole = torch.stack(matrices) if members.params[slot].dim() == 3 else matrices[0]
                 fresh.append((slot, kind, whole))
         return fresh
-
-    def _choose(
-        self, group: dict[str, Any], members: Members, number: int, kind: str, slots: list[int], found_inf: Tensor | None
-    ) -> list[Tensor]:
-        """The new bases of the members in `slots`, one (m, r) for each matrix.
-
-        For the kind "waits" only matrices without a basis get a new one; the others keep theirs. A CPU
-        chooses bases for those matrices alone. A GPU chooses one for every matrix, and keeps or takes it on
-        the device.
-        """
-        each = members.per_param
-        grads = [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
-        places = [place for slot in slots for place in self._places(group, members, slot)]
-        previous = None if kind == "first" else [m for slot in slots for m in matrices_of(members.states[slot]["basis"])]
-        wanted = range(len(grads))
-        if kind == "waits" and members.device.type in HOST:
-            wanted = [matrix for matrix in wanted if not previous[matrix].any()]
-            if not wanted:
-                return previous
-        chosen = ops.choose_bases(
-            [grads[matrix] for matrix in wanted],
-            None if previous is None else [previous[matrix] for matrix in wanted],
-            rank=members.rank,
-            right=members.right,
-            selection=group["selection"],
-            svd=group["svd"],
-            oversample=group["oversample"],
-            power_iters=group["power_iters"],
-            seed=group["seed"],
-            refresh_number=number,
-            places=[places[matrix] for matrix in wanted],
-            dtype=members.params[0].dtype,
-            found_inf=None if found_inf is None or kind != "waits" else members.to_device(found_inf),
-        )
-        if kind != "waits":
-            return chosen
-        bases = list(previous)
-        for matrix, basis in zip(wanted, chosen, strict=True):
-            bases[matrix] = torch.where(bases[matrix].any(), bases[matrix], basis)
-        return bases
 
     def _refresh(self, group: dict[str, Any], members: Members, fresh: list[Fresh], hyper: Hyper) -> None:
         """Writes new bases into the states. An existing basis keeps its memory, since a CUDA graph may hold
@@ -570,9 +516,3 @@ def warn_without_rank(optimizer: LowRankOptimizer) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _is_refresh(due: list[dict[tuple[int, str], list[int]]]) -> bool:
-    """Whether any basis is to be replaced or made. Members of the kind "waits" do not count: the device
-    decides about them."""
-    return any(kind != "waits" for each in due for _, kind in each)

@@ -9,6 +9,7 @@ from models import batch, build, same_bits, train
 
 import lowrank_kernels as lrk
 from lowrank_kernels.optim import optimizer as base
+from lowrank_kernels.optim import refreshes
 from lowrank_kernels.optim import scaler as scaler_module
 
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures a CUDA graph")
@@ -115,7 +116,7 @@ def test_refresh_and_replays_are_the_steps_themselves(capture, stagger):
 def test_a_captured_step_refreshes_nothing(capture, monkeypatch):
     model, optimizer = build(capturable=True, update_proj_gap=1)
     train(model, optimizer, 2)
-    monkeypatch.setattr(base.ops, "choose_bases", lambda *_, **__: pytest.fail("a refresh inside of the graph"))
+    monkeypatch.setattr(refreshes.ops, "choose_bases", lambda *_, **__: pytest.fail("a refresh inside of the graph"))
     backward(model, 2)
     with capture:
         optimizer.step()
@@ -238,7 +239,7 @@ def test_a_refresh_that_failed_has_not_been(monkeypatch):
     train(model, optimizer, 2)
     backward(model, 2)
     before = copy.deepcopy(optimizer.state_dict())
-    choose, calls = base.ops.choose_bases, []
+    choose, calls = refreshes.ops.choose_bases, []
 
     def failing(*arguments, **options):
         calls.append(1)
@@ -247,7 +248,7 @@ def test_a_refresh_that_failed_has_not_been(monkeypatch):
         return choose(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(base.ops, "choose_bases", failing)
+        patch.setattr(refreshes.ops, "choose_bases", failing)
         with pytest.raises(MemoryError):
             optimizer.refresh()
     assert len(calls) == 2 and same_bits(before, optimizer.state_dict())

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowrank_kernels as lrk
 from benchmarks import formulas
-from lowrank_kernels.optim import optimizer as base
+from lowrank_kernels.optim import refreshes
 from lowrank_kernels.subspaces import SELECTIONS
 
 
@@ -20,7 +20,7 @@ def identity_bases(grads, previous, *, rank, right, dtype, **settings):
 @pytest.mark.parametrize("proj_type", ["left", "right"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_with_p_identity_and_scale_1_it_is_adamw(monkeypatch, proj_type, dtype):
-    monkeypatch.setattr(base.ops, "choose_bases", identity_bases)
+    monkeypatch.setattr(refreshes.ops, "choose_bases", identity_bases)
     torch.manual_seed(0)
     shapes = [(24, 31), (31, 24), (16, 16)]
     ours = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
@@ -111,13 +111,13 @@ def test_refresh_schedule_counts_before_the_increment():
 
 def test_what_a_refresh_is_asked_for(monkeypatch):
     calls = []
-    choose = base.ops.choose_bases
+    choose = refreshes.ops.choose_bases
 
     def spy(grads, previous, **arguments):
         calls.append((len(grads), previous is not None, arguments))
         return choose(grads, previous, **arguments)
 
-    monkeypatch.setattr(base.ops, "choose_bases", spy)
+    monkeypatch.setattr(refreshes.ops, "choose_bases", spy)
     dense, wide, experts, late = (nn.Parameter(torch.zeros(shape)) for shape in ((4,), (8, 12), (2, 8, 12), (8, 12)))
     options = {"rank": 3, "update_proj_gap": 2, "oversample": 1, "power_iters": 3, "seed": 7, "selection": "random", "svd": "exact"}
     optimizer = lrk.LowRankAdamW([{"params": [dense]}, {"params": [wide, experts, late], **options}])

@@ -10,6 +10,7 @@ from models import batch, build, same_bits, train
 from torch import nn
 
 import lowrank_kernels as lrk
+from lowrank_kernels import ops
 from lowrank_kernels.optim import optimizer as base
 from lowrank_kernels.subspaces import SELECTIONS
 
@@ -197,14 +198,14 @@ def test_the_experts_of_a_parameter_refresh_together():
 def test_a_bucket_keeps_one_update_and_one_refresh_a_step(monkeypatch):
     """Of four matrices of a shape two are due at a time: one call chooses both bases, one moves all four."""
     optimizer = lrk.LowRankAdamW([random_group(matrices(4, shapes=((8, 12),)), 2, stagger=True)])
-    moved, chosen, step, choose_bases = [], [], base.backends.step, base.ops.choose_bases
+    moved, chosen, step, choose_bases = [], [], base.backends.step, ops.choose_bases
     monkeypatch.setattr(base.backends, "step", lambda bucket, hyper: moved.append(len(bucket)) or step(bucket, hyper))
 
     def spy(grads, *rest, places, **options):
         chosen.append([place for place, _ in places])
         return choose_bases(grads, *rest, places=places, **options)
 
-    monkeypatch.setattr(base.ops, "choose_bases", spy)
+    monkeypatch.setattr(ops, "choose_bases", spy)
     for _ in range(4):
         take_step(optimizer)
     assert moved == [4] * 4
@@ -238,7 +239,7 @@ def test_a_failure_leaves_those_whose_turn_it_is_as_they_were(monkeypatch, what)
     step(optimizer, 0)
     step(other, 0)
     before = copy.deepcopy([optimizer.state[param] for param in params]), [param.detach().clone() for param in params]
-    target = {"choose": (base.ops, "choose_bases"), "step": (base.backends, "step")}[what]
+    target = {"choose": (ops, "choose_bases"), "step": (base.backends, "step")}[what]
     with monkeypatch.context() as patched:
         patched.setattr(*target, lambda *_, **__: (_ for _ in ()).throw(MemoryError("no")))
         with pytest.raises(MemoryError):

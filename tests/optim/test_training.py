@@ -11,6 +11,7 @@ from torch import nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels.optim import optimizer as base
+from lowrank_kernels.optim import refreshes
 
 
 def test_the_learning_rate_is_read_each_step():
@@ -332,7 +333,7 @@ def test_a_refresh_that_runs_out_of_memory_moves_nothing(monkeypatch):
     model, optimizer = build()
     train(model, optimizer, 4)  # the next step refreshes
     before = copy.deepcopy((model.up.weight, optimizer.state[model.up.weight]))
-    monkeypatch.setattr(base.ops, "choose_bases", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no")))
+    monkeypatch.setattr(refreshes.ops, "choose_bases", lambda *a, **k: (_ for _ in ()).throw(MemoryError("no")))
     with pytest.raises(MemoryError):
         train(model, optimizer, 1, start=4)
     assert torch.equal(before[0], model.up.weight) and same_bits(before[1], optimizer.state[model.up.weight])

@@ -1,0 +1,88 @@
+"""Which members of a bucket need a basis before an update, and which one they get. Changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from . import groups
+from .buckets import Members, matrices_of
+
+Due = dict[tuple[int, str], list[int]]
+"""(number of the refresh, kind) → slots of the members.
+
+kind: "first" where there is no state yet; "next" where a new period begins; "waits" where the basis may still
+be zero, because no gradient other than zero has come yet.
+"""
+
+
+def due(group: dict[str, Any], members: Members, waiting: set[Tensor]) -> Due:
+    """The members that need a basis before the group's next update. waiting: parameters that may wait."""
+    last, number = groups.last_refresh(group, 0, group["calls"])
+    slots: Due = {}
+    for slot, state in enumerate(members.states):
+        if group["stagger"]:
+            last, number = groups.last_refresh(group, members.places[slot], group["calls"])
+        if not state:
+            slots.setdefault((number, "first"), []).append(slot)
+        elif not last <= state["refreshed_at"] <= group["calls"]:  # a later refreshed_at is of another group's count
+            slots.setdefault((number, "next"), []).append(slot)
+        elif waiting and members.params[slot] in waiting:
+            slots.setdefault((number, "waits"), []).append(slot)
+    return slots
+
+
+def is_refresh(each: list[Due]) -> bool:
+    """Whether any basis is to be replaced or made. Members of the kind "waits" do not count: the device
+    decides about them."""
+    return any(kind != "waits" for slots in each for _, kind in slots)
+
+
+def choose(
+    group: dict[str, Any],
+    members: Members,
+    number: int,
+    kind: str,
+    slots: list[int],
+    places: list[tuple[int, int]],
+    may_look: bool,
+    found_inf: Tensor | None,
+) -> list[Tensor]:
+    """The new bases of the members in `slots`, one (m, r) for each matrix.
+
+    For the kind "waits" only matrices without a basis get a new one; the others keep theirs. Where the host
+    may look, bases are chosen for those matrices alone. A GPU chooses one for every matrix, and keeps or
+    takes it on the device. places: what the random draws of each matrix are keyed by.
+    """
+    each = members.per_param
+    grads = [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
+    previous = None if kind == "first" else [m for slot in slots for m in matrices_of(members.states[slot]["basis"])]
+    wanted = range(len(grads))
+    if kind == "waits" and may_look:
+        wanted = [matrix for matrix in wanted if not previous[matrix].any()]
+        if not wanted:
+            return previous
+    chosen = ops.choose_bases(
+        [grads[matrix] for matrix in wanted],
+        None if previous is None else [previous[matrix] for matrix in wanted],
+        rank=members.rank,
+        right=members.right,
+        selection=group["selection"],
+        svd=group["svd"],
+        oversample=group["oversample"],
+        power_iters=group["power_iters"],
+        seed=group["seed"],
+        refresh_number=number,
+        places=[places[matrix] for matrix in wanted],
+        dtype=members.params[0].dtype,
+        found_inf=None if found_inf is None or kind != "waits" else members.to_device(found_inf),
+    )
+    if kind != "waits":
+        return chosen
+    bases = list(previous)
+    for matrix, basis in zip(wanted, chosen, strict=True):
+        bases[matrix] = torch.where(bases[matrix].any(), bases[matrix], basis)
+    return bases
