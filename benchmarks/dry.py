@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from lowrank_kernels import backends
-from lowrank_kernels.backends.triton import configs
+from lowrank_kernels.backends.triton import choose
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -58,7 +58,7 @@ class Target:
 def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
     """Within this context a launch ends after compilation for sm_<arch>. The kernels must not have been
     imported for Triton's interpreter."""
-    run, architecture = triton.JITFunction.run, configs.architecture
+    run, architecture = triton.JITFunction.run, choose.architecture
 
     def compile_only(self, *arguments, grid, warmup, **keywords):
         kernel = run(self, *arguments, grid=grid, warmup=True, **keywords)
@@ -67,11 +67,11 @@ def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
         return kernel
 
     triton.runtime.driver.set_active(Target(arch))
-    triton.JITFunction.run, configs.architecture = compile_only, lambda device: arch
+    triton.JITFunction.run, choose.architecture = compile_only, lambda device: arch
     try:
         yield
     finally:
-        triton.JITFunction.run, configs.architecture = run, architecture
+        triton.JITFunction.run, choose.architecture = run, architecture
 
 
 def check(kernel: object, grid: tuple[int, ...], arch: int) -> None:

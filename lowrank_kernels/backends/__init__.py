@@ -1,6 +1,6 @@
 """Takes one step of a bucket with the best implementation that its device has.
 
-    step = fused[rule, lift, storage]         one call, from G to W
+    step = fused[rule, lift, storage]         one call, from G or R to W
          = project → update → lift            each is the device's own, or that of reference.py if it has none
 
 A backend knows tensors, never optimizers. `LOWRANK_KERNELS_REFERENCE=1` in the environment forces plain
@@ -28,10 +28,10 @@ class Backend:
     """The implementations that a device has of its own, and which buckets they cover."""
 
     covers: Callable[[Bucket], bool] = lambda bucket: True
-    project: Callable[[Bucket], Tensor] = reference.project_bucket
+    project: Callable[[Bucket], list[Tensor]] = reference.project_bucket
     fused: dict[tuple[str, str, str], Callable[[Bucket, Hyper], None]] = field(default_factory=dict)
     """Whole steps, by the names of rule, lift and storage."""
-    rules: dict[tuple[str, str], Callable[[Bucket, Hyper, Tensor], Tensor]] = field(default_factory=dict)
+    rules: dict[tuple[str, str], Callable[[Bucket, Hyper, list[Tensor]], Tensor]] = field(default_factory=dict)
     """Functions from R to N, by the names of rule and storage."""
     lifts: dict[str, Callable[[Bucket, Hyper, Tensor], None]] = field(default_factory=dict)
     """Lifts that take N alone, by name."""
@@ -68,25 +68,25 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
     """Moves the bucket's weights and states by one update, in place. It leaves `steps` unchanged; the caller
     counts the update."""
     fused = backend_of(bucket).fused.get(hyper.method)
-    if fused is not None and bucket.projected is None:
+    if fused is not None:
         fused(bucket, hyper)
         return
     projected = project(bucket) if bucket.projected is None else bucket.projected
     lift(bucket, hyper, projected, update(bucket, hyper, projected))
 
 
-def project(bucket: Bucket) -> Tensor:
-    """R = PᵀG' (B, r, n) of the bucket's gradients."""
+def project(bucket: Bucket) -> list[Tensor]:
+    """R = PᵀG' (r, n) of each of the bucket's gradients."""
     return backend_of(bucket).project(bucket)
 
 
-def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
+def update(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
     """Computes N (B, r, n) from R and updates the rule's states in place."""
     own = backend_of(bucket).rules.get((hyper.rule.name, hyper.storage.name))
     return reference.update(bucket, hyper, projected) if own is None else own(bucket, hyper, projected)
 
 
-def lift(bucket: Bucket, hyper: Hyper, projected: Tensor, normalised: Tensor) -> None:
+def lift(bucket: Bucket, hyper: Hyper, projected: list[Tensor], normalised: Tensor) -> None:
     """Moves the weights, in place, from N and, where the lift takes them, R and G. Updates the lift's states
     in place."""
     own = backend_of(bucket).lifts.get(hyper.lift.name)

@@ -42,7 +42,7 @@ class Bucket:
     for each matrix, the number of its updates before this one.
 
     Either `grads` or `projected` is given. grads: the gradients as stored, from which R is computed.
-    projected: R itself, (B, r, n) in fp32 (fp64 for fp64).
+    projected: R itself, (r, n), row-major, of any float dtype.
 
     found_inf: one fp32 on the device; if it is not zero, nothing moves. rounding_seeds: (B,) int64, for bf16
     weights that are rounded stochastically.
@@ -54,7 +54,7 @@ class Bucket:
     steps: list[Tensor]
     right: bool
     grads: list[Tensor] | None = None
-    projected: Tensor | None = None
+    projected: list[Tensor] | None = None
     found_inf: Tensor | None = None
     rounding_seeds: Tensor | None = None
 
@@ -104,8 +104,14 @@ class Bucket:
             _check_alike("grads", self.grads, len(self), self.device)
             if self.grads[0].shape != self.weights[0].shape:
                 raise ValueError(f"weights {tuple(self.weights[0].shape)} and grads {tuple(self.grads[0].shape)} must share a shape")
-        elif self.projected.shape != (len(self), rank, n) or self.projected.device != self.device:
-            raise ValueError(f"projected must be {(len(self), rank, n)} on {self.device}, got {tuple(self.projected.shape)}")
+        else:
+            _check_alike("projected", self.projected, len(self), self.device)
+            first = self.projected[0]
+            if first.shape != (rank, n) or not first.is_contiguous() or not first.is_floating_point():
+                raise ValueError(
+                    f"projected must be row-major {(rank, n)} of a float dtype, got {tuple(first.shape)}, strides {first.stride()}, "
+                    f"{first.dtype}"
+                )
         state_dtype = torch.float64 if torch.float64 in (self.weights[0].dtype, self.bases[0].dtype) else torch.float32
         expected = hyper.storage.layout(hyper.rule.state(rank, n), state_dtype)
         expected |= {name: (shape, torch.float32) for name, shape in hyper.lift.state().items()}

@@ -62,9 +62,7 @@ class _Workspace:
     `products` where the dtypes are equal. negated: −N.
     """
 
-    def __init__(self, count: int, basis: Tensor, grad: Tensor, right: bool) -> None:
-        dtype = _product_dtype(basis, grad)
-        shape = (count, basis.shape[-1], grad.shape[0 if right else 1])
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.products = torch.empty(shape, dtype=dtype, device="cpu")
         state_dtype = torch.promote_types(dtype, torch.float32)
         self.projected = self.products if dtype == state_dtype else torch.empty(shape, dtype=state_dtype, device="cpu")
@@ -73,7 +71,8 @@ class _Workspace:
 
 def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
     """R = PᵀG' for each matrix: (m, r) bases, gradients as stored → (batch, r, n) fp32 (fp64 for fp64)."""
-    return _project(bases, grads, right, _Workspace(len(grads), bases[0], grads[0], right))
+    shape = (len(grads), bases[0].shape[1], grads[0].shape[0 if right else 1])
+    return _project(bases, grads, right, _Workspace(shape, _product_dtype(bases[0], grads[0])))
 
 
 def _project(bases: list[Tensor], grads: list[Tensor], right: bool, workspace: _Workspace) -> Tensor:
@@ -91,7 +90,7 @@ def _project(bases: list[Tensor], grads: list[Tensor], right: bool, workspace: _
 def update_moments_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    projected: Tensor,
+    projected: list[Tensor],
     *,
     beta1: float,
     beta2: float,
@@ -101,9 +100,10 @@ def update_moments_(
 ) -> Tensor:
     """Updates the moments in place and returns N (batch, r, n). Where found_inf ≠ 0 the moments stay and N is
     meaningless."""
-    _check_moments(exp_avgs, exp_avg_sqs, (), shape=tuple(projected.shape[1:]))
-    projected = projected.contiguous()
-    negated = torch.empty_like(projected)
+    shape = projected[0].shape
+    _check_moments(exp_avgs, exp_avg_sqs, (), shape=tuple(shape))
+    projected = _in_rows(projected, exp_avgs[0].dtype)
+    negated = torch.empty((len(projected), *shape), dtype=exp_avgs[0].dtype, device="cpu")
     if found_inf is not None and found_inf.item():
         return negated
     steps = [count.item() + 1 for count in device_steps]
@@ -113,7 +113,7 @@ def update_moments_(
 def _update_moments_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
-    projected: Tensor,
+    projected: list[Tensor],
     negated: Tensor,
     *,
     beta1: float,
@@ -126,7 +126,7 @@ def _update_moments_(
     negated.zero_()
     adamw(
         list(negated.unbind()),
-        list(projected.unbind()),
+        projected,
         exp_avgs,
         exp_avg_sqs,
         [],
@@ -188,23 +188,26 @@ def back_project_(
 def step(bucket: Bucket, hyper: Hyper) -> None:
     """One AdamW step in the subspace, back-projected, for each matrix of a bucket. States are fp32 (fp64 for
     fp64) or in 8 bits."""
-    weights, bases, grads, right = bucket.weights, bucket.bases, bucket.grads, bucket.right
+    weights, bases, right, (_, n, rank) = bucket.weights, bucket.bases, bucket.right, bucket.extents
     exp_avgs, exp_avg_sqs = (bucket.states[name] for name in eight_bit.MOMENTS)
     scales = [bucket.states[name] for name in eight_bit.SCALES if name in bucket.states]
-    _check_moments(exp_avgs, exp_avg_sqs, scales, shape=(bases[0].shape[1], grads[0].shape[0 if right else 1]))
+    _check_moments(exp_avgs, exp_avg_sqs, scales, shape=(rank, n))
     if bucket.found_inf is not None and bucket.found_inf.item():  # reads on a CPU wait for nothing, here and in the next lines
         return
     (beta1, beta2), eps = hyper.options["betas"], hyper.options["eps"]
     back = dict(lr=float(hyper.lr), scale=-hyper.scale, weight_decay=hyper.weight_decay, right=right)
     steps = [count.item() + 1 for count in bucket.steps]
     chunk = min(len(weights), max(1, CHUNK_ELEMENTS // exp_avgs[0].numel()))
-    workspace = _Workspace(chunk, bases[0], grads[0], right)
+    workspace = _Workspace((chunk, rank, n), _product_dtype(bases[0], weights[0] if bucket.grads is None else bucket.grads[0]))
     for start in range(0, len(weights), chunk):
         part = slice(start, start + chunk)
-        projected = _project(bases[part], grads[part], right, workspace)
-        negated = workspace.negated[: len(projected)]
+        negated = workspace.negated[: len(bases[part])]
+        if bucket.grads is not None:
+            projected = list(_project(bases[part], bucket.grads[part], right, workspace).unbind())
+        else:
+            projected = _in_rows(bucket.projected[part], negated.dtype)
         codes = list(zip(exp_avgs[part], exp_avg_sqs[part], *(each[part] for each in scales), strict=True)) if scales else []
-        decoded = [eight_bit.decode(*state, projected.dtype) for state in codes]
+        decoded = [eight_bit.decode(*state, negated.dtype) for state in codes]
         moments = [list(values) for values in zip(*decoded, strict=True)] or [exp_avgs[part], exp_avg_sqs[part]]
         _update_moments_(*moments, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps[part])
         for values, state in zip(decoded, codes, strict=True):
@@ -218,11 +221,11 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
         back_project_(weights[part], bases[part], negated, **back)
 
 
-def project_bucket(bucket: Bucket) -> Tensor:
-    return project(bucket.bases, bucket.grads, bucket.right)
+def project_bucket(bucket: Bucket) -> list[Tensor]:
+    return list(project(bucket.bases, bucket.grads, bucket.right).unbind())
 
 
-def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
+def update(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
     (beta1, beta2), moments = hyper.options["betas"], (bucket.states["exp_avg"], bucket.states["exp_avg_sq"])
     options = dict(beta1=beta1, beta2=beta2, eps=hyper.options["eps"], found_inf=bucket.found_inf, device_steps=bucket.steps)
     return update_moments_(*moments, projected, **options)
@@ -232,6 +235,11 @@ def lift(bucket: Bucket, hyper: Hyper, normalised: Tensor) -> None:
     options = dict(lr=float(hyper.lr), scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right)
     on_device = dict(found_inf=bucket.found_inf, rounding_seeds=bucket.rounding_seeds, device_steps=bucket.steps)
     back_project_(bucket.weights, bucket.bases, normalised, **options, **on_device)
+
+
+def _in_rows(projected: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """R as torch's fused AdamW takes it: of the moments' dtype and row-major."""
+    return [r.to(dtype).contiguous() for r in projected]
 
 
 def _check_moments(exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], scales: Sequence[list[Tensor]], shape: tuple[int, int]) -> None:

@@ -36,7 +36,7 @@ def triton_missing() -> str | None:
 def covers(bucket: Bucket) -> bool:
     """Whether the kernels can run this bucket. They take fp32, bf16 and fp16; anything else (fp64) runs in
     plain PyTorch."""
-    matrices = [bucket.weights[0], bucket.bases[0], bucket.projected if bucket.grads is None else bucket.grads[0]]
+    matrices = [bucket.weights[0], bucket.bases[0], (bucket.projected if bucket.grads is None else bucket.grads)[0]]
     return triton_missing() is None and all(matrix.dtype in FLOATS for matrix in matrices)
 
 
@@ -47,30 +47,20 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
     written(*bucket.weights)  # only weights: no backward pass saves a state
 
 
-def project(bucket: Bucket) -> Tensor:
-    from .triton import project
+def project(bucket: Bucket) -> list[Tensor]:
+    from .triton import composed
 
-    return project.project(bucket.bases, bucket.grads, bucket.right)
+    return composed.project(bucket)
 
 
-def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
-    from .triton import moments
+def update(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
+    from .triton import composed
 
-    (beta1, beta2), exp_avgs, exp_avg_sqs = hyper.options["betas"], bucket.states["exp_avg"], bucket.states["exp_avg_sq"]
-    normalised = moments.update_moments_(
-        exp_avgs, exp_avg_sqs, projected, beta1=beta1, beta2=beta2, eps=hyper.options["eps"], step=0,
-        found_inf=bucket.found_inf, device_steps=bucket.steps, out=torch.empty_like(projected),
-    )  # fmt: skip
-    return normalised
+    return composed.update(bucket, hyper, projected)
 
 
 def lift(bucket: Bucket, hyper: Hyper, normalised: Tensor) -> None:
-    from .triton import back_project
+    from .triton import composed
 
-    stochastic, on_device = bucket.rounding_seeds is not None, isinstance(hyper.lr, Tensor)
-    back_project.back_project_(
-        bucket.weights, bucket.bases, normalised, lr=0.0 if on_device else hyper.lr, device_lr=hyper.lr if on_device else None,
-        scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right,
-        found_inf=bucket.found_inf, rounding_seeds=bucket.rounding_seeds, device_steps=bucket.steps if stochastic else None,
-    )  # fmt: skip
+    composed.lift(bucket, hyper, normalised)
     written(*bucket.weights)

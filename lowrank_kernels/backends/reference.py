@@ -71,16 +71,17 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
     lift(bucket, hyper, projected, update(bucket, hyper, projected))
 
 
-def project_bucket(bucket: Bucket) -> Tensor:
-    """R (B, r, n)."""
-    return torch.stack([project(basis, grad, bucket.right) for basis, grad in zip(bucket.bases, bucket.grads, strict=True)])
+def project_bucket(bucket: Bucket) -> list[Tensor]:
+    """R (r, n) of each matrix."""
+    return [project(basis, grad, bucket.right) for basis, grad in zip(bucket.bases, bucket.grads, strict=True)]
 
 
-def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
+def update(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
     """Computes N (B, r, n) from R by the rule, and updates the rule's states in place. Where found_inf ≠ 0
     the states stay and N is meaningless."""
-    names, normalised = hyper.storage.layout(hyper.rule.state(1, 1), projected.dtype), []
-    for index, r in enumerate(projected):
+    dtype = compute_dtype(bucket.weights[0], bucket.bases[0], projected[0])
+    names, normalised = hyper.storage.layout(hyper.rule.state(1, 1), dtype), []
+    for index, r in enumerate(r.to(dtype) for r in projected):
         stored = {name: bucket.states[name][index] for name in names}
         with kept_where(bucket.found_inf, list(stored.values())):
             values = hyper.storage.load(stored, r.dtype)
@@ -89,7 +90,7 @@ def update(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
     return torch.stack(normalised)
 
 
-def lift(bucket: Bucket, hyper: Hyper, projected: Tensor, normalised: Tensor) -> None:
+def lift(bucket: Bucket, hyper: Hyper, projected: list[Tensor], normalised: Tensor) -> None:
     """Moves the weights by the lift, and updates the lift's states, all in place."""
     rate = hyper.lr.double().reshape(()) if isinstance(hyper.lr, Tensor) else hyper.lr
     options = dict(lr=rate, scale=hyper.scale, weight_decay=hyper.weight_decay, right=bucket.right)

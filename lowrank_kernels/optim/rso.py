@@ -6,7 +6,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ from .optimizer import LowRankOptimizer
 from .rso_groups import Layers, layers_of
 
 PART_ELEMENTS = 2**25
-"""The most elements of gradients that one bucket copies to fp32 (128 MiB). A larger matrix is a bucket by
-itself."""
+"""The most elements of gradients that one bucket copies to fp32 (128 MiB), where it must. A larger matrix is
+a bucket by itself."""
 
 
 class RSOAdamW(LowRankOptimizer):
@@ -235,11 +235,13 @@ class RSOAdamW(LowRankOptimizer):
         capturing: bool,
     ) -> None:
         hyper = self._hyper(group)
+        copies = group["proximal"] or grad_scale is not None
         for members in low_rank:
             members.states = [
                 self._state_of(param, layer, group, hyper) for param, layer in zip(members.params, members.layers, strict=True)
             ]
-            self._move_layers(group, members, hyper, grad_scale, found_inf)
+            for part in _parts(members) if copies else [members]:
+                self._move_layers(group, part, hyper, grad_scale, found_inf)
 
     def _move_layers(
         self, group: dict[str, Any], members: LayerMembers, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
@@ -247,27 +249,34 @@ class RSOAdamW(LowRankOptimizer):
         states, device = members.states, members.device
         weights = [layer.weight for layer in members.layers]
         found_inf = None if found_inf is None else members.to_device(found_inf)
-        projected = torch.empty(
-            len(states), *members.params[0].shape, dtype=torch.promote_types(weights[0].dtype, torch.float32), device=device
-        )
-        torch._foreach_copy_(list(projected.unbind()), members.grads)
-        if grad_scale is not None:
-            projected.div_(members.to_device(grad_scale))
-            torch._foreach_copy_(members.grads, list(projected.unbind()))  # as torch's fused AdamW leaves them
-        if group["proximal"]:
-            displacements = [state["displacement"] for state in states]
-            torch._foreach_add_(list(projected.unbind()), displacements, alpha=group["proximal"])
+        projected = self._projected(group, members, grad_scale)
         bases = [layer.subspace.matrix(device, weight.dtype) for layer, weight in zip(members.layers, weights, strict=True)]
         steps = [state["step"] for state in states]
         bucket = self._bucket(group, members, hyper, found_inf, weights=weights, bases=bases, steps=steps, projected=projected)
-        normalised = backends.update(bucket, hyper, projected)
-        backends.lift(bucket, hyper, projected, normalised)
-        if moved := [(state["displacement"], n) for state, n in zip(states, normalised, strict=True) if "displacement" in state]:
+        if not any("displacement" in state for state in states):
+            backends.step(bucket, hyper)
+        else:  # B moves by N too
+            normalised = backends.update(bucket, hyper, projected)
+            backends.lift(bucket, hyper, projected, normalised)
+            moved = [(state["displacement"], n) for state, n in zip(states, normalised, strict=True) if "displacement" in state]
             displacements, updates = (list(tensors) for tensors in zip(*moved, strict=True))
             with kept_where(found_inf, displacements):
                 torch._foreach_mul_(displacements, 1 - hyper.lr * hyper.weight_decay)
                 torch._foreach_add_(displacements, updates, alpha=-hyper.lr)
         self._count(members, found_inf)
+
+    def _projected(self, group: dict[str, Any], members: LayerMembers, grad_scale: Tensor | None) -> list[Tensor]:
+        """R of each layer: the gradient of its coordinates, unscaled, and with the proximal term."""
+        projected = [grad.contiguous() for grad in members.grads]
+        if grad_scale is not None:
+            projected = [r.to(torch.promote_types(r.dtype, torch.float32)) for r in projected]
+            projected = list(torch._foreach_div(projected, members.to_device(grad_scale).reshape(())))
+            torch._foreach_copy_(members.grads, projected)  # as torch's fused AdamW leaves them
+        if group["proximal"]:
+            displacements = [state["displacement"] for state in members.states]
+            projected = [r.to(displacement.dtype) for r, displacement in zip(projected, displacements, strict=True)]
+            projected = list(torch._foreach_add(projected, displacements, alpha=group["proximal"]))
+        return projected
 
     def _rounding_seeds(self, group: dict[str, Any], members: LayerMembers) -> Tensor:
         seeds = [
@@ -408,24 +417,30 @@ class LayerMembers(Members):
     layers: list[SubspaceLayer] = field(default_factory=list)
 
 
+LISTS = ("params", "places", "states", "grads", "layers")
+"""The fields of LayerMembers with one entry for each layer."""
+
+
 def _buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
     """The buckets of coordinates that have a gradient. All layers of a bucket have weights of the same shape,
-    strides, dtype and device. Its gradients have at most PART_ELEMENTS elements, unless it is a single
-    matrix."""
+    strides, dtype and device, and gradients of the same dtype."""
     found: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
     places = {param: place for place, param in enumerate(group["params"])}
     for param, layer in layers.items():
         if param.grad is not None:
             weight = layer.weight
-            key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device
+            key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device, param.grad.dtype
             found[key].append((places[param], param))
     result = []
     for (transposed, *_), members in found.items():
-        at_once = max(1, PART_ELEMENTS // members[0][1].numel())
-        for start in range(0, len(members), at_once):
-            places, params = (list(each) for each in zip(*members[start : start + at_once], strict=True))
-            grads = [param.grad for param in params]
-            result.append(
-                LayerMembers(not transposed, params[0].shape[0], 1, params, places, [], grads, [layers[param] for param in params])
-            )
+        places, params = (list(each) for each in zip(*members, strict=True))
+        grads = [param.grad for param in params]
+        result.append(LayerMembers(not transposed, params[0].shape[0], 1, params, places, [], grads, [layers[param] for param in params]))
     return result
+
+
+def _parts(members: LayerMembers) -> list[LayerMembers]:
+    """The bucket in parts whose gradients have at most PART_ELEMENTS elements."""
+    at_once = max(1, PART_ELEMENTS // members.params[0].numel())
+    cuts = [slice(start, start + at_once) for start in range(0, len(members.params), at_once)]
+    return [replace(members, **{name: getattr(members, name)[cut] for name in LISTS}) for cut in cuts]

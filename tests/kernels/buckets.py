@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowrank_kernels.backends.triton import configs
+from lowrank_kernels.backends.triton import choose
 from lowrank_kernels.backends.triton.dots import INTERPRETED
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,7 +106,7 @@ def rows_of_this_machine(tables: dict) -> list[tuple[object, object, bool]]:
     wide: whether shapes for the row should allow 16-byte accesses. A GPU's own rows serve no others; compiled
     for narrow accesses, their large tiles would take many seconds each.
     """
-    archs = list(tables) if INTERPRETED else [configs.architecture(torch.device("cuda")), None]
+    archs = list(tables) if INTERPRETED else [choose.architecture(torch.device("cuda")), None]
     rows = {
         (kind, row, arch is not None and not INTERPRETED) for arch in archs for kind, rows in tables.get(arch, {}).items() for row in rows
     }

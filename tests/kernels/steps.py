@@ -1,7 +1,8 @@
-"""A whole step on buckets of random matrices, by any module that has `prepare`, judged by the reference in
-fp64."""
+"""A whole step on buckets of random matrices, by either path, judged by the reference in fp64."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from buckets import bits as bits_of
@@ -22,25 +23,25 @@ from tolerances import (
 
 from benchmarks import formulas
 from lowrank_kernels.backends import reference
-from lowrank_kernels.backends.triton import configs, table
+from lowrank_kernels.backends.triton import choose, configs, single_pass, table
 from lowrank_kernels.backends.triton.dots import INTERPRETED
 from lowrank_kernels.storage import eight_bit
 
 STEP = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.2, "scale": 0.5, "step": 4}
 NAMES = ("weights", "grads", "bases", "exp_avgs", "exp_avg_sqs", "exp_avg_scales", "exp_avg_sq_scales")
-chosen_config = configs.single_pass_config
-NARROW = tuple(configs.SinglePassConfig(rank, 1, 64, 16, 16, warps, 1) for rank, warps in ((32, 8), (64, 8), (128, 16)))
+chosen_row = choose.single_pass
+NARROW = tuple(configs.SinglePassConfig(rank, 1, 64, 16, 16, warps, 1, W_STAGES=1) for rank, warps in ((32, 8), (64, 8), (128, 16)))
 """Rows that compile fast for shapes without 16-byte accesses, which the single pass serves in tests alone."""
 
 
 def a_row_for_everything(arch, kind, rank, wide, eight_bit):
     """On a GPU, too, shapes that allow no 16-byte access, and fp32 products, run the single pass."""
-    row = chosen_config(arch, kind, rank, wide, eight_bit)
+    row = chosen_row(arch, kind, rank, wide, eight_bit)
     return row or next((row for row in NARROW if row.rank_covered >= rank), None)
 
 
 def serve_everything(monkeypatch):
-    monkeypatch.setattr(configs, "single_pass_config", a_row_for_everything)
+    monkeypatch.setattr(choose, "single_pass", a_row_for_everything)
 
 
 def bucket(count, m, n, r, right, dtype=torch.float32, coded=False, layout="rows", basis_layout="rows", scale=1.0, pad=3):
@@ -66,41 +67,53 @@ def same(lists, others):
     )
 
 
-def prepare(path, lists, right, stochastic=False):
-    rows = table.Rows(**dict(zip(lists, table.pointer_table(*lists.values()), strict=True)))
-    first = (lists[name][0] for name in NAMES[:4])
-    aligned = table.aligned(*(tensors for name, tensors in lists.items() if name != "steps"))
-    return path.prepare(rows, *first, count=len(lists["weights"]), right=right, aligned=aligned, stochastic=stochastic)
+def bucket_of(lists, right, *, found_inf=None, device_lr=None, rounding_seeds=None, **step):
+    """A bucket and its values. Counts are the list "steps", or those before update number `step`. R is the
+    list "projected", or comes from the gradients."""
+    lists, options = dict(lists), {**STEP, **step} | dict(found_inf=found_inf, device_lr=device_lr, rounding_seeds=rounding_seeds)
+    counts, projected = lists.pop("steps", None), lists.pop("projected", None)
+    lists.setdefault("grads", lists["weights"])
+    positional = [lists.pop(name) for name in NAMES[:5]]
+    made, hyper = formulas.bucket_of(*positional, **lists, **options, right=right, device_steps=counts)
+    if projected is not None:
+        made = dataclasses.replace(made, grads=None, projected=projected)
+        made.check(hyper)
+    return made, hyper
 
 
-def run(path, lists, right, *, found_inf=None, device_lr=None, rounding_seeds=None, **step):
-    """A step; counts on the device are the list "steps"."""
-    launch = prepare(path, lists, right, rounding_seeds is not None)
-    launch(**{**STEP, **step}, found_inf=found_inf, device_lr=device_lr, rounding_seeds=rounding_seeds)
+def run(path, lists, right, **options):
+    """A step by single_pass or split; see bucket_of."""
+    made, hyper = bucket_of(lists, right, **options)
+    rows = table.rows_of(made)
+    if path is single_pass:
+        row = single_pass.row_for(made, rows.aligned)
+        assert row is not None, "no row of the single pass serves this bucket"
+        single_pass.step(made, hyper, rows, row)
+    else:
+        path.step(made, hyper, rows)
 
 
 def check(path, lists, right, device_lr=None, rounding_seeds=None, **step):
     """Runs a step and judges it."""
     before = copy(lists)
     scalars = {**STEP, **step} | ({"lr": float(device_lr)} if device_lr is not None else {})
-    on_device = ({"step": None} if "steps" in lists else {}) | ({"lr": None} if device_lr is not None else {})
-    run(path, lists, right, device_lr=device_lr, rounding_seeds=rounding_seeds, **(step | on_device))
+    run(path, lists, right, device_lr=device_lr, rounding_seeds=rounding_seeds, **step)
     for index in range(len(lists["weights"])):
         if "steps" in lists:
             scalars["step"] = int(lists["steps"][index]) + 1
         seed = None if rounding_seeds is None else rounding_seeds[index : index + 1]
-        judge(before, lists, index, right, scalars, seed=seed, counted_on_device="steps" in lists, lr_on_device=device_lr is not None)
+        judge(before, lists, index, right, scalars, seed=seed, lr_on_device=device_lr is not None)
 
 
-def judge(before, after, index, right, scalars, *, seed=None, counted_on_device=False, lr_on_device=False, on_cpu_path=False, native=False):
+def judge(before, after, index, right, scalars, *, seed=None, lr_on_device=False, on_cpu_path=False, native=False):
     """One matrix after a step against the reference on what it was before, within the bounds of the step's
     parts chained: an error of R grows into one of N and that into one of W.
 
     seed: (1,) int64 where W is rounded stochastically. on_cpu_path: of backends/cpu.py, which rounds nothing
     but what it stores, and where the CPU is `native` in bf16 also R and N of such bases.
     """
-    w, g, p = (before[name][index].double() for name in NAMES[:3])
-    of_weight, of_grad, of_basis = (before[name][index].dtype for name in NAMES[:3])
+    w, p = (before[name][index].double() for name in ("weights", "bases"))
+    of_weight, of_basis = (before[name][index].dtype for name in ("weights", "bases"))
     coded, of_states = "exp_avg_scales" in before, (0.0, 0.0)
     if coded:
         m, v = eight_bit.decode(*(before[name][index] for name in NAMES[3:]), torch.float64)
@@ -109,18 +122,23 @@ def judge(before, after, index, right, scalars, *, seed=None, counted_on_device=
         m, v = (before[name][index].double() for name in NAMES[3:5])
     adam = {name: scalars[name] for name in ("beta1", "beta2", "eps", "step")}
     update = {name: scalars[name] for name in ("lr", "scale", "weight_decay")}
-    r = reference.project(p, g, right)
     tf32 = 0.0 if on_cpu_path else tf32_unit(of_basis)
-    of_r = project_error(p, orient(g, right), tf32)
-    if on_cpu_path:
-        if native and of_grad == of_basis == torch.bfloat16:
+    if "projected" in before:
+        r = before["projected"][index].double()
+        of_r = torch.zeros_like(r)
+    else:
+        grad = before["grads"][index]
+        r = reference.project(p, grad.double(), right)
+        of_r = project_error(p, orient(grad.double(), right), tf32)
+        if on_cpu_path and native and grad.dtype == of_basis == torch.bfloat16:
             of_r = of_r + UNIT[torch.bfloat16] * r.abs()
+    if on_cpu_path:
         operand_unit = UNIT[torch.bfloat16] if native and of_weight == of_basis == torch.bfloat16 and seed is None else 0.0
     else:
         operand_unit = (0.0 if of_basis == torch.float32 else 2 * UNIT[of_basis]) + tf32
     errors = moments_error(m, v, r, scalars["beta1"], scalars["beta2"], projected_error=of_r, state_errors=of_states)
     n = formulas.update_moments_(m, v, r, **adam)
-    of_n = normalised_error(m, v, errors, **adam, correction=BIAS_CORRECTION_ERROR if counted_on_device else UNIT[torch.float32])
+    of_n = normalised_error(m, v, errors, **adam, correction=BIAS_CORRECTION_ERROR)
     bound = back_project_error(
         orient(w, right).to(of_weight), p, n, **update, device_lr=lr_on_device,
         store=0.0 if seed is not None else store_unit(of_weight, INTERPRETED and not on_cpu_path),

@@ -4,15 +4,22 @@ import pytest
 import torch
 from buckets import DEVICE, DTYPES, bits, matrices, orient, same_bits, states, stored, tf32_unit
 from steps import serve_everything
-from tolerances import UNIT, assert_within, back_project_error, moments_error, normalised_error, project_error, store_unit
+from tolerances import (
+    BIAS_CORRECTION_ERROR,
+    UNIT,
+    assert_within,
+    back_project_error,
+    moments_error,
+    normalised_error,
+    project_error,
+    store_unit,
+)
 
 from benchmarks import formulas
 from lowrank_kernels.backends import reference
-from lowrank_kernels.backends.triton import adamw_step, configs, single_pass, two_pass
-from lowrank_kernels.backends.triton.back_project import back_project_
+from lowrank_kernels.backends.bucket import Bucket
+from lowrank_kernels.backends.triton import adamw_step, builtin, single_pass
 from lowrank_kernels.backends.triton.dots import INTERPRETED
-from lowrank_kernels.backends.triton.moments import update_moments_
-from lowrank_kernels.backends.triton.project import project
 
 pytestmark = pytest.mark.gpu
 adamw_step_ = functools.partial(formulas.adamw_step_, run=adamw_step.step)
@@ -21,11 +28,12 @@ ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 4}
 UPDATE = {"lr": 0.1, "scale": 0.5, "weight_decay": 0.2}
 
 
-@pytest.fixture(autouse=True, params=[single_pass, two_pass], ids=["single-pass", "two-pass"])
+@pytest.fixture(autouse=True, params=["single-pass", "split"])
 def path(request, monkeypatch):
     """Each path in turn, also where the other one would be chosen."""
     serve_everything(monkeypatch)
-    monkeypatch.setattr(adamw_step, "choose_path", lambda *_, **__: request.param)
+    if request.param == "split":
+        monkeypatch.setattr(single_pass, "row_for", lambda *_: None)
     return request.param
 
 
@@ -56,7 +64,7 @@ def test_against_the_reference(count, dtype, right):
         tf32 = tf32_unit(dtype)
         errors = moments_error(m, v, r, **betas, projected_error=project_error(p, orient(g, right), tf32))
         n = formulas.update_moments_(m, v, r, **ADAM)
-        of_n = normalised_error(m, v, errors, **ADAM)
+        of_n = normalised_error(m, v, errors, **ADAM, correction=BIAS_CORRECTION_ERROR)
         bound = back_project_error(
             orient(w, right).to(dtype), p, n, **UPDATE, store=store_unit(dtype, INTERPRETED),
             operand_unit=(0.0 if dtype == torch.float32 else 2 * UNIT[dtype]) + tf32, basis_unit=tf32, normalised_error=of_n,
@@ -65,23 +73,6 @@ def test_against_the_reference(count, dtype, right):
         assert_within(exp_avgs[index], m, errors[0], "M")
         assert_within(exp_avg_sqs[index], v, errors[1], "V")
         assert_within(orient(weights[index], right), orient(w, right), bound, "W")
-
-
-@SIDES
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_its_three_launches_bit_for_bit(dtype, right, path):
-    """Whether N is rounded to the bases' dtype when it is stored or when it is multiplied is the same."""
-    if path is single_pass:
-        pytest.skip("its sums have an order of their own")
-    step = bucket(2, 70, 67, 33, right, dtype)
-    apart = copy(step)
-    adamw_step_(*step, **ADAM, **UPDATE, right=right)
-    weights, grads, bases, exp_avgs, exp_avg_sqs = apart
-    adam = {name: value for name, value in ADAM.items() if name != "step"}
-    counts = [torch.tensor(ADAM["step"] - 1.0, device=DEVICE) for _ in bases]
-    normalised = update_moments_(exp_avgs, exp_avg_sqs, project(bases, grads, right), **adam, step=0, device_steps=counts)
-    back_project_(weights, bases, normalised, **UPDATE, right=right)
-    assert all(same_bits(bits(a), bits(b)) for a, b in zip(step, apart, strict=True))
 
 
 @SIDES
@@ -149,17 +140,17 @@ def test_zero_gradient_of_a_fresh_state_only_decays():
 
 
 def test_the_path_that_is_chosen(monkeypatch):
-    """Two passes for what has no row: mixed dtypes, ranks past the last row."""
+    """The split for what has no row: mixed dtypes, ranks past the last row."""
     monkeypatch.undo()
 
-    def chosen(r, m=300, dtypes=(torch.float32,) * 3):
+    def single(r, m=300, dtypes=(torch.float32,) * 3):
         weight, grad = (torch.zeros(m, 64, dtype=dtype, device=DEVICE) for dtype in dtypes[:2])
-        basis, exp_avg = torch.zeros(m, r, dtype=dtypes[2], device=DEVICE), torch.zeros(r, 64, device=DEVICE)
-        return adamw_step.choose_path(weight, grad, basis, exp_avg, count=1000, aligned=True)
+        basis = torch.zeros(m, r, dtype=dtypes[2], device=DEVICE)
+        return single_pass.row_for(Bucket([weight] * 1000, [basis] * 1000, {}, [], False, grads=[grad] * 1000), True) is not None
 
-    largest = max(row.rank_covered for row in configs.SINGLE_PASS[None]["ieee", "fp32"])
+    largest = max(row.rank_covered for row in builtin.SINGLE_PASS[None]["ieee", "fp32"])
     if INTERPRETED:
-        assert chosen(largest) is single_pass
-        assert chosen(largest + 1, m=2 * largest) is two_pass
-    assert chosen(64, dtypes=(torch.float32, torch.bfloat16, torch.bfloat16)) is two_pass
-    assert chosen(8192, m=8192) is two_pass
+        assert single(largest)
+        assert not single(largest + 1, m=2 * largest)
+    assert not single(64, dtypes=(torch.float32, torch.bfloat16, torch.bfloat16))
+    assert not single(8192, m=8192)

@@ -17,12 +17,12 @@ from buckets import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launchers import back_project_
 from tolerances import UNIT, assert_within, back_project_error, rounded_between, store_unit
 
 from benchmarks import formulas
 from lowrank_kernels import philox
-from lowrank_kernels.backends.triton import back_project, configs, table
-from lowrank_kernels.backends.triton.back_project import back_project_
+from lowrank_kernels.backends.triton import builtin, choose
 from lowrank_kernels.backends.triton.dots import INTERPRETED
 
 pytestmark = pytest.mark.gpu
@@ -129,9 +129,9 @@ def test_decay_comes_before_the_update():
 
 
 @SIDES
-@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.BACK_PROJECT), ids=str)
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(builtin.BACK_PROJECT), ids=str)
 def test_every_row(kind, row, wide, right, monkeypatch):
-    monkeypatch.setattr(configs, "back_project_config", lambda *args: row)
+    monkeypatch.setattr(choose, "back_project", lambda *args: row)
     dtype = torch.bfloat16 if kind == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -163,22 +163,13 @@ def test_found_inf_of_zero_changes_nothing():
     assert same_bits(bits(weights), bits(copies))
 
 
-def launched(weights, bases, normalised, right, counts=None, **arguments):
-    """The launch, with what back_project_ does not offer; counts: fp32 on the device, one a matrix."""
-    rows = table.pointer_table(weights, bases, *([counts] if counts else []))
-    launch = back_project.prepare(
-        *rows[:2], weights[0], bases[0], right=right, aligned=table.aligned(weights, bases), steps_at=rows[2] if counts else None
-    )
-    launch(normalised, **{"found_inf": None, **arguments})
-
-
 @SIDES
 def test_learning_rate_on_the_device(right):
     """lr is the fp32 there, and the argument is not looked at."""
     weights, bases, normalised = stored(2, 70, 66, right, torch.float32), matrices(2, 70, 9, torch.float32), normalised_of(2, 9, 66)
     before = [weight.double() for weight in weights]
     device_lr = torch.tensor(UPDATE["lr"], device=DEVICE)
-    launched(weights, bases, normalised, right, **{**UPDATE, "lr": float("nan")}, device_lr=device_lr)
+    back_project_(weights, bases, normalised, right=right, **{**UPDATE, "lr": float("nan")}, device_lr=device_lr)
     tf32 = tf32_unit(torch.float32)
     update = {**UPDATE, "lr": float(device_lr)}
     for weight, expected, basis, norm in zip(weights, before, bases, normalised, strict=True):
@@ -195,7 +186,7 @@ def check_drawn(weights, bases, normalised, right, seeds, step, counts=None, sha
     """Rounded stochastically, with the reference's draws: what differs lies within the fp32 error of a
     threshold."""
     before = [weight.double() for weight in weights]
-    launched(weights, bases, normalised, right, counts, **update, rounding_seeds=seeds, step=step)
+    back_project_(weights, bases, normalised, right=right, device_steps=counts, step=step, **update, rounding_seeds=seeds)
     tf32 = tf32_unit(bases[0].dtype)
     for index, (weight, w, basis, norm) in enumerate(zip(weights, before, bases, normalised, strict=True)):
         rounds_n = bases[0].dtype != torch.float32 and normalised.dtype != bases[0].dtype
@@ -247,14 +238,14 @@ def test_stochastic_rounding_keeps_what_bf16_holds(right):
     weights, bases = stored(2, 70, 66, right, torch.bfloat16), matrices(2, 70, 9, torch.bfloat16)
     kept = bits(weights)
     zeros, seeds = torch.zeros(2, 9, 66, device=DEVICE), philox.seed_tensor([1, 2], DEVICE)
-    launched(weights, bases, zeros, right, lr=0.1, scale=0.25, weight_decay=0.0, rounding_seeds=seeds, step=1)
+    back_project_(weights, bases, zeros, right=right, lr=0.1, scale=0.25, weight_decay=0.0, rounding_seeds=seeds, step=1)
     assert same_bits(bits(weights), kept)
 
 
 @SIDES
-@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.BACK_PROJECT), ids=str)
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(builtin.BACK_PROJECT), ids=str)
 def test_stochastic_rounding_of_every_row(kind, row, wide, right, monkeypatch):
-    monkeypatch.setattr(configs, "back_project_config", lambda *args: row)
+    monkeypatch.setattr(choose, "back_project", lambda *args: row)
     dtype = torch.bfloat16 if kind == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -275,18 +266,5 @@ def test_stochastic_rounding_and_found_inf():
     normalised, seeds = torch.full((2, 9, 66), float("inf"), device=DEVICE), philox.seed_tensor([1, 2], DEVICE)
     found_inf = torch.ones((), device=DEVICE)
     bases = matrices(2, 70, 9, torch.bfloat16)
-    launched(weights, bases, normalised, False, **UPDATE, found_inf=found_inf, rounding_seeds=seeds, step=1)
+    back_project_(weights, bases, normalised, right=False, **UPDATE, found_inf=found_inf, rounding_seeds=seeds, step=1)
     assert same_bits(bits(weights), kept)
-
-
-def test_errors_help():
-    weights, bases = [torch.zeros(4, 6, device=DEVICE)], [torch.zeros(4, 2, device=DEVICE)]
-    with pytest.raises(ValueError, match=r"normalised must be row-major of shape \(1, 2, 6\), got \(1, 2, 5\)"):
-        back_project_(weights, bases, normalised_of(1, 2, 5), right=False, **UPDATE)
-    with pytest.raises(ValueError, match=r"must fit a right weight \(n, m\), got \(4, 2\) and \(4, 6\)"):
-        back_project_(weights, bases, normalised_of(1, 2, 6), right=True, **UPDATE)
-    with pytest.raises(ValueError, match="equally many"):
-        back_project_(weights * 2, bases, normalised_of(1, 2, 6), right=False, **UPDATE)
-    for wrong in (torch.zeros(2, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)):
-        with pytest.raises(ValueError, match="found_inf must be one float32"):
-            back_project_(weights, bases, normalised_of(1, 2, 6), right=False, **UPDATE, found_inf=wrong)

@@ -3,11 +3,11 @@ import torch
 from buckets import DEVICE, DTYPES, LAYOUTS, OVER, SHAPES, matrices, orient, rows_of_this_machine, stored, tf32_unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from launchers import project
 from tolerances import assert_within, project_error
 
 from lowrank_kernels.backends import reference
-from lowrank_kernels.backends.triton import configs
-from lowrank_kernels.backends.triton.project import project
+from lowrank_kernels.backends.triton import builtin, choose
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
@@ -73,9 +73,9 @@ def test_zero_gradient_gives_zero(right, poisoned_empty):
 
 
 @SIDES
-@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(configs.PROJECT), ids=str)
+@pytest.mark.parametrize(("kind", "row", "wide"), rows_of_this_machine(builtin.PROJECT), ids=str)
 def test_every_row(kind, row, wide, right, monkeypatch, poisoned_empty):
-    monkeypatch.setattr(configs, "project_config", lambda *args: row)
+    monkeypatch.setattr(choose, "project", lambda *args: row)
     dtype = torch.bfloat16 if kind == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -104,21 +104,3 @@ def test_sides_agree():
     left, right = project(bases, grads, False), project(bases, transposed, True)
     bound = 2 * torch.stack([project_error(basis, grad, tf32_unit(torch.float32)) for basis, grad in zip(bases, grads, strict=True)])
     assert_within(left, right, bound, "left against right")
-
-
-@pytest.mark.parametrize(
-    ("bases", "grads", "message"),
-    [
-        ([], [], "bases is empty"),
-        ([torch.zeros(4, 2)], [torch.zeros(4, 5), torch.zeros(4, 5)], "equally many"),
-        ([torch.zeros(4, 2)], [torch.zeros(5, 4)], r"must fit a left gradient \(m, n\), got \(4, 2\) and \(5, 4\)"),
-        ([torch.zeros(4, 2)] * 2, [torch.zeros(4, 5), torch.zeros(5, 4).T], r"strides.*\[0\] has \(4, 5\), \(5, 1\).*\[1\] has"),
-        ([torch.zeros(4, 2)] * 2, [torch.zeros(4, 5), torch.zeros(4, 6)], r"\[1\] has \(4, 6\)"),
-        ([torch.zeros(4, 2)] * 2, [torch.zeros(4, 5), torch.zeros(4, 5).half()], r"\[1\].*float16"),
-        ([torch.zeros(4, 2)], [torch.zeros(4, 5, dtype=torch.float64)], "grads must be one of .*, got torch.float64"),
-        ([torch.zeros(4, 2)], [torch.zeros(1, 4, 5)], r"2-D tensors, got shape \(1, 4, 5\)"),
-    ],
-)
-def test_errors_help(bases, grads, message):
-    with pytest.raises(ValueError, match=message):
-        project(bases, grads, False)

@@ -1,8 +1,7 @@
-"""The whole step in one launch. Its parts are tested beside the launches of two passes, tile functions by
+"""The whole step in one launch. Its parts are tested beside those of the split, tile functions by
 themselves."""
 
-import gc
-import weakref
+import dataclasses
 
 import pytest
 import steps
@@ -12,12 +11,13 @@ from coded import code_frames_intact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix import pairwise
-from steps import NAMES, STEP, bucket, copy, prepare, same
+from steps import NAMES, STEP, bucket, copy, same
 from steps import check as check_step
 from steps import run as run_step
 
 from lowrank_kernels import philox
-from lowrank_kernels.backends.triton import configs, single_pass, table, two_pass
+from lowrank_kernels.backends.bucket import Bucket
+from lowrank_kernels.backends.triton import builtin, choose, single_pass, split, table
 from lowrank_kernels.backends.triton.dots import INTERPRETED
 
 pytestmark = pytest.mark.gpu
@@ -61,6 +61,17 @@ def test_against_the_reference(coded, on_device, dtype, right):
 
 
 @SIDES
+@CODED
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+def test_r_from_memory(source, coded, right):
+    """As the gradients of coordinates bring it, of any dtype beside weights and bases of another."""
+    lists = bucket(2, 70, 130, 17, right, torch.bfloat16, coded)
+    del lists["grads"]
+    lists["projected"] = [torch.randn(17, 130, device=DEVICE).to(source) for _ in range(2)]
+    check(lists, right, rounding_seeds=seeds(2, torch.bfloat16))
+
+
+@SIDES
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes(shape, right):
     m, n, r = shape
@@ -97,12 +108,11 @@ def test_no_access_outside_of_the_matrices(shape, coded, right, monkeypatch):
     m, n, r = shape
     lists = bucket(2, m, n, r, right, torch.bfloat16, coded, layout="strided", basis_layout="strided")
     lists["steps"] = [torch.full((), 5.0) for _ in range(2)]
-    rows, drawn, zero, rate = table.pointer_table(*lists.values()), seeds(2, torch.bfloat16), torch.zeros(1), torch.full((), 0.1)
-    inside = torch.cat([addresses(tensor) for tensors in (*lists.values(), rows, (drawn, zero, rate)) for tensor in tensors])
-    launch = single_pass.prepare(
-        table.Rows(**dict(zip(lists, rows, strict=True))), *(lists[name][0] for name in NAMES[:4]),
-        count=2, right=right, aligned=False, stochastic=True,
-    )  # fmt: skip
+    drawn, zero, rate = seeds(2, torch.bfloat16), torch.zeros(1), torch.full((), 0.1)
+    made, hyper = steps.bucket_of(lists, right, found_inf=zero, device_lr=rate, rounding_seeds=drawn)
+    rows = dataclasses.replace(table.rows_of(made), aligned=False)
+    addressed = [row for row in vars(rows).values() if isinstance(row, torch.Tensor)]
+    inside = torch.cat([addresses(tensor) for tensors in (*lists.values(), addressed, (drawn, zero, rate)) for tensor in tensors])
     seen = []
 
     def watch(name, mask_at):
@@ -118,7 +128,7 @@ def test_no_access_outside_of_the_matrices(shape, coded, right, monkeypatch):
 
     watch("create_masked_load", 0)
     watch("create_masked_store", 1)
-    launch(**STEP, found_inf=zero, device_lr=rate, rounding_seeds=drawn)
+    single_pass.step(made, hyper, rows, single_pass.row_for(made, False))
     assert sum(seen) >= sum(tensor.numel() for tensors in lists.values() for tensor in tensors)
 
 
@@ -126,13 +136,13 @@ def test_no_access_outside_of_the_matrices(shape, coded, right, monkeypatch):
     ("kind", "row", "wide", "right"),
     [
         pytest.param(*row, right, marks=() if number % 2 == right else pytest.mark.slow, id=f"{number}-{'right' if right else 'left'}")
-        for number, row in enumerate(rows_of_this_machine(configs.SINGLE_PASS))
+        for number, row in enumerate(rows_of_this_machine(builtin.SINGLE_PASS))
         for right in (False, True)
     ],
 )
 def test_every_row(kind, row, wide, right, monkeypatch):
     """Over the edge of every tile."""
-    monkeypatch.setattr(configs, "single_pass_config", lambda *args: row)
+    monkeypatch.setattr(choose, "single_pass", lambda *args: row)
     dtype = torch.bfloat16 if kind[0] == "16bit" else torch.float32
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind[0] == "tf32" else "highest")
@@ -288,7 +298,7 @@ def test_a_matrix_gives_the_same_bits_alone(coded):
 @SIDES
 @CODED
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_two_passes_bit_for_bit(dtype, coded, right):
+def test_equals_the_split_bit_for_bit(dtype, coded, right):
     """Where no order of summation matters: G of small integers, and a basis that selects rows. Then every
     rounding is the same."""
     lists = bucket(2, 70, 130, 17, right, dtype, coded)
@@ -298,30 +308,8 @@ def test_equals_two_passes_bit_for_bit(dtype, coded, right):
         basis[torch.randperm(70)[:17], torch.arange(17)] = 1
     others, drawn = copy(lists), seeds(2, dtype)
     run(lists, right, rounding_seeds=drawn)
-    run_step(two_pass, others, right, rounding_seeds=drawn)
+    run_step(split, others, right, rounding_seeds=drawn)
     assert same(lists, others)
-
-
-def test_a_refilled_table_is_followed():
-    """Rows are kept, not copied: the next step follows tensors that moved."""
-    lists, moved = bucket(3, 20, 67, 9, False), bucket(3, 20, 67, 9, False)
-    expected, kept = copy(moved), copy(lists)
-    rows = table.Rows(**dict(zip(lists, table.pointer_table(*lists.values()), strict=True)))
-    launch = single_pass.prepare(rows, *(lists[name][0] for name in NAMES[:4]), count=3, right=False, aligned=False, stochastic=False)
-    for name, tensors in moved.items():
-        getattr(rows, name).copy_(torch.tensor([tensor.data_ptr() for tensor in tensors]))
-    launch(**STEP, found_inf=None, device_lr=None, rounding_seeds=None)
-    run(expected, False)
-    assert same(moved, expected) and same(lists, kept)
-
-
-def test_what_is_kept_holds_no_tensor():
-    lists = bucket(1, 8, 70, 3, False, coded=True)
-    launch = prepare(single_pass, lists, False)
-    references = [weakref.ref(tensor) for name in NAMES[:4] for tensor in lists[name]]
-    del lists
-    gc.collect()
-    assert launch is not None and not any(reference() is not None for reference in references)
 
 
 @SIDES
@@ -338,13 +326,13 @@ class TestChoice:
 
     @pytest.fixture(autouse=True)
     def the_real_choice(self, monkeypatch, a_row_for_everything):
-        monkeypatch.setattr(configs, "single_pass_config", steps.chosen_config)
+        monkeypatch.setattr(choose, "single_pass", steps.chosen_row)
 
     def row(self, monkeypatch, arch, m=4096, n=4096, r=128, weight=torch.bfloat16, basis=torch.bfloat16, aligned=True):
-        monkeypatch.setattr(configs, "architecture", lambda device: arch)
+        monkeypatch.setattr(choose, "architecture", lambda device: arch)
         first = (torch.empty(m, n, dtype=weight, device="meta"), torch.empty(m, n, dtype=weight, device="meta"))
-        tensors = (*first, torch.empty(m, r, dtype=basis, device="meta"), torch.empty(r, n, device="meta"))
-        return single_pass.row_for(*tensors, aligned=aligned)
+        bases = [torch.empty(m, r, dtype=basis, device="meta")]
+        return single_pass.row_for(Bucket([first[0]], bases, {}, [], False, grads=[first[1]]), aligned)
 
     @pytest.mark.parametrize("arch", [80, 90, 100])
     @pytest.mark.parametrize("r", [1, 32, 33, 128, 256])
@@ -352,7 +340,7 @@ class TestChoice:
         assert self.row(monkeypatch, arch, r=16 * -(-r // 16)).BLOCK_R >= r
 
     @pytest.mark.parametrize("arch", [80, 90, 100])
-    def test_two_passes_serve_the_rest(self, arch, monkeypatch):
+    def test_the_split_serves_the_rest(self, arch, monkeypatch):
         assert self.row(monkeypatch, arch, r=1024) is None
         assert self.row(monkeypatch, arch, aligned=False) is None
         assert self.row(monkeypatch, arch, n=4097) is None
@@ -360,12 +348,12 @@ class TestChoice:
         assert self.row(monkeypatch, 75) is None and self.row(monkeypatch, "gfx942") is None
 
     def test_programs(self):
-        row = configs.SINGLE_PASS[90]["16bit", "fp32"][0]
+        row = builtin.SINGLE_PASS[90]["16bit", "fp32"][0]
         assert row.programs(row.BLOCK_N * 3 + 1, 5) == 20
 
-    def test_few_programs_are_left_to_two_passes(self, monkeypatch):
+    def test_few_programs_are_left_to_the_split(self, monkeypatch):
         monkeypatch.setattr(single_pass, "_multiprocessors", lambda device: 132)
-        monkeypatch.setattr(configs, "architecture", lambda device: 90)
+        monkeypatch.setattr(choose, "architecture", lambda device: 90)
 
         class OnCuda:
             """Enough of a tensor for the choice."""
@@ -376,21 +364,26 @@ class TestChoice:
             def stride(self):
                 return self.shape[1], 1
 
-        tensors = OnCuda(4096, 4096), OnCuda(4096, 4096), OnCuda(4096, 128), OnCuda(128, 4096)
-        assert not single_pass.serves(*tensors, count=1, aligned=True)
-        assert single_pass.serves(*tensors, count=32, aligned=True)
+        for count, served in ((1, False), (32, True)):
+            matrices, bases = [OnCuda(4096, 4096)] * count, [OnCuda(4096, 128)] * count
+            row = single_pass.row_for(Bucket(matrices, bases, {}, [], False, grads=matrices), aligned=True)
+            assert (row is not None) == served
 
-    def test_no_row_is_an_error_that_says_so(self):
-        lists = bucket(1, 5, 6, 2, False)
-        lists["weights"] = stored(1, 5, 6, False, torch.bfloat16)
-        with pytest.raises(ValueError, match=r"no row of configs.SINGLE_PASS serves"):
-            run(lists, False)
+    def test_the_extent_across_a_run_of_memory_does_not_matter(self, monkeypatch):
+        """A weight of 5461 rows of 2048 runs in large tiles on the right side; 2048 rows of 5461 have no
+        accesses of 16 bytes."""
+        monkeypatch.setattr(choose, "architecture", lambda device: 90)
+        for shape, right in (((5461, 2048), True), ((2048, 5461), False)):
+            matrix = [torch.empty(shape, dtype=torch.bfloat16, device="meta")]
+            bases = [torch.empty(128, 2048, dtype=torch.bfloat16, device="meta").mT]
+            row = single_pass.row_for(Bucket(matrix, bases, {}, [], right, grads=matrix), aligned=True)
+            assert (row is not None) == right
 
 
 @pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
 def test_no_temporaries(coded, monkeypatch):
-    lists = bucket(3, 70, 130, 17, False, torch.bfloat16, coded)
-    launch = prepare(single_pass, lists, False)
+    made, hyper = steps.bucket_of(bucket(3, 70, 130, 17, False, torch.bfloat16, coded), False)
+    rows = table.rows_of(made)
     for name in ("empty", "zeros", "full", "empty_like"):
         monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("an allocation"))
-    launch(**STEP, found_inf=None, device_lr=None, rounding_seeds=None)
+    single_pass.step(made, hyper, rows, single_pass.row_for(made, False))

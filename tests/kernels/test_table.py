@@ -28,12 +28,16 @@ def addresses(tensors):
     return [tensor.data_ptr() for tensor in tensors]
 
 
+def rows_of(lists, steps):
+    return table.rows_of(formulas.bucket_of(*lists, **ADAM, device_steps=steps)[0])
+
+
 def test_rows_are_the_addresses():
     lists, steps = bucket(), [torch.zeros((), device=DEVICE) for _ in range(3)]
-    rows, aligned = table.rows_of(lists, steps)
+    rows = rows_of(lists, steps)
     found = (rows.weights, rows.grads, rows.bases, rows.exp_avgs, rows.exp_avg_sqs, rows.steps)
     assert [row.tolist() for row in found] == list(map(addresses, (*lists, steps)))
-    assert aligned and rows.exp_avg_scales is None and rows.exp_avg_sq_scales is None
+    assert rows.aligned and rows.projected is None and rows.exp_avg_scales is None and rows.exp_avg_sq_scales is None
 
 
 @pytest.mark.parametrize("crooked", range(5))
@@ -41,11 +45,11 @@ def test_one_address_that_is_no_multiple_of_16_is_seen(crooked):
     lists = bucket()
     shape = lists[crooked][1].shape
     lists[crooked][1] = torch.randn(shape.numel() + 1, device=DEVICE)[1:].view(shape)
-    assert not table.rows_of(lists, [torch.zeros(2, device=DEVICE)[1] for _ in range(3)])[1]
+    assert not rows_of(lists, [torch.zeros((), device=DEVICE) for _ in range(3)]).aligned
 
 
 def test_a_count_need_not_be_aligned():
-    assert table.rows_of(bucket(), [torch.zeros(2, device=DEVICE)[1] for _ in range(3)])[1]
+    assert rows_of(bucket(), [torch.zeros(2, device=DEVICE)[1] for _ in range(3)]).aligned
 
 
 @pytest.mark.gpu

@@ -2,21 +2,35 @@
 
     M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²;  N = (M / c1) / (sqrt(V / c2) + ε);  c = 1 − βᵗ
 
-t and the learning rate come from the host. They come from the device where the host must not know them (CUDA
-graphs, capturable optimizers).
+t is the matrix's count of updates plus one. The count is an fp32 number on the device. The learning rate
+comes from the host, or from the device where the host must not know it (CUDA graphs, capturable optimizers).
 """
 
 import math
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..bucket import Hyper
 from . import pointers
 
 
-def log(beta: float) -> float:
-    """ln β, and −∞ for β = 0. bias_corrections takes it when the updates are counted on the device."""
-    return math.log(beta) if beta else -math.inf
+def moment_scalars(hyper: Hyper) -> tuple[float, ...]:
+    """β1, 1 − β1, β2, 1 − β2, ln β1, ln β2, ε, as the kernels take them. ln 0 is −∞.
+
+    1 − β is computed in double: fp32(0.999) subtracted from 1 in fp32 has a relative error of 2e-5.
+    """
+    (beta1, beta2), eps = hyper.options["betas"], hyper.options["eps"]
+    first, second = (math.log(beta) if beta else -math.inf for beta in (beta1, beta2))
+    return float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, first, second, float(eps)
+
+
+def rates(hyper: Hyper) -> tuple[Tensor | None, float, float]:
+    """(device_lr, first, second), which `coefficients` turns into 1 − lr·wd and lr·α."""
+    if isinstance(hyper.lr, Tensor):
+        return hyper.lr, float(hyper.weight_decay), float(hyper.scale)
+    return None, 1.0 - hyper.lr * hyper.weight_decay, float(hyper.lr * hyper.scale)
 
 
 @triton.jit
@@ -43,30 +57,17 @@ def bias_correction(t, log_beta):
 
 
 @triton.jit
-def step_number(steps_at, matrix, step):
-    """t as int32. It is the host's `step` if steps_at is None, otherwise the matrix's counter plus one.
-
-    steps_at: a row of addresses of fp32 counters. Each counts the updates that a matrix has had before this
-    one.
-    """
-    if steps_at is None:
-        t = tl.cast(step, tl.int32)
-    else:
-        t = tl.load(pointers.matrix_at(steps_at, matrix, tl.float32)).to(tl.int32) + 1
-    return t
+def step_number(steps_at, matrix):
+    """t as int32. steps_at: a row of addresses of fp32 counters. Each counts the updates that a matrix has
+    had before this one."""
+    return tl.load(pointers.matrix_at(steps_at, matrix, tl.float32)).to(tl.int32) + 1
 
 
 @triton.jit
-def bias_corrections(steps_at, matrix, first, second):
-    """(1 − β1ᵗ, 1 − β2ᵗ) in fp32. If steps_at is None, `first` and `second` are these two already. Otherwise
-    they are ln β1 and ln β2, and t comes from the counters."""
-    first = tl.cast(first, tl.float32)
-    second = tl.cast(second, tl.float32)
-    if steps_at is not None:
-        t = tl.load(pointers.matrix_at(steps_at, matrix, tl.float32)) + 1.0
-        first = bias_correction(t, first)
-        second = bias_correction(t, second)
-    return first, second
+def bias_corrections(steps_at, matrix, log_beta1, log_beta2):
+    """(1 − β1ᵗ, 1 − β2ᵗ) in fp32."""
+    t = tl.load(pointers.matrix_at(steps_at, matrix, tl.float32)) + 1.0
+    return bias_correction(t, tl.cast(log_beta1, tl.float32)), bias_correction(t, tl.cast(log_beta2, tl.float32))
 
 
 @triton.jit
@@ -87,19 +88,32 @@ def coefficients(device_lr, first, second):
 
 @triton.jit
 def update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2):
-    """The new M and V, fp32. The host passes 1 − β, because fp32(0.999) subtracted from 1 in fp32 has a
-    relative error of 2e-5."""
+    """The new M and V, fp32."""
     m = tl.cast(beta1, tl.float32) * m + tl.cast(one_minus_beta1, tl.float32) * r
     v = tl.cast(beta2, tl.float32) * v + tl.cast(one_minus_beta2, tl.float32) * (r * r)
     return m, v
 
 
 @triton.jit
+def divide_by_scalar(x, divisor, reciprocal):
+    """x / divisor for a tile x and one number, in three instructions where a correctly rounded division takes
+    nine.
+
+    reciprocal: 1 / divisor, correctly rounded. One Newton step on the quotient, whose remainder a fused
+    multiplication and addition gives exactly, rounds it correctly (Markstein 1990). Where quotient or
+    remainder are under 2⁻¹²⁶ it may be off by an ulp. An infinity has no remainder, and becomes NaN.
+    """
+    quotient = x * reciprocal
+    return tl.fma(tl.fma(-quotient, divisor, x), reciprocal, quotient)
+
+
+@triton.jit
 def normalise(m, v, correction1, correction2, eps):
     """N, fp32, from the new moments and bias_corrections.
 
-    Division and root are correctly rounded: the fast versions flush subnormals, and the kernels wait for
-    memory anyway.
+    Division and root are correctly rounded: the fast versions flush subnormals.
     """
-    root = tl.sqrt_rn(tl.div_rn(v, correction2))
-    return tl.div_rn(tl.div_rn(m, correction1), root + tl.cast(eps, tl.float32))
+    m_hat = divide_by_scalar(m, correction1, tl.div_rn(1.0, correction1))
+    v_hat = divide_by_scalar(v, correction2, tl.div_rn(1.0, correction2))
+    v_hat = tl.where(v < float("inf"), v_hat, v)  # V overflows where |R| > 1.8e19; N is zero then
+    return tl.div_rn(m_hat, tl.sqrt_rn(v_hat) + tl.cast(eps, tl.float32))

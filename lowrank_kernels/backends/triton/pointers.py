@@ -17,3 +17,13 @@ def matrix_at(addresses, matrix, DTYPE: tl.constexpr, ALIGNED: tl.constexpr = Fa
     if ALIGNED:
         at = tl.multiple_of(at, 16)
     return at
+
+
+@triton.jit
+def as_stored(along_m, along_n, RIGHT: tl.constexpr):
+    """Values along m and along n, which broadcast to a tile of W as it is stored: (m, n), or (n, m) on the
+    right side."""
+    if RIGHT:
+        return along_m[None, :], along_n[:, None]
+    else:
+        return along_m[:, None], along_n[None, :]

@@ -4,15 +4,14 @@ G' is G of shape (m, n) on the left side. On the right side the stored G is (n, 
 sides differ only in strides.
 """
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import configs, pointers, table
-from .dots import FLOATS, TRITON_DTYPES, dot_of, round_operand
+from ..bucket import Bucket
+from . import choose, pointers, table
+from .dots import TRITON_DTYPES, dot_of, round_operand
 
 
 @triton.jit(do_not_specialize_on_alignment=["bases_at", "grads_at"])
@@ -52,49 +51,24 @@ def _project_kernel(
     tl.store(r_at, acc.T, mask=in_r[:, None] & in_n[None, :])
 
 
-def project(bases: list[Tensor], grads: list[Tensor], right: bool) -> Tensor:
-    """R = PᵀG' for every matrix of a bucket, in one launch: B bases (m, r), B gradients as stored → (B, r, n)
-    fp32.
+def launch(bucket: Bucket, rows: table.Rows) -> Tensor:
+    """R = PᵀG' for every matrix of a bucket, in one launch: (B, r, n) fp32.
 
-    Gradients are (m, n), or (n, m) on the right side, with any strides. A gradient and a basis of the same
-    16-bit dtype are multiplied in it. All others are multiplied in fp32 (tf32 where torch allows it). The sum
-    over m is fp32. Raises ValueError for a list that is not a bucket and for shapes that do not fit.
+    Gradients have any strides. A gradient and a basis of the same 16-bit dtype are multiplied in it. All
+    others are multiplied in fp32 (tf32 where torch allows it). The sum over m is fp32.
     """
-    check(bases, grads, right)
-    rank, n = bases[0].shape[1], grads[0].shape[0 if right else 1]
-    projected = torch.empty((len(bases), rank, n), dtype=torch.float32, device=bases[0].device)
-    launch = prepare(*table.pointer_table(bases, grads), bases[0], grads[0], right=right, aligned=table.aligned(bases, grads))
-    with table.on_device(projected.device):
-        launch(projected)
-    return projected
-
-
-def check(bases: list[Tensor], grads: list[Tensor], right: bool) -> None:
-    table.check_bucket("bases", bases, FLOATS)
-    table.check_bucket("grads", grads, FLOATS)
-    table.check_same_length(bases=bases, grads=grads)
-    table.check_same_device(bases=bases, grads=grads)
-    table.check_basis_fits("gradient", grads[0], bases[0], right)
-
-
-def prepare(bases_at: Tensor, grads_at: Tensor, basis: Tensor, grad: Tensor, *, right: bool, aligned: bool) -> Callable[[Tensor], None]:
-    """The launch for one bucket, given its table: launch(projected) on the current device.
-
-    basis and grad stand for the shapes, strides and dtypes of all; only numbers are kept from them.
-    """
-    grad = grad.mT if right else grad
-    (m, rank), n = basis.shape, grad.shape[1]
-    arch = configs.architecture(basis.device)
+    m, n, rank = bucket.extents
+    basis = bucket.bases[0]
+    grad = bucket.grads[0].mT if bucket.right else bucket.grads[0]
+    projected = torch.empty((len(bucket), rank, n), dtype=torch.float32, device=basis.device)
+    arch = choose.architecture(basis.device)
     dot = dot_of(basis.dtype, grad.dtype, arch)
-    config = configs.project_config(arch, dot.kind, rank, aligned and table.wide(basis, grad))
+    config = choose.project(arch, dot.kind, rank, rows.aligned and table.wide(basis, grad) and n % 16 == 0)
     tiles = triton.cdiv(rank, config.BLOCK_R) * triton.cdiv(n, config.BLOCK_N)
-    if not tiles:
-        return lambda projected: None
-    kernel, options = _project_kernel[(tiles, bases_at.numel())], vars(config)
-    numbers = m, n, rank, *basis.stride(), *grad.stride()
-    constexprs = TRITON_DTYPES[basis.dtype], TRITON_DTYPES[grad.dtype], dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, aligned
-
-    def launch(projected: Tensor) -> None:
-        kernel(bases_at, grads_at, projected, *numbers, *constexprs, **options)
-
-    return launch
+    if tiles:
+        _project_kernel[(tiles, len(bucket))](
+            rows.bases, rows.grads, projected, m, n, rank, *basis.stride(), *grad.stride(),
+            TRITON_DTYPES[basis.dtype], TRITON_DTYPES[grad.dtype], dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, rows.aligned,
+            **config.launch_options(),
+        )  # fmt: skip
+    return projected

@@ -17,27 +17,20 @@ ROUNDING = tl.constexpr(philox.ROUNDING)
 
 
 @triton.jit
-def round_stochastically(w, first_m, first_n, seed, t, RIGHT: tl.constexpr):
-    """A tile of W' in fp32, (BLOCK_M, BLOCK_N) with its first element at (first_m, first_n) of (m, n) → bf16.
+def round_stochastically(w, first_row, first_column, seed, t):
+    """A tile of the stored matrix in fp32, with its first element at (first_row, first_column) → bf16.
 
-    RIGHT: the stored matrix is the transpose of W'. The tile and its start are multiples of 8 along the
-    stored row, so that one Philox call serves 8 neighbours. seed: int64; t: the number of this update, int32.
-    Values that are not finite are rounded to nearest.
+    The tile and its start are multiples of 8 along the row, so that one Philox call serves 8 neighbours.
+    seed: int64; t: the number of this update, int32. Values that are not finite are rounded to nearest.
     """
-    BLOCK_M: tl.constexpr = w.shape[0]
-    BLOCK_N: tl.constexpr = w.shape[1]
-    if RIGHT:
-        octet = (first_m // 8 + tl.arange(0, BLOCK_M // 8))[:, None]
-        row = (first_n + tl.arange(0, BLOCK_N))[None, :]
-    else:
-        octet = (first_n // 8 + tl.arange(0, BLOCK_N // 8))[None, :]
-        row = (first_m + tl.arange(0, BLOCK_M))[:, None]
+    ROWS: tl.constexpr = w.shape[0]
+    COLUMNS: tl.constexpr = w.shape[1]
+    octet = (first_column // 8 + tl.arange(0, COLUMNS // 8))[None, :]
+    row = (first_row + tl.arange(0, ROWS))[:, None]
     word0, word1, word2, word3 = tl.philox(seed, octet, row, ROUNDING, t)
     # tl.join's new index varies fastest. The order is (…, high bit of the word's number, low bit, half).
     words = tl.join(tl.join(word0, word2), tl.join(word1, word3))
     halves = tl.join(words & 0xFFFF, words >> 16)
-    if RIGHT:
-        halves = tl.permute(halves, (0, 2, 3, 4, 1))
     bits = w.to(tl.uint32, bitcast=True)
-    rounded = ((bits + tl.reshape(halves, (BLOCK_M, BLOCK_N))) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    rounded = ((bits + tl.reshape(halves, (ROWS, COLUMNS))) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.where((bits & 0x7F800000) != 0x7F800000, rounded, w.to(tl.bfloat16))

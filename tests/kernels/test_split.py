@@ -1,33 +1,27 @@
-"""The three launches chained, with every option of a step; what each launch does alone is tested beside
-it."""
-
-import gc
-import weakref
+"""The two launches of a split step, with every option of a step."""
 
 import pytest
 import torch
-from buckets import DEVICE, DTYPES, stored
+from buckets import DEVICE, DTYPES, OVER, rows_of_this_machine, stored
+from launchers import back_project_, project, update_moments_
 from matrix import pairwise
-from steps import NAMES, STEP, bucket, copy, prepare, same
+from steps import STEP, bucket, copy, same
 from steps import check as check_step
 from steps import run as run_step
 
 from lowrank_kernels import philox
-from lowrank_kernels.backends.triton import table, two_pass
-from lowrank_kernels.backends.triton.back_project import back_project_
-from lowrank_kernels.backends.triton.moments import update_moments_
-from lowrank_kernels.backends.triton.project import project
+from lowrank_kernels.backends.triton import builtin, choose, split
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 
 
 def run(lists, right, **step):
-    run_step(two_pass, lists, right, **step)
+    run_step(split, lists, right, **step)
 
 
 def check(lists, right, device_lr=None, rounding_seeds=None):
-    check_step(two_pass, lists, right, device_lr, rounding_seeds)
+    check_step(split, lists, right, device_lr, rounding_seeds)
 
 
 @pytest.mark.parametrize(("coded", "on_device", "dtype", "right"), pairwise([False, True], [False, True], DTYPES, [False, True]), ids=str)
@@ -58,16 +52,28 @@ def test_stochastic_weights_of_fp32_bases(right):
 
 @SIDES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_its_three_launches_bit_for_bit(dtype, right):
-    """Whether N is rounded to the bases' dtype when it is stored or when it is multiplied is the same."""
+def test_equals_three_launches_bit_for_bit(dtype, right):
+    """R is the same on the chip and in memory, and N rounded to the bases' dtype when it is stored and when
+    it is multiplied. Rows that sum R in the same tiles sum it in the same order."""
     lists = bucket(2, 70, 67, 33, right, dtype)
     apart = copy(lists)
     run(lists, right)
     adam = {name: STEP[name] for name in ("beta1", "beta2", "eps", "step")}
-    normalised = update_moments_(apart["exp_avgs"], apart["exp_avg_sqs"], project(apart["bases"], apart["grads"], right), **adam)
+    projected = project(apart["bases"], apart["grads"], right)
+    normalised = update_moments_(apart["exp_avgs"], apart["exp_avg_sqs"], projected=projected, **adam)
     update = {name: STEP[name] for name in ("lr", "scale", "weight_decay")}
     back_project_(apart["weights"], apart["bases"], normalised, **update, right=right)
     assert same(lists, apart)
+
+
+@SIDES
+@pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+def test_r_from_memory(source, coded, right):
+    lists = bucket(2, 70, 130, 9, right, torch.bfloat16, coded)
+    del lists["grads"]
+    lists["projected"] = [torch.randn(9, 130, device=DEVICE).to(source) for _ in range(2)]
+    check(lists, right)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -78,9 +84,8 @@ def test_parts_give_the_same_bits(dtype, monkeypatch):
     parts = copy(whole)
     seeds = philox.seed_tensor(range(5), DEVICE) if dtype == torch.bfloat16 else None
     run(whole, True, rounding_seeds=seeds)
-    each = 9 * 67 * (4 if dtype == torch.float32 else 6)
-    monkeypatch.setattr(two_pass, "TEMPORARY_BYTES", 2 * each + 5)
-    monkeypatch.setattr(two_pass, "CACHED_BYTES", 0)
+    each = 9 * 67 * dtype.itemsize
+    monkeypatch.setattr(split, "TEMPORARY_BYTES", 2 * each + 5)
     allocated = recorded_bytes(monkeypatch)
     run(parts, True, rounding_seeds=seeds)
     assert sum(allocated) == 2 * each
@@ -101,61 +106,43 @@ def recorded_bytes(monkeypatch):
     return allocated
 
 
-@pytest.mark.parametrize("cached", [0, two_pass.CACHED_BYTES], ids=["past the cache", "in the cache"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_temporaries_are_at_most_4_bytes_an_element_of_r(count, dtype, cached, monkeypatch):
-    """And N is multiplied as it is wherever it stood in between."""
-    monkeypatch.setattr(two_pass, "CACHED_BYTES", cached)
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_only_temporary_is_n(count, dtype, monkeypatch):
     lists = bucket(count, 40, 67, 9, False, dtype)
-    others = copy(lists)
     allocated = recorded_bytes(monkeypatch)
     run(lists, False)
-    assert 0 < sum(allocated) <= 4 * 9 * 67 * count
-    monkeypatch.setattr(two_pass, "CACHED_BYTES", two_pass.CACHED_BYTES if not cached else 0)
-    run(others, False)
-    assert same(lists, others)
-
-
-def test_a_refilled_table_reaches_every_part(monkeypatch):
-    """Rows are kept, not copied: the next step follows tensors that moved."""
-    monkeypatch.setattr(two_pass, "TEMPORARY_BYTES", 1)
-    lists, moved = bucket(3, 20, 67, 9, False), bucket(3, 20, 67, 9, False)
-    expected = copy(moved)
-    rows = table.Rows(**dict(zip(lists, table.pointer_table(*lists.values()), strict=True)))
-    launch = two_pass.prepare(rows, *(lists[name][0] for name in NAMES[:4]), count=3, right=False, aligned=False, stochastic=False)
-    kept = copy(lists)
-    for name, tensors in moved.items():
-        getattr(rows, name).copy_(torch.tensor([tensor.data_ptr() for tensor in tensors]))
-    launch(**STEP, found_inf=None, device_lr=None, rounding_seeds=None)
-    run(expected, False)
-    assert same(moved, expected) and same(lists, kept)
+    assert sum(allocated) == dtype.itemsize * 9 * 67 * count
 
 
 @pytest.mark.parametrize(
-    ("count", "bytes_each", "most", "at_once"),
+    ("count", "bytes_each", "at_once"), [(1, 2**40, 1), (7, 2**28, 1), (7, 2**26, 4), (9, 2**26, 3), (4, 2**26, 4), (3, 0, 3)]
+)
+def test_parts_are_even(count, bytes_each, at_once):
+    assert split.matrices_at_once(count, bytes_each) == at_once
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "wide", "right"),
     [
-        (1, 2**40, 1, 1),
-        (7, 2**28, 7, 1),
-        (7, 2**26, 7, 4),
-        (9, 2**26, 6, 3),
-        (4, 2**26, 4, 4),
-        (4, 2**26, 2, 2),
-        (3, 0, 3, 3),
-        (3, 0, 2, 2),
+        pytest.param(*row, right, marks=() if number % 2 == right else pytest.mark.slow, id=f"{number}-{'right' if right else 'left'}")
+        for number, row in enumerate(rows_of_this_machine(builtin.PROJECT_MOMENTS))
+        for right in (False, True)
     ],
 )
-def test_parts_are_even(count, bytes_each, most, at_once):
-    assert two_pass.matrices_at_once(count, bytes_each, most) == at_once
-
-
-def test_what_is_kept_holds_no_tensor():
-    lists = bucket(1, 8, 70, 3, False, coded=True)
-    launch = prepare(two_pass, lists, False)
-    references = [weakref.ref(tensor) for name in NAMES[:4] for tensor in lists[name]]
-    del lists
-    gc.collect()
-    assert launch is not None and not any(reference() is not None for reference in references)
+@pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
+def test_every_row(kind, row, wide, right, coded, monkeypatch):
+    """Over the edge of every tile."""
+    monkeypatch.setattr(choose, "project_moments", lambda *args: row)
+    dtype = torch.bfloat16 if kind == "16bit" else torch.float32
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        over = OVER[wide]
+        m, n, r = 2 * row.BLOCK_K + over[0], row.BLOCK_N + over[1], row.BLOCK_R + over[2]
+        check(bucket(1, m, n, r, right, dtype, coded, pad=over[0]), right)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # R is NaN, as it may be
