@@ -161,7 +161,7 @@ def operator_checks(small: bool) -> Iterator[tuple[str, Check]]:
 
 
 def step_checks(small: bool) -> Iterator[tuple[str, Check]]:
-    for path in ("step",) if DEVICE == "cpu" else ("single_pass", "two_pass"):
+    for path in ("step",) if DEVICE == "cpu" else ("single_pass", "split"):
         for side, extents in (("left", (512, 1376)), ("right", (1376, 512))):
             yield f"{path}, {side}", lambda path=path, extents=extents: step(path, *extents, small)
     yield "a step in a CUDA graph", graph

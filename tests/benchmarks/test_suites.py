@@ -468,7 +468,7 @@ def test_a_bad_basis_is_refused(monkeypatch, no_clock):
 # The pieces.
 
 
-RUNS = [*((part, 32) for part in kernel.PARTS), *((path, bits) for path in ("two_pass", "single_pass") for bits in (32, 8))]
+RUNS = [*((part, 32) for part in kernel.PARTS), *((path, bits) for path in ("split", "single_pass") for bits in (32, 8))]
 
 
 @pytest.mark.parametrize("of, dtype, shape", pairwise(RUNS, [SINGLE, HALF], [(48, 80), (96, 64)]))
@@ -483,13 +483,13 @@ def test_the_launchers_that_a_gpu_runs_pass_the_check(of, dtype, shape):
         try:
             run = kernel.triton_runs(bucket)
         except Unavailable as reason:
-            assert op == "single_pass" and "two passes" in str(reason)
+            assert op == "single_pass" and "splits" in str(reason)
             pytest.skip(str(reason))
         assert kernel.check(bucket, run) < checks.UPDATE_ERROR[dtype]
 
 
 def test_work_of_a_kernel_case_is_that_of_its_bucket():
-    case = kernel.KernelCase("two_pass", 5, 80, 48, 16, HALF)
+    case = kernel.KernelCase("split", 5, 80, 48, 16, HALF)
     assert case.right and case.extents == (48, 80, 16)
     assert total(case.work()).flops == 5 * 4 * 48 * 80 * 16
     assert len(case.work()) == 3
