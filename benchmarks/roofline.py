@@ -141,8 +141,9 @@ def single_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32
 
 def project_moments(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
     """R = PᵀG' with the moments in the epilogue: reads P and G, reads and writes M and V, writes N."""
-    [Cost(bytes_moved, flops, again)] = project(m, n, r, dtype)
-    return (Cost(bytes_moved - 4 * r * n + 2 * moments_bytes(n, r, state_bits) + r * n * dtype.itemsize, flops, again),)
+    (alone,) = project(m, n, r, dtype)
+    moved = 2 * moments_bytes(n, r, state_bits) + r * n * (dtype.itemsize - 4)
+    return (replace(alone, bytes_moved=alone.bytes_moved + moved),)
 
 
 def split(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from . import builtin
-from .configs import BackProjectConfig, MomentsConfig, ProjectConfig, ProjectMomentsConfig, SinglePassConfig
+from .configs import BackProjectConfig, MomentsConfig, ProjectConfig, ProjectMomentsConfig, ScalingConfig, SinglePassConfig
 
 
 def architecture(device: torch.device) -> int | str | None:
@@ -50,6 +50,15 @@ def single_pass(arch: int | str | None, kind: str, rank: int, wide: bool, eight_
         return None
     table = builtin.SINGLE_PASS.get(arch, {}).get((kind, "8-bit" if eight_bit else "fp32"), ())
     return next((row for row in table if row.rank_covered >= rank), None)
+
+
+def residual(arch: int | str | None, kind: str, rank: int, wide: bool) -> BackProjectConfig:
+    """The row for a rank; as project."""
+    return _first_that_covers(_of(builtin.RESIDUAL, arch, wide)[kind], rank)
+
+
+def scaling() -> ScalingConfig:
+    return builtin.SCALING
 
 
 def moments(eight_bit: bool) -> MomentsConfig:

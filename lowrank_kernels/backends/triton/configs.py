@@ -79,6 +79,15 @@ class MomentsConfig(Config):
 
 
 @dataclass(frozen=True)
+class ScalingConfig(Config):
+    """A program owns ROWS x COLUMNS of W as it is stored."""
+
+    ROWS: int
+    COLUMNS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class SinglePassConfig(Config):
     """A program owns BLOCK_N columns of a matrix and up to BLOCK_R directions.
 
