@@ -151,6 +151,23 @@ def split(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> W
     return project_moments(m, n, r, dtype, state_bits) + back_project(m, n, r, dtype)
 
 
+def residual(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """Fira's step, in three launches and one that is not counted, of a few numbers a column. R goes through
+    memory too. Two launches more read G, P and R: one for the residual's norm, one that moves W."""
+    matrix, basis, projected = (size * dtype.itemsize for size in (m * n, m * r, r * n))
+    (first,) = project_moments(m, n, r, dtype, state_bits)
+    again = _again(n, TILE) * basis + _again(m, TILE) * projected
+    norm = Cost(matrix + basis + projected, 2 * m * n * r, again)
+    moved = Cost(3 * matrix + basis + 2 * projected, 2 * m * n * r, again + _again(m, TILE) * projected)
+    return (replace(first, bytes_moved=first.bytes_moved + projected), norm, moved)
+
+
+def scaling(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """APOLLO's step: R and N stay on the chip; a second launch reads G, and reads and writes W."""
+    (first,) = project_moments(m, n, r, dtype, state_bits)
+    return (replace(first, bytes_moved=first.bytes_moved - r * n * dtype.itemsize), Cost(3 * m * n * dtype.itemsize))
+
+
 def adamw(m: int, n: int, dtype: torch.dtype, state_bytes: float) -> Work:
     """Full-rank AdamW: reads G, reads and writes W and two states of `state_bytes` an element."""
     return (Cost(m * n * (3 * dtype.itemsize + 4 * state_bytes)),)
@@ -255,6 +272,8 @@ def works(model: str, rank: int, dtype: torch.dtype) -> dict[str, Work]:
         forms[f"step, split{name}"] = lambda m, n, r, bits=bits: split(m, n, r, dtype, bits)
         if rank <= max(BLOCK_N):
             forms[f"step, single pass{name}"] = lambda m, n, r, bits=bits: single_pass(m, n, r, dtype, bits)
+        forms[f"step of Fira{name}"] = lambda m, n, r, bits=bits: residual(m, n, r, dtype, bits)
+        forms[f"step of APOLLO{name}"] = lambda m, n, r, bits=bits: scaling(m, n, r, dtype, bits)
     for size in dict.fromkeys((dtype.itemsize, 4)):
         forms[f"AdamW fused, {size}-byte states"] = lambda m, n, r, size=size: adamw(m, n, dtype, size)
     forms["AdamW, 8-bit states"] = lambda m, n, r: adamw(m, n, dtype, 1 + 4 / 256)

@@ -175,8 +175,10 @@ def test_found_inf_leaves_every_bit(implementation):
         ({"grads": [torch.ones(12, 20)] * 2}, "equally many matrices, got 2 grads for 3"),
         ({"grads": [torch.ones(12, 20), torch.ones(20, 12).T, torch.ones(12, 20)]}, r"grads must share shape, strides.*\[1\] has"),
         ({"grads": None}, "either grads or projected"),
-        ({"projected": torch.ones(3, 3, 20)}, "either grads or projected"),
-        ({"grads": None, "projected": torch.ones(3, 4, 20)}, r"projected must be \(3, 3, 20\)"),
+        ({"projected": [torch.ones(3, 20)] * 3}, "either grads or projected"),
+        ({"grads": None, "projected": [torch.ones(4, 20)] * 3}, r"projected must be row-major \(3, 20\)"),
+        ({"grads": None, "projected": [torch.ones(20, 3).T] * 3}, r"projected must be row-major .* strides \(1, 3\)"),
+        ({"grads": None, "projected": [torch.ones(3, 20)] * 2}, "equally many matrices, got 2 projected for 3"),
         ({"weights": []}, "weights is empty"),
         ({"right": True}, "must fit a right weight"),
         ({"bases": [torch.ones(11, 3)] * 3}, "must fit a left weight"),
@@ -304,7 +306,7 @@ def test_a_step_from_what_is_projected_is_the_step_from_gradients(right):
     """R is an input of its own; the gradients that are there besides are not looked at."""
     whole, hyper = formulas.bucket_of(*bucket(24, 36, 6, right, batch=2), **HYPER, right=right)
     given, _ = formulas.bucket_of(*bucket(24, 36, 6, right, batch=2), **HYPER, right=right)
-    given.projected, given.grads = 2 * backends.project(whole), None
+    given.projected, given.grads = [2 * r for r in backends.project(whole)], None
     for grad in whole.grads:
         grad.mul_(2)
     backends.step(whole, hyper)

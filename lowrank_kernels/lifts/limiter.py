@@ -1,4 +1,4 @@
-"""The limiter on the growth of an update's norm (Fira, Chen et al., arXiv 2410.01623; APOLLO takes it over)."""
+"""The limiter on the growth of an update's norm (Fira, arXiv 2410.01623; APOLLO has the same one)."""
 
 from __future__ import annotations
 

@@ -52,6 +52,17 @@ def test_the_split_costs_n_more_than_a_single_pass():
         assert total(two).flops == one.flops == 4 * m * n * r
 
 
+def test_what_fira_and_apollo_move_beyond_a_single_pass():
+    m, n, r, size = 96, 200, 16, 2
+    one = total(roofline.single_pass(m, n, r, HALF))
+    fira, apollo = (total(of(m, n, r, HALF)) for of in (roofline.residual, roofline.scaling))
+    # G twice more, P twice more; N written and read, R written and read twice.
+    assert fira.bytes_moved - one.bytes_moved == size * (2 * m * n + 2 * m * r + 5 * r * n)
+    assert fira.flops == 6 * m * n * r
+    assert apollo.bytes_moved - one.bytes_moved == size * m * n  # G once more
+    assert apollo.flops == 2 * m * n * r
+
+
 def test_l2_bytes_are_what_programs_read_again():
     """Against a loop over the programs of each launch."""
     m, n, r, size = 300, 700, 260, 2
@@ -117,11 +128,12 @@ def test_a_step_of_7b_is_bound_by_memory_until_between_256_and_512():
     machine = Machine("H100", 3000, {HALF: 800})
     bound = {}
     for rank in (128, 256, 512):
-        times = machine.times_ms(total(roofline.works("7b", rank, HALF)["step, single pass"]), HALF)
+        work = roofline.over_model("7b", rank, lambda m, n, r: roofline.single_pass(m, n, r, HALF))
+        times = machine.times_ms(total(work), HALF)
         bound[rank] = max(times, key=times.get)
     assert bound[128] == bound[256] == "memory"
-    assert machine.times_ms(total(roofline.works("7b", 512, HALF)["step, single pass"]), HALF)["matmul"] > 16
-    assert "step, single pass" not in roofline.works("7b", 1024, HALF)
+    assert machine.times_ms(total(roofline.works("7b", 512, HALF)["step, split"]), HALF)["matmul"] > 16
+    assert "step, single pass" not in roofline.works("7b", 512, HALF)
 
 
 def test_the_table_says_that_it_is_a_prediction(capsys, tmp_path):

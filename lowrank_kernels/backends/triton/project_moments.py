@@ -94,9 +94,9 @@ def launch(
 ) -> Tensor | None:
     """Updates M and V of a bucket in place.
 
-    normalised, projected: where N and R go, (B, r, n) or more of any float dtype; None: nowhere. sums: returns
-    Σ N², Σ R² and, with of_grad, Σ G² of the columns, (B, tiles, 3, n) in fp32, to be summed over tiles of
-    directions. Where found_inf is not zero nothing is written.
+    normalised, projected: where N and R go, (B, r, n) or more of any float dtype; None: nowhere. sums:
+    returns Σ N², Σ R² and, with of_grad, Σ G² of the columns, (B, tiles, 3, n) in fp32, to be summed over
+    tiles of directions. Where found_inf is not zero nothing is written.
     """
     m, n, rank = bucket.extents
     basis = bucket.bases[0]
