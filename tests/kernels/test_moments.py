@@ -137,7 +137,7 @@ def check_coded(states, projected, out, counts=None, **adam):
         correction = BIAS_CORRECTION_ERROR if counts else UNIT[torch.float32]
         bound = normalised_error(m, v, errors, **here, store=store, correction=correction)
         assert_within(out[index], expected, bound + 2.0**-25 * (store > 0), "N")
-        assert_codes(coded, m, v, errors)
+        assert_codes(coded, m, v, errors, step)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64), (5, 205), (33, 67), (2, 512), (21, 1)], ids=str)

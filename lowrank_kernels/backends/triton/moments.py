@@ -16,14 +16,17 @@ from . import adam, configs, eight_bit, pointers, table
 from .dots import FLOATS
 
 
+# `step` is not specialised: specialising it compiles a kernel for 1, one for multiples of 16 and one for the
+# rest.
 @triton.jit(
+    do_not_specialize=["step"],
     do_not_specialize_on_alignment=[
         "exp_avgs_at", "exp_avg_sqs_at", "exp_avg_scales_at", "exp_avg_sq_scales_at", "steps_at", "found_inf",
-    ]
+    ],
 )  # fmt: skip
 def _update_moments_kernel(
     exp_avgs_at, exp_avg_sqs_at, exp_avg_scales_at, exp_avg_sq_scales_at, steps_at, projected, normalised, found_inf,
-    rows, columns, beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps,
+    rows, columns, beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, step,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:
@@ -35,8 +38,9 @@ def _update_moments_kernel(
     exp_avg = pointers.matrix_at(exp_avgs_at, matrix, STATE, ALIGNED)
     exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, STATE, ALIGNED)
     column_tiles = tl.cdiv(columns, COLUMNS)
-    row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first_row, first_column = tl.program_id(0) // column_tiles * ROWS, tl.program_id(0) % column_tiles * COLUMNS
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
     at = row.to(tl.int64) * columns + column
     batch_at = matrix * rows * columns + at
@@ -45,7 +49,7 @@ def _update_moments_kernel(
     v = tl.load(exp_avg_sq + at, mask=inside, other=0)
     if EIGHT_BIT:
         blocks = tl.cdiv(columns, eight_bit.BLOCK)
-        block = tl.program_id(0) % column_tiles * (COLUMNS // eight_bit.BLOCK) + tl.arange(0, COLUMNS // eight_bit.BLOCK)[None, :]
+        block = first_column // eight_bit.BLOCK + tl.arange(0, COLUMNS // eight_bit.BLOCK)[None, :]
         block_inside = (row < rows) & (block < blocks)
         m_scales_at = pointers.matrix_at(exp_avg_scales_at, matrix, tl.float32) + (row.to(tl.int64) * blocks + block)
         v_scales_at = pointers.matrix_at(exp_avg_sq_scales_at, matrix, tl.float32) + (row.to(tl.int64) * blocks + block)
@@ -54,11 +58,13 @@ def _update_moments_kernel(
 
     m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, correction1, correction2)
+    if EIGHT_BIT:
+        t = adam.step_number(steps_at, matrix, step)
     norm = adam.normalise(m, v, correction1, correction2, eps)
     tl.store(normalised + batch_at, norm.to(normalised.dtype.element_ty), mask=inside)
     if EIGHT_BIT:
         m, m_scales = eight_bit.encode_m(m, inside)
-        v, v_scales = eight_bit.encode_v(v, inside)
+        v, v_scales = eight_bit.encode_v(v, inside, first_row, first_column, t)
         # All warps of a block of 64 must have loaded its scale before one of them overwrites it.
         tl.debug_barrier()
         tl.store(m_scales_at, m_scales, mask=block_inside)
@@ -154,9 +160,11 @@ def prepare(
             corrections = 1.0 - beta1**step, 1.0 - beta2**step
         else:
             corrections = adam.log(beta1), adam.log(beta2)
+        # Pass None for what this launch does not read: a change of its value would compile the kernel anew.
+        counted = step if exp_avg_scales_at is not None and steps_at is None else None
         kernel(
             exp_avgs_at, exp_avg_sqs_at, exp_avg_scales_at, exp_avg_sq_scales_at, steps_at, projected, normalised, found_inf,
-            rows, columns, float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, *corrections, float(eps),
+            rows, columns, float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, *corrections, float(eps), counted,
             aligned, **options,
         )  # fmt: skip
 

@@ -44,10 +44,10 @@ def _stack(upper, lower):
 def _advance(
     r, first_r,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Rᵀ (BLOCK_N, ROWS) of rows from first_r and columns from first_n → N (ROWS, BLOCK_N). Updates M and V
-    in memory."""
+    in memory. t: the number of this update, for 8-bit moments."""
     r = r.T
     offs_r = first_r + tl.arange(0, r.shape[0])
     offs_n = first_n + tl.arange(0, r.shape[1])
@@ -66,7 +66,7 @@ def _advance(
         v = eight_bit.decode_v(tl.load(exp_avg_sq + offs, mask=inside, other=0), v_scales)
         m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
         m_codes, m_scales = eight_bit.encode_m(m, inside)
-        v_codes, v_scales = eight_bit.encode_v(v, inside)
+        v_codes, v_scales = eight_bit.encode_v(v, inside, first_r, first_n, t)
         # All warps of a block of 64 must have loaded its scale before one of them stores it. The barrier
         # comes from the conversion of the scale's layout; benchmarks/ir checks that it is there.
         tl.store(exp_avg_scale + offs_s, m_scales, mask=in_blocks)
@@ -88,18 +88,18 @@ def _advance(
 def _advance_2(
     r, first_r,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """_advance in two slices of rows, one after the other, so that only a part of M and V is in registers
     beside R."""
     left, right = _halves(r)
     upper = _advance(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     lower = _advance(
         right, first_r + left.shape[1], exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     return _stack(upper, lower)
 
@@ -108,18 +108,18 @@ def _advance_2(
 def _advance_4(
     r, first_r,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
     """_advance in four slices. Each depth has a function of its own, because Triton up to 3.4 never finishes
     analysing a function that calls itself."""
     left, right = _halves(r)
     upper = _advance_2(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     lower = _advance_2(
         right, first_r + left.shape[1], exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     return _stack(upper, lower)
 
@@ -128,16 +128,16 @@ def _advance_4(
 def _advance_8(
     r, first_r,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
     left, right = _halves(r)
     upper = _advance_4(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     lower = _advance_4(
         right, first_r + left.shape[1], exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     return _stack(upper, lower)
 
@@ -146,16 +146,16 @@ def _advance_8(
 def _advance_16(
     r, first_r,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
     left, right = _halves(r)
     upper = _advance_8(
         left, first_r, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     lower = _advance_8(
         right, first_r + left.shape[1], exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
     )  # fmt: skip
     return _stack(upper, lower)
 
@@ -217,38 +217,40 @@ def _adamw_step_kernel(
         g_at += block_k * stride_gm
 
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, first_correction, second_correction)
+    t = None
+    if exp_avg_scales_at is not None or rounding_seeds is not None:
+        t = adam.step_number(steps_at, matrix, step)
     if SLICES == 1:
         norm = _advance(
             r, 0, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, P_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, P_DTYPE,
         )  # fmt: skip
     elif SLICES == 2:
         norm = _advance_2(
             r, 0, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, P_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, P_DTYPE,
         )  # fmt: skip
     elif SLICES == 4:
         norm = _advance_4(
             r, 0, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, P_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, P_DTYPE,
         )  # fmt: skip
     elif SLICES == 8:
         norm = _advance_8(
             r, 0, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, P_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, P_DTYPE,
         )  # fmt: skip
     else:
         tl.static_assert(SLICES == 16)
         norm = _advance_16(
             r, 0, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n, first_n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, P_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, P_DTYPE,
         )  # fmt: skip
     norm = round_operand(norm.to(DOT_DTYPE), ROUNDING)
 
     decay, step_size = adam.coefficients(device_lr, decay, step_size)
     if rounding_seeds is not None:
         seed = tl.load(rounding_seeds + matrix)
-        t = adam.step_number(steps_at, matrix, step)
     offs_m = tl.arange(0, BLOCK_M)
     p_at = basis + offs_m[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     w_at = weight + offs_m[:, None].to(tl.int64) * stride_wm + offs_n[None, :].to(tl.int64) * stride_wn
@@ -342,7 +344,8 @@ def prepare(
         else:
             decay, step_size = weight_decay, scale
         # Pass None for what this launch does not read: a change of its value would compile the kernel anew.
-        counted = step if rounding_seeds is not None and not counted_on_device else None
+        reads_step = rounding_seeds is not None or rows.exp_avg_scales is not None
+        counted = step if reads_step and not counted_on_device else None
         with table.on_device(device):
             launch(
                 found_inf, device_lr, rounding_seeds,
