@@ -39,9 +39,9 @@ def code_frames_intact(views: list[torch.Tensor]) -> bool:
 def assert_codes(
     coded: tuple[torch.Tensor, ...], m: torch.Tensor, v: torch.Tensor, errors: tuple[torch.Tensor, torch.Tensor], step: float
 ) -> None:
-    """Codes of M and V and their scales after the update of number `step`, against the exact moments. A code of
-    M is the nearest one, within its error. A code of V is monotone in V for its u, so it lies between the codes
-    of the ends of the interval in which V is."""
+    """Codes of M and V and their scales after the update of number `step`, against the exact moments. A code
+    of M is the nearest one, within its error. A code of V is monotone in V for its u, so it lies between the
+    codes of the ends of the interval in which V is."""
     expected, bounds = exact_codes(m, v), codes_error(m, v, errors)
     wrong = ~((coded[0].double() - expected[0]).abs() <= 0.5 + bounds[0])
     assert not wrong.any(), f"codes of M: {int(wrong.sum())} of {wrong.numel()} not the nearest, first at {wrong.nonzero()[0].tolist()}"

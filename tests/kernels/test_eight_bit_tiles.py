@@ -101,8 +101,8 @@ def test_every_code_decodes(shape, scale):
 @settings(max_examples=25, deadline=None)
 @given(rows=st.integers(1, 20), columns=st.integers(1, 150), exponent=st.integers(-30, 37), step=st.integers(1, 2**24))
 def test_same_codes_as_the_reference(rows, columns, exponent, step):
-    """Both round in fp32, so one code in thousands may be the neighbour, where the exact one lies midway, or at
-    its threshold."""
+    """Both round in fp32, so one code in thousands may be the neighbour: of M where the exact one lies
+    midway, of V where it lies at the threshold."""
     m, v = moments(rows, columns, 10.0**exponent)
     found = encode(m, v, step)
     expected = [torch.empty_like(tensor) for tensor in found]

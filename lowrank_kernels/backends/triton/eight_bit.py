@@ -5,7 +5,9 @@ share an fp32 scale.
     V:  c = b + [255⁴·v/s > b⁴ + u·((b + 1)⁴ − b⁴)],     v = s·(c/255)⁴
         b = ⌊255·(v/s)^¼⌋, and 1 at least if v > 0
 
-u is a function of row, column and number of the update. A tile is (ROWS, COLS). COLS is a multiple of 64, and the tile's first column is at a multiple of 64 of the
+u is a function of the row, the column and the number of the update.
+
+A tile is (ROWS, COLS). COLS is a multiple of 64, and the tile's first column is at a multiple of 64 of the
 matrix. The tile's scales are (ROWS, COLS // 64). In memory codes are row-major (r, n), scales row-major (r,
 ⌈n / 64⌉).
 """
@@ -74,8 +76,8 @@ def encode_v(v, inside, first_row, first_column, t):
 @triton.jit
 def _fractions(like, first_row, first_column, t):
     """u of each element of a tile. Products and sums wrap at 2³², of which UNITS is a divisor."""
-    rows = (first_row + tl.arange(0, like.shape[0])).to(tl.uint32)
-    columns = (first_column + tl.arange(0, like.shape[1])).to(tl.uint32)
+    rows = (tl.arange(0, like.shape[0]) + first_row).to(tl.uint32)
+    columns = (tl.arange(0, like.shape[1]) + first_column).to(tl.uint32)
     of_rows = tl.add(
         tl.mul(rows, ROW, sanitize_overflow=False), tl.mul(t.to(tl.uint32), STEP, sanitize_overflow=False), sanitize_overflow=False
     )
