@@ -169,10 +169,10 @@ def test_the_largest_of_a_block_keeps_its_code():
 @pytest.mark.parametrize("factor", [1, 2, 4, 10, 1 / 2, 1 / 4, 1 / 10])
 def test_v_follows_gradients_that_change(factor):
     """V keeps the exact mean, with a noise. A step changes V by about (1 − β2)·V, so rounding between codes
-    d·V apart adds a variance of (1 − β2)·d·V². These sum to d/2 over the memory of V, so σ = √(d/2). At code c
-    d is 4/c; c = 230, near the top, gives σ = 0.09. Gradients f times smaller have codes √f times smaller,
-    and so f^-¼ times the noise. The bound is 2.2σ, where a normal distribution has its 5th and 95th percentile
-    at 1.65σ: elements differ in c, and V is skew."""
+    d·V apart adds a variance of (1 − β2)·d·V². These sum to d/2 over the memory of V, so σ = √(d/2). At code
+    c d is 4/c; c = 230, near the top, gives σ = 0.09. Gradients f times smaller have codes √f times smaller,
+    and so f^-¼ times the noise. The bound is 2.2σ. A normal distribution has its 5th and 95th percentile at
+    1.65σ, but elements differ in c, and V is skew."""
     of_v, of_m = drift.ratios(factor, blocks=20, steps=6000)
     low, middle, high = drift.percentiles(of_v)
     wider = max(1.0, factor**-0.25)
