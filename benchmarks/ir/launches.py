@@ -119,7 +119,7 @@ def _states(case: Case, coded: bool) -> list[Tensor]:
         return [exp_avg, exp_avg_sq]
     shape = case.rank, case.n
     codes = [torch.zeros(shape, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(eight_bit.scales_shape(shape)) for _ in range(2)]
-    eight_bit.encode_(exp_avg, exp_avg_sq, *codes)
+    eight_bit.encode_(exp_avg, exp_avg_sq, *codes, step=SCALARS["step"] - 1)
     return codes
 
 
@@ -161,7 +161,7 @@ def _moments(case: Case):
         errors = moments_error(m, v, projected, adam["beta1"], adam["beta2"], state_errors=of_states)
         expected = formulas.update_moments_(m, v, projected.double(), **adam)
         if coded:
-            assert_codes(tuple(states), m, v, errors)
+            assert_codes(tuple(states), m, v, errors, adam["step"])
         else:
             assert_within(states[0], m, errors[0], "M")
             assert_within(states[1], v, errors[1], "V")

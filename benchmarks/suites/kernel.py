@@ -97,7 +97,7 @@ class Bucket:
             return dict(zip(MOMENTS, (m, v), strict=True))
         codes = [torch.empty_like(m, dtype=torch.uint8) for _ in MOMENTS]
         scales = [torch.empty(eight_bit.scales_shape(m.shape), device=m.device) for _ in SCALES]
-        eight_bit.encode_(m, v, *codes, *scales)
+        eight_bit.encode_(m, v, *codes, *scales, step=ADAM["step"] - 1)
         return dict(zip((*MOMENTS, *SCALES), (*codes, *scales), strict=True))
 
     def all(self, key: str) -> list[Tensor]:

@@ -210,8 +210,8 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
         decoded = [eight_bit.decode(*state, negated.dtype) for state in codes]
         moments = [list(values) for values in zip(*decoded, strict=True)] or [exp_avgs[part], exp_avg_sqs[part]]
         _update_moments_(*moments, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps[part])
-        for values, state in zip(decoded, codes, strict=True):
-            eight_bit.encode_(*values, *state)
+        for values, state, t in zip(decoded, codes, steps[part] if scales else [], strict=True):
+            eight_bit.encode_(*values, *state, t)
         if bucket.rounding_seeds is not None:
             seeds = bucket.rounding_seeds[part].split(1)
             _back_project_stochastically_(weights[part], bases[part], negated, seeds, steps[part], **back)

@@ -131,9 +131,9 @@ def expected_narrow_accesses(report):
             counts["STG.E"] = 2 + 2
             counts["STG.E.64"] = int(report.normalised == "bf16")
         return {name: count for name, count in counts.items() if count}
-    # Addresses, the seed; t once for the moments and once for the rounding.
-    counts = {"LDG.E.64": 5 + 2 * coded + stochastic + on_device * (1 + stochastic)}
-    counts["LDG.E"] = report.found_inf + on_device * (1 + 1 + stochastic)
+    # Addresses, the seed; t and the learning rate.
+    counts = {"LDG.E.64": 5 + 2 * coded + stochastic + on_device}
+    counts["LDG.E"] = report.found_inf + 2 * on_device
     if coded:
         # A slice has one scale a row for each 64 columns, and so fewer than there are threads.
         slices, threads = report.config["SLICES"], 32 * report.config["num_warps"]

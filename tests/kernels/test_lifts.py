@@ -127,7 +127,7 @@ def judge(before, after, hyper, index, step):
         least, greatest = rounded_between(orient(expected, right), orient(bound, right), seed, step)
         assert ((least <= found) & (found <= greatest)).all(), "W is not the stochastic rounding of anything within its bounds"
     if "exp_avg_scale" in states:
-        assert_codes(tuple(after.states[name][index] for name in (*eight_bit.MOMENTS, *eight_bit.SCALES)), m, v, errors)
+        assert_codes(tuple(after.states[name][index] for name in (*eight_bit.MOMENTS, *eight_bit.SCALES)), m, v, errors, step)
     else:
         assert_within(after.states["exp_avg"][index], m, errors[0], "M")
         assert_within(after.states["exp_avg_sq"][index], v, errors[1], "V")

@@ -69,11 +69,14 @@ def _project_moments_kernel(
         g_at += block_k * stride_gm
 
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, log_beta1, log_beta2)
+    t = None
+    if exp_avg_scales_at is not None:
+        t = adam.step_number(steps_at, matrix)
     start = matrix * rank * n
     of_n, of_r = advance_and_store(
         r, None if normalised is None else normalised + start, None if projected is None else projected + start,
         first_r, BLOCK_R, SLICES, first_n, BLOCK_N, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t,
     )  # fmt: skip
     if column_sums is not None:
         at = column_sums + (matrix * rank_tiles + tl.program_id(0) % rank_tiles) * 3 * n + offs_n

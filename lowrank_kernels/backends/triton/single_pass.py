@@ -87,9 +87,12 @@ def _adamw_step_kernel(
             g_at += block_k * stride_gm
 
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, log_beta1, log_beta2)
+    t = None
+    if exp_avg_scales_at is not None or rounding_seeds is not None:
+        t = adam.step_number(steps_at, matrix)
     norm = advance_and_keep(
         r, projected, 0, BLOCK_R, SLICES, first_n, BLOCK_N, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, P_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, P_DTYPE,
     )  # fmt: skip
     norm = round_operand(norm.to(DOT_DTYPE), ROUNDING)
     if RIGHT:
@@ -98,7 +101,6 @@ def _adamw_step_kernel(
     decay, step_size = adam.coefficients(device_lr, decay, step_size)
     if rounding_seeds is not None:
         seed = tl.load(rounding_seeds + matrix)
-        t = adam.step_number(steps_at, matrix)
     offs_m = tl.arange(0, BLOCK_M)
     p_at = basis + offs_m[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     at_m, at_n = pointers.as_stored(offs_m, offs_n, RIGHT)
