@@ -183,23 +183,18 @@ def find_cuda(torch_cuda: str | None, environ: Mapping[str, str]) -> Cuda | None
 
 
 def find_solver(home: str, cuda: str) -> Solver | None:
-    """cuSOLVER's headers, of the toolkit or of the packages that torch's wheels install beside torch. None
-    where there are none that have cusolverDnXsyevBatched; csrc/cuda/cusolver.cpp then leaves the call out."""
-    if os.name == "nt":  # a toolkit for Windows is whole
-        packages = []
-    else:
-        beside = Path(import_torch().__file__).parent.parent / "nvidia"
-        packages = [beside / f"cu{cuda.split('.')[0]}/include", *(beside / name / "include" for name in ("cusolver", "cublas", "cusparse"))]
-    for folders in ([Path(home, "include")], packages):
-        for folder in folders:
-            header = folder / "cusolver_common.h"
-            if header.is_file():
-                named = dict(
-                    re.findall(r"#define CUSOLVER_VER_(MAJOR|MINOR|PATCH) +(\d+)", header.read_text(encoding="utf-8", errors="replace"))
-                )
-                version = [int(named.get(part, 0)) for part in ("MAJOR", "MINOR", "PATCH")]
-                others = [str(each) for each in folders if each.is_dir()] if folders is packages else []
-                return Solver(".".join(map(str, version)), others) if version >= [11, 7, 1] else None
+    """cuSOLVER's headers, of the toolkit or of the packages that torch's wheels for Linux bring. None where
+    there are none that have cusolverDnXsyevBatched; csrc/cuda/cusolver.cpp then leaves the call out."""
+    beside = Path(import_torch().__file__).parent.parent / "nvidia"
+    packages = [beside / name / "include" for name in (f"cu{cuda.split('.')[0]}", "cusolver", "cublas", "cusparse")]
+    for folder in [Path(home, "include"), *packages]:
+        header = folder / "cusolver_common.h"
+        if header.is_file():
+            text = header.read_text(encoding="utf-8", errors="replace")
+            parts = [re.search(rf"#define CUSOLVER_VER_{part} +(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
+            version = [int(part.group(1)) for part in parts if part]
+            found = [str(each) for each in packages if each.is_dir()] if folder in packages else []
+            return Solver(".".join(map(str, version)), found) if version >= [11, 7, 1] else None
     return None
 
 
@@ -259,6 +254,10 @@ class BuildOrExplain(build_ext):
             part, where = ("extension", "") if facts.reason else ("CUDA part of the extension", " on a GPU")
             slower = f"the subspace refresh will run in PyTorch{where}, which is slower"
             print(f"\nWARNING: {PACKAGE}: the {part} is not built: {why}. As it is, {slower}. {REINSTALL}\n", file=sys.stderr, flush=True)
+        if facts.cuda and not facts.cusolver:
+            missing = "cuSOLVER's headers, of CUDA 12.6.2 or newer, were not found in the toolkit or beside torch"
+            instead = "on a GPU every eigenproblem of the subspace refresh goes to a Jacobi kernel"
+            print(f"\nWARNING: {PACKAGE}: {missing}. As it is, {instead}. {REINSTALL}\n", file=sys.stderr, flush=True)
 
     def build(self, mode: str) -> Facts:
         if mode == "0":
@@ -282,10 +281,6 @@ class BuildOrExplain(build_ext):
             cuda, facts.cuda_reason = None, str(why)
         if cuda is not None:
             facts.cuda, facts.archs, facts.cusolver = cuda.version, cuda.archs, cuda.solver and cuda.solver.version
-            if cuda.solver is None:
-                print(f"\nWARNING: {PACKAGE}: no headers of cuSOLVER 11.7.1 or newer (CUDA 12.6.2) were found, so the subspace "
-                      "refresh on a GPU solves every eigenproblem by its own Jacobi kernel. Install the toolkit's cuSOLVER, or the "
-                      f"package nvidia-cusolver. {REINSTALL}\n", file=sys.stderr, flush=True)  # fmt: skip
         elif mode == "cuda":
             raise NotBuilt("this torch has no CUDA")
         else:

@@ -60,7 +60,7 @@ def test_sources_leave_out_what_only_tests_compile(build, tmp_path, monkeypatch)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert build.sources(cuda=False) == ["csrc/a.cpp"]
-    assert build.sources(cuda=True) == ["csrc/a.cpp", "csrc/cuda/k.cu", "csrc/cuda/binding.cpp"]
+    assert build.sources(cuda=True) == ["csrc/a.cpp", "csrc/cuda/k.cu", "csrc/cuda/binding.cpp", "csrc/cuda/cusolver.cpp"]
     assert build.headers() == ["csrc/b.h", "csrc/cuda/k.cuh"]
 
 
@@ -108,6 +108,39 @@ def test_cuda(build, toolkit):
 def test_nvcc_behind_a_script_names_its_own_toolkit(build, toolkit, tmp_path):
     wrapper = script(tmp_path / "elsewhere/bin/nvcc", f'case "$*" in *dryrun*) echo "#$ TOP={toolkit}/bin/.." >&2;; esac')
     assert build.find_nvcc({"PATH": str(wrapper.parent)}) == (str(wrapper), str(toolkit))
+
+
+def headers_of_cusolver(folder, *version):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
+    (folder / "cusolver_common.h").write_text("".join(f"  #define CUSOLVER_VER_{part} {number}\n" for part, number in lines))
+
+
+def test_headers_of_cusolver(build, tmp_path, monkeypatch):
+    """Those of the toolkit, else those beside torch. What is older than cusolverDnXsyevBatched counts as
+    none."""
+    torch = types.SimpleNamespace(__file__=str(tmp_path / "site-packages/torch/__init__.py"))
+    monkeypatch.setattr(build, "import_torch", lambda: torch)
+    home, beside = tmp_path / "cuda", tmp_path / "site-packages/nvidia"
+    assert build.find_solver(str(home), "12.6") is None
+    for package in ("cusolver", "cublas"):
+        (beside / package / "include").mkdir(parents=True)
+    headers_of_cusolver(beside / "cusolver/include", 11, 7, 1)
+    folders = [str(beside / package / "include") for package in ("cusolver", "cublas")]
+    assert build.find_solver(str(home), "12.6") == build.Solver("11.7.1", folders)
+    headers_of_cusolver(beside / "cu13/include", 12, 0, 4)
+    assert build.find_solver(str(home), "13.0") == build.Solver("12.0.4", [str(beside / "cu13/include"), *folders])
+    headers_of_cusolver(home / "include", 12, 1, 0)
+    assert build.find_solver(str(home), "13.0") == build.Solver("12.1.0", [])
+    headers_of_cusolver(home / "include", 11, 6, 4)
+    assert build.find_solver(str(home), "12.6") is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torch for Windows has one library")
+def test_what_the_call_of_cusolver_is_linked_to(build, tmp_path):
+    assert build.solver_libraries(tmp_path) == []
+    (tmp_path / "libtorch_cuda_linalg.so").touch()
+    assert build.solver_libraries(tmp_path) == ["torch_cuda_linalg"]
 
 
 def torch_of(cuda):
@@ -172,7 +205,8 @@ def project(tmp_path):
     )
     (tmp_path / "csrc/cuda").mkdir(parents=True)
     (tmp_path / "csrc/cuda/kernel.cu").write_text("__global__ void kernel() {}\n")  # where torch has CUDA and there is an nvcc
-    (tmp_path / "csrc/cuda/binding.cpp").touch()
+    for name in ("binding", "cusolver"):
+        (tmp_path / f"csrc/cuda/{name}.cpp").touch()
     (tmp_path / "csrc/standin.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n')
     return tmp_path
 
@@ -247,8 +281,12 @@ def write_facts(package: Path, **facts) -> None:
         ({}, "built for torch 2.13.0+cpu (C++), loaded from "),
         ({"torch": "2.13.1"}, "built for torch 2.13.1 (C++), loaded from "),
         (
-            {"torch": "2.13.0+cu130", "cuda": "13.0", "archs": ["sm_80", "sm_90+PTX"]},
-            "built for torch 2.13.0+cu130 (C++ and CUDA 13.0 for sm_80, sm_90+PTX), loaded from ",
+            {"torch": "2.13.0+cu130", "cuda": "13.0", "archs": ["sm_80", "sm_90+PTX"], "cusolver": "12.0.4"},
+            "built for torch 2.13.0+cu130 (C++ and CUDA 13.0 with cuSOLVER 12.0.4 for sm_80, sm_90+PTX), loaded from ",
+        ),
+        (
+            {"torch": "2.13.0+cu130", "cuda": "13.0", "archs": ["sm_80"], "cusolver": None},
+            "built for torch 2.13.0+cu130 (C++ and CUDA 13.0 without cuSOLVER for sm_80), loaded from ",
         ),
         ({"cuda_reason": "no nvcc"}, "built for torch 2.13.0+cpu (C++ without the CUDA part: no nvcc), loaded from "),
     ],

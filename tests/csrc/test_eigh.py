@@ -1,5 +1,6 @@
-"""The eigenproblem by cuSOLVER's batched solver, with LAPACK in its place (csrc/cuda/emulate_eigh.cpp): the cut
-into calls, workspaces, what comes out, and what becomes of a matrix that the solver reports a failure of."""
+"""The eigenproblem by cuSOLVER's batched solver, with LAPACK in its place (csrc/cuda/emulate_eigh.cpp): the
+cut into calls, workspaces, what comes out, and what becomes of a matrix that the solver reports a failure
+of."""
 
 import ctypes
 import re
@@ -7,7 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch.utils import cpp_extension
@@ -74,9 +74,9 @@ def solve(library, gram, failing=-1, host_bytes=0):
     return values, vectors, calls[:count].tolist()
 
 
-def gram_matrices(batch, l, exponent=0, decay=1.0):
-    """Σ and random bases: (batch, l, l) with eigenvalues 2^exponent·i^-decay."""
-    exact = torch.arange(1, l + 1, dtype=torch.float64) ** -decay * 2.0**exponent
+def gram_matrices(batch, l, decay=1.0):
+    """(batch, l, l) with eigenvalues i^-decay and random eigenvectors; and the eigenvalues."""
+    exact = torch.arange(1, l + 1, dtype=torch.float64) ** -decay
     turn = torch.linalg.qr(torch.randn(batch, l, l, dtype=torch.float64))[0]
     gram = (turn * exact) @ turn.mT
     return (gram + gram.mT) / 2, exact
@@ -104,7 +104,7 @@ def test_values_descend_and_rows_are_eigenvectors(library, l, exponent):
 
 
 def test_the_largest_size(library):
-    """One call, and eigenvectors of the right matrix. LAPACK solves a diagonal one of this size in no time."""
+    """One call, and eigenvectors in the right order. The matrix is diagonal, which LAPACK solves soonest."""
     diagonal = torch.rand(MOST_COLUMNS, dtype=torch.float64) + 0.5
     values, vectors, calls = solve(library, diagonal.diag()[None])
     order = diagonal.argsort(descending=True)
