@@ -110,6 +110,22 @@ def test_nvcc_behind_a_script_names_its_own_toolkit(build, toolkit, tmp_path):
     assert build.find_nvcc({"PATH": str(wrapper.parent)}) == (str(wrapper), str(toolkit))
 
 
+@pytest.mark.parametrize(("cuda", "loads"), [("13.0", True), (None, False)])
+def test_torchs_linear_algebra_is_loaded_before_the_extension(tmp_path, monkeypatch, cuda, loads):
+    """The extension links to it, and it lies where the loader does not look."""
+    loaded = []
+    torch = types.SimpleNamespace(__file__=str(tmp_path / "__init__.py"), version=types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(extension, "torch", torch)
+    monkeypatch.setattr(extension.ctypes, "CDLL", loaded.append)
+    extension._load_what_the_cuda_part_links()
+    assert not loaded, "torch for Windows has it in its other libraries"
+    library = tmp_path / "lib/libtorch_cuda_linalg.so"
+    library.parent.mkdir()
+    library.touch()
+    extension._load_what_the_cuda_part_links()
+    assert loaded == ([str(library)] if loads else [])
+
+
 def headers_of_cusolver(folder, *version):
     folder.mkdir(parents=True, exist_ok=True)
     lines = zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
@@ -367,10 +383,10 @@ def test_the_library_named_by_the_environment(package, tmp_path):
     other.touch()
     found = extension.find(package, RUNNING, {"LOWRANK_KERNELS_LIBRARY": str(other)})
     assert (found.library, found.sentence) == (other, f"loaded from {other} (LOWRANK_KERNELS_LIBRARY)")
-    write_facts(package, torch="2.11.0+cu130", cuda="13.0", archs=["sm_90"])
+    write_facts(package, torch="2.11.0+cu130", cuda="13.0", archs=["sm_90"], cusolver="12.0.4")
     library = package / "_C.so"
     found = extension.find(package, RUNNING, {"LOWRANK_KERNELS_LIBRARY": str(library)})
-    built = "built for torch 2.11.0+cu130 (C++ and CUDA 13.0 for sm_90)"
+    built = "built for torch 2.11.0+cu130 (C++ and CUDA 13.0 with cuSOLVER 12.0.4 for sm_90)"
     assert found.sentence == f"loaded from {library} (LOWRANK_KERNELS_LIBRARY), {built}"
 
 

@@ -67,7 +67,7 @@ def eigenproblem(solver: str, rows: int, coupled: int | None = None) -> str:
     grad = torch.randn(rows, rows + 20, dtype=torch.float64)
     if coupled is not None:
         diagonal = torch.zeros_like(grad)
-        diagonal[range(rows), range(rows)] = torch.linspace(2, 1, rows)
+        diagonal[range(rows), range(rows)] = torch.linspace(2, 1, rows, dtype=torch.float64)
         diagonal[:coupled, :coupled] = grad[:coupled, :coupled]
         grad = diagonal
     gram = torch.stack([grad @ grad.mT, torch.zeros(rows, rows, dtype=torch.float64)])
