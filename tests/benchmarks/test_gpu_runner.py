@@ -216,6 +216,7 @@ class TestSmoke:
     def test_every_check_passes_here(self, capsys):
         names = [name for name, _ in [*smoke.operator_checks(False), *smoke.step_checks(True)]]
         assert [name for name in names if "jacobi" in name] == [f"jacobi, {rows} rows" for rows in (64, 500, 2000)]
+        assert [name for name in names if "cusolver" in name] == [f"cusolver, {rows} rows" for rows in (1, 64, 500, 2056)]
         assert [name for name in names if "cholesky" in name] == [f"cholesky_inverse, {l} columns" for l in (1, 33, 240, 300, 400)]
         assert {"normal, bit for bit", "gumbel", "a step in a CUDA graph"} <= set(names)
         small = [*smoke.operator_checks(True), *smoke.step_checks(True)]
@@ -246,8 +247,10 @@ class TestSmoke:
         for name, spoil in spoilt.items():
             sound = getattr(smoke.ops, name)
             monkeypatch.setattr(smoke.ops, name, lambda *a, sound=sound, spoil=spoil, **k: spoil(sound(*a, **k)))
+        solve = smoke.parts.eigh
+        monkeypatch.setattr(smoke.parts, "eigh", lambda *arguments: (solve(*arguments)[0].roll(1, -1), solve(*arguments)[1]))
         for check in (
-            lambda: smoke.jacobi(64),
+            lambda: smoke.eigenproblem("jacobi", 64),
             lambda: smoke.cholesky(33),
             lambda: smoke.sketch(torch.float32),
             smoke.normals,

@@ -509,6 +509,21 @@ def test_refresh_of_a_model_covers_it_in_chunks(monkeypatch):
     assert all(row["captured_energy"] > 0.95 and row["peak_mb"] > 0 for row in rows)
 
 
+def test_eigenproblems_are_timed_by_solver():
+    """What a CPU does not have is skipped."""
+    *rows, jacobi, cusolver = refresh.run(refresh.EigenCase(24, 3), HERE)
+    assert [row["contender"] for row in rows] == ["lowrank_kernels", "torch.linalg.eigh"]
+    assert all(row["defect"] <= refresh.BACKWARD_ERROR and row["shapes"] == [(3, 24, 24)] for row in rows)
+    assert all("LAPACK" in row["skipped"] for row in (jacobi, cusolver))
+    assert records.title(rows[0])[0] == "eigenproblem 3 × 24 × 24"
+
+
+def test_wrong_eigenvectors_are_refused(monkeypatch, no_clock):
+    right = refresh.parts.eigh
+    monkeypatch.setattr(refresh.parts, "eigh", lambda *arguments: (right(*arguments)[0].roll(1, -1), right(*arguments)[1]))
+    refused(refresh.run(refresh.EigenCase(24, 3), HERE), "lowrank_kernels", ".* is .* not timed")
+
+
 def test_peak_bytes_sees_what_an_operator_allocates_inside():
     grad = torch.randn(96, 200)
     result, peak = memory.peak_bytes(lambda: [grad + grad], on_gpu=False)
