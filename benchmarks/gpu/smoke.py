@@ -15,11 +15,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lowrank_kernels import extension, ops, philox, range_finder
+from lowrank_kernels import backends, extension, ops, philox, range_finder
+from lowrank_kernels.backends import reference
+from lowrank_kernels.lifts import Lift
+from lowrank_kernels.lifts.back_projection import BackProjection
+from lowrank_kernels.lifts.residual import Residual
+from lowrank_kernels.lifts.scaling import ChannelScaling
 from lowrank_kernels.ops import parts
 
 from .. import checks, contenders
@@ -131,6 +137,36 @@ def step(path: str, rows: int, columns: int, small: bool) -> str:
     return f"‖ΔW − exact‖ {error:.1e}"
 
 
+def method(lift: Lift, from_memory: bool, rows: int, columns: int, small: bool) -> str:
+    """A step by the backend of this device, with another lift or with R from memory, against plain PyTorch in
+    fp64."""
+    case = kernel.KernelCase("step", 2 if small else 64, rows, columns, 128, torch.bfloat16)
+    bucket = kernel.Bucket(case, DEVICE)
+    made, hyper = bucket.inputs(1.0)
+    made.states |= {name: [torch.full((), 30.0, device=DEVICE) for _ in made.weights] for name in lift.state()}  # the limiter acts
+    if from_memory:
+        made = replace(made, grads=None, projected=list(bucket.projected.unbind()))
+    hyper, errors = replace(hyper, lift=lift), []
+    exact = [_in_fp64(made.part(index, index + 1)) for index in (0, len(made) - 1)]
+    before = [made.weights[index].double() for index in (0, len(made) - 1)]
+    backends.step(made, hyper)
+    for one, weight, index in zip(exact, before, (0, len(made) - 1), strict=True):
+        reference.step(one, hyper)
+        moved = made.weights[index].double() - weight
+        errors.append(checks.require("ΔW", checks.relative_error(moved, one.weights[0] - weight), checks.UPDATE_ERROR[case.dtype]))
+    return f"‖ΔW − exact‖ {max(errors):.1e}"
+
+
+def _in_fp64(bucket: backends.Bucket) -> backends.Bucket:
+    def doubled(tensors: list[Tensor] | None) -> list[Tensor] | None:
+        return None if tensors is None else [tensor.double() for tensor in tensors]
+
+    return replace(
+        bucket, weights=doubled(bucket.weights), bases=doubled(bucket.bases), grads=doubled(bucket.grads),
+        projected=doubled(bucket.projected), states={name: doubled(tensors) for name, tensors in bucket.states.items()},
+    )  # fmt: skip
+
+
 def graph() -> str:
     """Two replays of a captured step move the weights as two steps outside it. On a CPU nothing is
     captured."""
@@ -174,6 +210,11 @@ def step_checks(small: bool) -> Iterator[tuple[str, Check]]:
     for path in ("step",) if DEVICE == "cpu" else ("single_pass", "split"):
         for side, extents in (("left", (512, 1376)), ("right", (1376, 512))):
             yield f"{path}, {side}", lambda path=path, extents=extents: step(path, *extents, small)
+    for name, lift, from_memory in (
+        ("R from memory", BackProjection(), True), ("Fira", Residual(), False), ("APOLLO", ChannelScaling(), False),
+    ):  # fmt: skip
+        for side, extents in (("left", (512, 1376)), ("right", (1376, 512))):
+            yield f"{name}, {side}", lambda of=(lift, from_memory), extents=extents: method(*of, *extents, small)
     yield "a step in a CUDA graph", graph
 
 
