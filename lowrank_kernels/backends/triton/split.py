@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bucket import Bucket, Hyper
-from . import adam, back_project, choose, moments, pointers, table
+from . import adam, back_project, choose, configs, moments, pointers, table
 from .advance import advance_and_store
 from .dots import TRITON_DTYPES, dot_of, round_operand
 
@@ -82,8 +82,10 @@ def _project_moments_kernel(
     )  # fmt: skip
 
 
-def step(bucket: Bucket, hyper: Hyper, rows: table.Rows) -> None:
-    """Two launches for each part of a bucket, given its table."""
+def step(bucket: Bucket, hyper: Hyper, rows: table.Rows, row: configs.SplitConfig | None = None) -> None:
+    """Two launches for each part of a bucket, given its table. row: None takes the measured row, or the
+    built-in row of each launch."""
+    row = row or choose.measured_split(bucket, rows.aligned)
     m, n, rank = bucket.extents
     basis, count = bucket.bases[0], len(bucket)
     at_once = matrices_at_once(count, rank * n * basis.itemsize)
@@ -91,21 +93,24 @@ def step(bucket: Bucket, hyper: Hyper, rows: table.Rows) -> None:
     for start in range(0, count, at_once):
         part, part_rows = (bucket, rows) if at_once == count else _part(bucket, rows, start, min(start + at_once, count))
         if bucket.projected is None:
-            project_moments(part, hyper, part_rows, normalised)
+            project_moments(part, hyper, part_rows, normalised, row and row.project_moments)
         else:
             moments.launch(part, hyper, part_rows, normalised)
-        back_project.launch(part, hyper, part_rows, normalised)
+        back_project.launch(part, hyper, part_rows, normalised, row and row.back_project)
 
 
-def project_moments(bucket: Bucket, hyper: Hyper, rows: table.Rows, normalised: Tensor) -> None:
-    """The first launch: N of every matrix into `normalised`, (B, r, n) or more of the bases' dtype."""
+def project_moments(
+    bucket: Bucket, hyper: Hyper, rows: table.Rows, normalised: Tensor, config: configs.ProjectMomentsConfig | None = None
+) -> None:
+    """The first launch: N of every matrix into `normalised`, (B, r, n) or more of the bases' dtype. config:
+    None takes the built-in row."""
     m, n, rank = bucket.extents
     basis = bucket.bases[0]
     grad = bucket.grads[0].mT if bucket.right else bucket.grads[0]
     arch = choose.architecture(basis.device)
     dot = dot_of(basis.dtype, grad.dtype, arch)
     wide = rows.aligned and table.wide(basis, grad)
-    config = choose.project_moments(arch, dot.kind, rank, wide)
+    config = config or choose.project_moments(arch, dot.kind, rank, wide)
     tiles = triton.cdiv(rank, config.BLOCK_R) * triton.cdiv(n, config.BLOCK_N)
     if tiles:
         _project_moments_kernel[(tiles, len(bucket))](
