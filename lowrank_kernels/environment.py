@@ -34,7 +34,7 @@ def environment() -> dict[str, str]:
         "CPU": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bf16 products {_cpu_bf16()}",
         "GPU": _gpus(),
         "step runs on": _step(),
-        "tile shapes": _tiles(),
+        "tile shapes": tile_shapes(),
         "refresh runs on": _refresh(),
         "fp32 products": "tf32 allowed on a GPU" if tf32_allowed() else "in fp32",
     }
@@ -83,7 +83,7 @@ def _step() -> str:
     return f"{on_gpu}, batched PyTorch on a CPU, the reference elsewhere"
 
 
-def _tiles() -> str:
+def tile_shapes() -> str:
     """Which table of tile shapes serves each GPU."""
     if not torch.cuda.is_available():
         return "chosen on a GPU"
