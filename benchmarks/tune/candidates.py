@@ -90,11 +90,12 @@ def keys(ranks: Sequence[int] = RANKS, quick: bool = False) -> list[Key]:
 
 
 def shapes(key: Key, multiprocessors: int) -> list[Shape]:
-    """Buckets as LLaMA 7B and 1B have them; for few waves as many matrices of 512² as fill the device
-    twice with tiles of 64 columns."""
+    """Buckets as LLaMA 7B and 1B have them, or of more matrices where a device is so large that they would be
+    few; for few waves as many matrices of 512² as fill the device twice with tiles of 64 columns."""
     if key.waves == "few":
         return [Shape(-(-2 * 64 * multiprocessors // 512), 512, 512)]
-    return [Shape(32, 4096, 4096), Shape(12, 4096, 11008), Shape(48, 2048, 2048)]
+    many = Shape(32, 4096, 4096), Shape(12, 4096, 11008), Shape(48, 2048, 2048)
+    return [Shape(max(each.count, -(-4 * multiprocessors // -(-each.n // 128))), each.m, each.n) for each in many]
 
 
 def single_passes(key: Key, quick: bool = False) -> list[SinglePassConfig]:
