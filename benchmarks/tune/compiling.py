@@ -74,7 +74,9 @@ def compile_task(task: Task, arch: int) -> Compiled:
             dry.check(kernel, grid, arch)
 
     with dry.launches(arch, on_launch):
-        rows, normalised = table.rows_of(bucket), torch.empty((1, rank, 128), dtype=bucket.bases[0].dtype)
+        rows = table.rows_of(bucket)
+        assert rows.aligned, "the launch on the GPU is of aligned matrices, and another variant"
+        normalised = torch.empty((1, rank, 128), dtype=bucket.bases[0].dtype)
         if isinstance(task.config, SinglePassConfig):
             single_pass.step(bucket, hyper, rows, task.config)
         elif isinstance(task.config, ProjectMomentsConfig):

@@ -13,6 +13,7 @@ import lowrank_kernels as lrk
 from lowrank_kernels import environment
 from lowrank_kernels.backends.triton import adamw_step, back_project, builtin, choose, single_pass, split, tuned
 from lowrank_kernels.backends.triton.configs import BackProjectConfig, ProjectMomentsConfig, SinglePassConfig, SplitConfig
+from lowrank_kernels.backends.triton.dots import INTERPRETED
 
 NAME = "Some GPU 80GB/PCIe"
 SINGLE = {"BLOCK_R": 32, "SLICES": 2, "BLOCK_N": 32, "BLOCK_K": 16, "BLOCK_M": 32, "num_warps": 4, "num_stages": 2, "W_STAGES": 2}
@@ -23,6 +24,7 @@ ROW = {
     "gb_per_s": 1.5, "commit": "abc1234", "versions": {"triton": "3.9.0"},
 }  # fmt: skip
 SPLIT = ROW | {"path": "split", "config": {"project_moments": FIRST, "back_project": SECOND}}
+INTERPRETER = pytest.mark.skipif(not INTERPRETED, reason="the built-in rows of a GPU are others")
 MANY = 8
 """Matrices of 128 columns that are many for the two multiprocessors of these tests."""
 
@@ -90,6 +92,7 @@ class Whole:
         adamw_step.step(bucket, hyper)
 
 
+@INTERPRETER
 class TestLaunches:
     @pytest.mark.parametrize("coded", [False, True], ids=["fp32", "8-bit"])
     def test_a_row_reaches_the_single_pass(self, folder, launches, coded):
@@ -222,6 +225,7 @@ class TestBroken:
         with pytest.raises(ValueError, match="row 3: .* has a row already"):
             tuned.read(path)
 
+    @INTERPRETER
     def test_a_step_warns_once_and_takes_the_built_in_rows(self, folder, launches):
         path = lay(folder, ROW | {"rank": 48})
         with warnings.catch_warnings(record=True) as caught:
