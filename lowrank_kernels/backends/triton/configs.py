@@ -114,3 +114,11 @@ class SinglePassConfig(Config):
     def programs(self, n: int, count: int) -> int:
         """Programs of one launch for `count` matrices with n columns."""
         return triton.cdiv(n, self.BLOCK_N) * count
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """A row for each launch of the split. Both serve every rank."""
+
+    project_moments: ProjectMomentsConfig
+    back_project: BackProjectConfig

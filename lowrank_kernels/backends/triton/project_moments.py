@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bucket import Bucket, Hyper
-from . import adam, choose, pointers, table
+from . import adam, choose, configs, pointers, table
 from .advance import advance_and_store
 from .dots import TRITON_DTYPES, dot_of, round_operand
 
@@ -94,19 +94,20 @@ def launch(
     projected: Tensor | None = None,
     sums: bool = False,
     of_grad: bool = False,
+    config: configs.ProjectMomentsConfig | None = None,
 ) -> Tensor | None:
     """Updates M and V of a bucket in place.
 
     normalised, projected: where N and R go, (B, r, n) or more of any float dtype; None: nowhere. sums:
     returns Σ N², Σ R² and, with of_grad, Σ G² of the columns, (B, tiles, 3, n) in fp32, to be summed over
-    tiles of directions. Where found_inf is not zero nothing is written.
+    tiles of directions. config: None takes the built-in row. Where found_inf is not zero nothing is written.
     """
     m, n, rank = bucket.extents
     basis = bucket.bases[0]
     grad = bucket.grads[0].mT if bucket.right else bucket.grads[0]
     arch = choose.architecture(basis.device)
     dot = dot_of(basis.dtype, grad.dtype, arch)
-    config = choose.project_moments(arch, dot.kind, rank, rows.aligned and table.wide(basis, grad))
+    config = config or choose.project_moments(arch, dot.kind, rank, rows.aligned and table.wide(basis, grad))
     rank_tiles, column_tiles = triton.cdiv(rank, config.BLOCK_R), triton.cdiv(n, config.BLOCK_N)
     shape = len(bucket), rank_tiles, 3, n
     column_sums = torch.empty(shape, dtype=torch.float32, device=basis.device) if sums else None
