@@ -1,5 +1,5 @@
-"""What is in a compiled kernel: registers, instructions, and the loops they stand in, as cuobjdump of Triton's
-wheel reads a cubin."""
+"""What is in a compiled kernel: registers, instructions, and the loops they stand in, as cuobjdump of
+Triton's wheel reads a cubin."""
 
 from __future__ import annotations
 
