@@ -24,7 +24,7 @@ from lowrank_kernels import backends
 from lowrank_kernels.backends.triton import choose
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory that a block may use, by architecture."""
 REGISTERS, REGISTER_GRANULE = 65536, 8
 """Registers of a block on every architecture since sm_70. A thread's registers are allocated in eights."""
@@ -39,15 +39,16 @@ class WouldNotRun(Exception):
 
 
 class Target:
-    """Stands in for Triton's active driver. It names an architecture and has no device."""
+    """Stands in for Triton's active driver. It names an architecture, 90 for sm_90 or AMD's "gfx942", and has
+    no device."""
 
-    def __init__(self, arch: int):
+    def __init__(self, arch: int | str):
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return GPUTarget("cuda", self.arch, 32) if isinstance(self.arch, int) else GPUTarget("hip", self.arch, 64)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> int | str:
         return self.arch  # so that each architecture has a cache of compiled kernels of its own
 
     def get_current_stream(self, device: int) -> int:
@@ -55,8 +56,8 @@ class Target:
 
 
 @contextlib.contextmanager
-def launches(arch: int, on_launch: OnLaunch | None = None) -> Iterator[None]:
-    """Within this context a launch ends after compilation for sm_<arch>. The kernels must not have been
+def launches(arch: int | str, on_launch: OnLaunch | None = None) -> Iterator[None]:
+    """Within this context a launch ends after compilation for an architecture. The kernels must not have been
     imported for Triton's interpreter."""
     run, architecture = triton.JITFunction.run, choose.architecture
 

@@ -6,7 +6,7 @@ without a GPU.
     python -m benchmarks.ir --out FILE      # the log in a file as well
 
 `ttsem` executes TTIR and TTGIR, what Triton compiles a kernel to before LLVM. A case is one launch of one row
-of configs.py, made by the launcher's own code; it goes through three stages:
+of builtin.py, made by the launcher's own code; it goes through three stages:
 
 - sanitize: its TTIR, with every access held against the size of its tensor and every two programs against
   each other; the results within the bounds of tests/tolerances.py of lowrank_kernels.backends.reference in

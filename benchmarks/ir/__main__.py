@@ -9,6 +9,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+KERNELS = ("single_pass", "project_moments", "back_project", "project", "moments")
+
 
 def main() -> int:
     from . import cases as all_cases
@@ -17,7 +19,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ir", description="Execute every kernel from the compiler's IR, on a CPU.")
     parser.add_argument("--sample", action="store_true", help="a part of the cases, under two minutes")
-    parser.add_argument("--kernels", nargs="+", choices=("single_pass", "project", "moments", "back_project"), help="these alone")
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, help="these alone")
     parser.add_argument("--only", nargs="+", default=(), metavar="TEXT", help="cases with all of these in their line")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="sanitize always runs")
     parser.add_argument("--workers", type=int, default=2)
@@ -44,7 +46,7 @@ def main() -> int:
 
 
 HEADER = """\
-kernel, architecture, side, dtype, kind of dot, row of configs.py in its order, m x n x r, options
+kernel, architecture, side, dtype, kind of dot, row in the order of configs.py, m x n x r, options
 sanitize: no access out of bounds, no race between programs, results within their bounds of the reference in fp64
 validate: modules that agree with these results, of the different ones, of the passes that receive one; ~ those within rounding
 races: pairs of operations on one place without a barrier between warps, in how many accesses and with how many barriers

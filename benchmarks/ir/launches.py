@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from benchmarks.aot import DTYPES, OPTIONS, ROOT
-from lowrank_kernels.backends import reference
-from lowrank_kernels.backends.triton import back_project, configs, moments, pointers, project, single_pass
+from benchmarks.aot import ROOT
+from benchmarks.aot.cases import DTYPES
+from lowrank_kernels.backends import Bucket, Hyper, reference
+from lowrank_kernels.backends.triton import back_project, choose, moments, pointers, project, project_moments, single_pass
 from lowrank_kernels.backends.triton.table import Rows
 from lowrank_kernels.storage import eight_bit
 
@@ -43,7 +44,14 @@ from tolerances import (  # noqa: E402
 )
 
 SCALARS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.2, "scale": 0.5, "step": 4}
-MATRICES = ("weights_at", "grads_at", "bases_at", "exp_avgs_at", "exp_avg_sqs_at")
+MATRICES = ("weights_at", "grads_at", "projected_at", "bases_at", "exp_avgs_at", "exp_avg_sqs_at")
+KERNELS = (
+    single_pass._adamw_step_kernel,
+    project_moments._project_moments_kernel,
+    back_project._back_project_kernel,
+    project._project_kernel,
+    moments._update_moments_kernel,
+)
 
 
 @triton.jit
@@ -58,8 +66,7 @@ def replace_table() -> None:
     bytes, the compiler then learns from the tensor, where the kernels say it of the address that they loaded.
     """
     pointers.matrix_at = _matrix_itself
-    kernels = project._project_kernel, moments._update_moments_kernel, back_project._back_project_kernel, single_pass._adamw_step_kernel
-    for kernel in kernels:
+    for kernel in KERNELS:
         for parameter in kernel.params:
             if parameter.name in MATRICES:
                 parameter.do_not_specialize_on_alignment = False
@@ -78,44 +85,56 @@ class Launch:
 
 def launch_of(case: Case) -> Launch:
     """Runs the launcher on fresh tensors up to the launch."""
-    prepare = {"project": _project, "moments": _moments, "back_project": _back_project, "single_pass": _single_pass}[case.kernel]
+    prepare = {
+        "project": _project,
+        "moments": _moments,
+        "project_moments": _project_moments,
+        "back_project": _back_project,
+        "single_pass": _single_pass,
+    }[case.kernel]
     calls = []
 
     def record(self, *arguments, grid, warmup, **options):
         calls.append((self, arguments, options, (grid[0], 1)))  # one matrix, whatever the size of the row that stands for its address
 
-    run, architecture = triton.JITFunction.run, configs.architecture
-    triton.JITFunction.run, configs.architecture = record, lambda device: case.arch
+    run, architecture = triton.JITFunction.run, choose.architecture
+    triton.JITFunction.run, choose.architecture = record, lambda device: case.arch
     torch.set_float32_matmul_precision("high" if case.kind == "tf32" else "highest")  # the bounds ask for it, too
     try:
-        launch, judge = prepare(case)
-        launch()
+        bucket, hyper = _bucket(case)
+        judge = prepare(case, bucket, hyper, _rows(bucket))
     finally:
-        triton.JITFunction.run, configs.architecture = run, architecture
+        triton.JITFunction.run, choose.architecture = run, architecture
     [(kernel, arguments, options, grid)] = calls
-    if options != vars(case.config):
-        raise AssertionError(f"the launcher chose {options}, {vars(case.config)} was meant")
+    if options != case.config.launch_options():
+        raise AssertionError(f"the launcher chose {options}, {case.config} was meant")
     if grid[0] < 2:
         raise AssertionError(f"{grid[0]} program")
     return Launch(kernel, arguments, options, grid, judge)
 
 
-def _options(case: Case) -> tuple[bool, ...]:
-    return tuple(option in case.options for option in OPTIONS)
+def _bucket(case: Case) -> tuple[Bucket, Hyper]:
+    """One matrix. Bases are by columns, as the package keeps them."""
+    dtype = DTYPES[case.dtype]
+    weight, grad = (torch.randn(*((case.n, case.m) if case.right else (case.m, case.n))).to(dtype) for _ in range(2))
+    basis = (case.m**-0.5 * torch.randn(case.rank, case.m)).to(dtype).mT
+    states, on_device = _states(case), case.has("lr on device")
+    bucket, hyper = formulas.bucket_of(
+        [weight], [grad], [basis], *([state] for state in states[:2]), **SCALARS, right=case.right, found_inf=torch.zeros(1),
+        device_steps=[torch.tensor([float(SCALARS["step"] - 1)])], device_lr=torch.tensor(SCALARS["lr"]) if on_device else None,
+        exp_avg_scales=[states[2]] if case.has("8-bit") else None, exp_avg_sq_scales=[states[3]] if case.has("8-bit") else None,
+        rounding_seeds=torch.randint(2**62, (1,), dtype=torch.int64) if case.has("stochastic") else None,
+    )  # fmt: skip
+    if case.kernel == "moments" or case.has("R from memory"):
+        of_r = DTYPES[case.normalised] if case.kernel == "moments" else dtype
+        bucket = dataclasses.replace(bucket, grads=None, projected=[torch.randn(case.rank, case.n).to(of_r)])
+    return bucket, hyper
 
 
-def _stored(case: Case) -> Tensor:
-    return torch.randn(*((case.n, case.m) if case.right else (case.m, case.n))).to(DTYPES[case.dtype])
-
-
-def _basis(case: Case) -> Tensor:
-    return (case.m**-0.5 * torch.randn(case.m, case.rank)).to(DTYPES[case.dtype])
-
-
-def _states(case: Case, coded: bool) -> list[Tensor]:
+def _states(case: Case) -> list[Tensor]:
     """M and V as fp32, or as two tensors of codes and two of scales."""
     exp_avg, exp_avg_sq = torch.randn(case.rank, case.n), 0.1 + torch.rand(case.rank, case.n)
-    if not coded:
+    if not case.has("8-bit"):
         return [exp_avg, exp_avg_sq]
     shape = case.rank, case.n
     codes = [torch.zeros(shape, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(eight_bit.scales_shape(shape)) for _ in range(2)]
@@ -123,98 +142,106 @@ def _states(case: Case, coded: bool) -> list[Tensor]:
     return codes
 
 
-def _seed() -> Tensor:
-    return torch.randint(2**62, (1,), dtype=torch.int64)
+def _rows(bucket: Bucket) -> Rows:
+    """A table whose rows are the matrices."""
+    lists = {"weights": bucket.weights, "bases": bucket.bases, "steps": bucket.steps, "grads": bucket.grads, "projected": bucket.projected}
+    lists |= {f"{name}s": tensors for name, tensors in bucket.states.items()}
+    return Rows(**{name: None if tensors is None else tensors[0] for name, tensors in lists.items()}, aligned=True)
 
 
-def _counter() -> Tensor:
-    """Updates before this one, as the device counts them."""
-    return torch.tensor([float(SCALARS["step"] - 1)])
+def _normalised(case: Case) -> Tensor:
+    """Room for N."""
+    return torch.full((1, case.rank, case.n), float("nan"), dtype=DTYPES[case.normalised])
 
 
 def _tf32(case: Case) -> float:
     return UNIT["tf32"] if case.kind == "tf32" else 0.0
 
 
-def _project(case: Case):
-    basis, grad = _basis(case), _stored(case)
-    projected = torch.full((case.rank, case.n), float("nan"))
+def _project(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    basis, grad = bucket.bases[0], bucket.grads[0]
+    projected = project.launch(bucket, rows)[0].fill_(float("nan"))
 
     def judge() -> None:
         expected = reference.project(basis.double(), grad.double(), case.right)
         assert_within(projected, expected, project_error(basis, grad.mT if case.right else grad, _tf32(case)), "R")
 
-    launch = project.prepare(basis, grad, basis, grad, right=case.right, aligned=True)
-    return lambda: launch(projected), judge
+    return judge
 
 
-def _moments(case: Case):
-    coded, _, on_device = _options(case)
-    states, projected = _states(case, coded), torch.randn(case.rank, case.n)
-    normalised = torch.full((case.rank, case.n), float("nan"), dtype=DTYPES[case.normalised])
-    before = eight_bit.decode(*states, torch.float64) if coded else [state.double() for state in states]
+def _moments(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    normalised, projected = _normalised(case), bucket.projected[0].double()
+    moments.launch(bucket, hyper, rows, normalised)
+    return _judge_moments(case, bucket, normalised[0], projected, torch.zeros_like(projected))
+
+
+def _project_moments(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    normalised, basis, grad = _normalised(case), bucket.bases[0].double(), bucket.grads[0].double()
+    project_moments.launch(bucket, hyper, rows, normalised)
+    of_r = project_error(basis, grad.mT if case.right else grad, _tf32(case))
+    return _judge_moments(case, bucket, normalised[0], reference.project(basis, grad, case.right), of_r)
+
+
+def _judge_moments(case: Case, bucket: Bucket, normalised: Tensor, projected: Tensor, of_r: Tensor) -> Callable[[], None]:
+    """projected: the exact R, which the kernel knows to of_r."""
+    states = [tensors[0] for tensors in bucket.states.values()]
+    before = eight_bit.decode(*states, torch.float64) if case.has("8-bit") else [state.double() for state in states]
     adam = {name: SCALARS[name] for name in ("beta1", "beta2", "eps", "step")}
 
     def judge() -> None:
         m, v = before
-        of_states = decoded_error(m, v) if coded else (0.0, 0.0)
-        errors = moments_error(m, v, projected, adam["beta1"], adam["beta2"], state_errors=of_states)
-        expected = formulas.update_moments_(m, v, projected.double(), **adam)
-        if coded:
+        of_states = decoded_error(m, v) if case.has("8-bit") else (0.0, 0.0)
+        errors = moments_error(m, v, projected, adam["beta1"], adam["beta2"], projected_error=of_r, state_errors=of_states)
+        expected = formulas.update_moments_(m, v, projected, **adam)
+        if case.has("8-bit"):
             assert_codes(tuple(states), m, v, errors, adam["step"])
         else:
             assert_within(states[0], m, errors[0], "M")
             assert_within(states[1], v, errors[1], "V")
         store = UNIT[normalised.dtype] if normalised.dtype != torch.float32 else 0.0
-        correction = BIAS_CORRECTION_ERROR if on_device else UNIT[torch.float32]
-        assert_within(normalised, expected, normalised_error(m, v, errors, **adam, store=store, correction=correction), "N")
+        assert_within(normalised, expected, normalised_error(m, v, errors, **adam, store=store, correction=BIAS_CORRECTION_ERROR), "N")
 
-    scales = dict(zip(("exp_avg_scales_at", "exp_avg_sq_scales_at"), states[2:], strict=False))
-    launch = moments.prepare(*states[:2], states[0], aligned=True, steps_at=_counter() if on_device else None, **scales)
-    return lambda: launch(projected, normalised, **adam, found_inf=torch.zeros(1)), judge
+    return judge
 
 
-def _back_project(case: Case):
-    _, stochastic, on_device = _options(case)
-    weight, basis = _stored(case), _basis(case)
-    normalised = torch.randn(case.rank, case.n).to(DTYPES[case.normalised])
-    seed, before = _seed() if stochastic else None, weight.double()
-    update = {name: SCALARS[name] for name in ("lr", "scale", "weight_decay")}
-    device_lr = torch.tensor(update["lr"]) if on_device else None
+def _back_project(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    weight, basis, on_device = bucket.weights[0], bucket.bases[0], case.has("lr on device")
+    normalised = torch.randn(1, case.rank, case.n).to(DTYPES[case.normalised])
+    seed, before = bucket.rounding_seeds, weight.double()
+    update = {name: SCALARS[name] for name in ("lr", "scale", "weight_decay")} | ({"lr": float(hyper.lr)} if on_device else {})
+    back_project.launch(bucket, hyper, rows, normalised)
 
     def judge() -> None:
-        exact = update | ({"lr": float(device_lr)} if on_device else {})
         rounds = 2 * UNIT[basis.dtype] if normalised.dtype != basis.dtype else 0.0
         old = (before.mT if case.right else before).to(weight.dtype)
         bound = back_project_error(
-            old, basis, normalised, **exact, store=0.0 if stochastic else UNIT[weight.dtype], operand_unit=rounds + _tf32(case),
+            old, basis, normalised[0], **update, store=0.0 if seed is not None else UNIT[weight.dtype], operand_unit=rounds + _tf32(case),
             basis_unit=_tf32(case), device_lr=on_device,
         )  # fmt: skip
-        expected = formulas.updated_weight(before, basis.double(), normalised.double(), **exact, right=case.right)
+        expected = formulas.updated_weight(before, basis.double(), normalised[0].double(), **update, right=case.right)
         bound = bound.mT if case.right else bound
-        if stochastic:
+        if seed is not None:
             least, greatest = rounded_between(expected, bound, seed, SCALARS["step"])
             assert ((least <= weight) & (weight <= greatest)).all(), "W is not the stochastic rounding of anything within its bounds"
         else:
             assert_within(weight, expected, bound, "W")
 
-    launch = back_project.prepare(weight, basis, weight, basis, right=case.right, aligned=True, steps_at=_counter() if on_device else None)
-    scalars = {**update, "step": SCALARS["step"], "device_lr": device_lr, "rounding_seeds": seed}
-    return lambda: launch(normalised, **scalars, found_inf=torch.zeros(1)), judge
+    return judge
 
 
-def _single_pass(case: Case):
-    coded, stochastic, on_device = _options(case)
-    lists = dict(zip(steps.NAMES, (_stored(case), _stored(case), _basis(case), *_states(case, coded)), strict=False))
-    before = {name: [tensor.clone()] for name, tensor in lists.items()}
-    seed, device_lr = _seed() if stochastic else None, torch.tensor(SCALARS["lr"]) if on_device else None
+def _single_pass(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    names = (("weights", bucket.weights), ("grads", bucket.grads), ("projected", bucket.projected), ("bases", bucket.bases))
+    lists = {name: tensors for name, tensors in names if tensors is not None}
+    lists |= {f"{name}s": tensors for name, tensors in bucket.states.items()}
+    before = {name: [tensor.clone() for tensor in tensors] for name, tensors in lists.items()}
+    row = single_pass.row_for(bucket, aligned=True)
+    if row is None:
+        raise AssertionError("no row of the single pass serves this bucket")
+    single_pass.step(bucket, hyper, rows, row)
 
     def judge() -> None:
-        scalars = SCALARS | ({"lr": float(device_lr)} if on_device else {})
-        after = {name: [tensor] for name, tensor in lists.items()}
-        steps.judge(before, after, 0, case.right, scalars, seed=seed, counted_on_device=on_device, lr_on_device=on_device)
+        on_device = case.has("lr on device")
+        scalars = SCALARS | ({"lr": float(hyper.lr)} if on_device else {})
+        steps.judge(before, lists, 0, case.right, scalars, seed=bucket.rounding_seeds, lr_on_device=on_device)
 
-    rows = Rows(**lists, steps=_counter() if on_device else None)
-    first = (lists[name] for name in steps.NAMES[:4])
-    launch = single_pass.prepare(rows, *first, count=1, right=case.right, aligned=True, stochastic=stochastic)
-    return lambda: launch(**SCALARS, found_inf=torch.zeros(1), device_lr=device_lr, rounding_seeds=seed), judge
+    return judge

@@ -38,21 +38,21 @@ def test_a_part_of_the_lane(arch):
 
 BREAKS = {
     "an argument of a launcher dropped": (
-        "moments.py", "rows, columns, float(beta1)", "columns, float(beta1)",
+        "moments.py", "bucket.found_inf, height, width,", "bucket.found_inf, width,",
         "tests/kernels/test_moments.py::test_each_matrix_its_own_states", "missing 1 required positional argument",
     ),
     "a row too large for shared memory": (
-        "configs.py", "ProjectConfig(32, 64, 16, 4, 3), ProjectConfig(64, 64, 16, 8, 3)",
+        "builtin.py", "ProjectConfig(32, 64, 16, 4, 3), ProjectConfig(64, 64, 16, 8, 3)",
         "ProjectConfig(32, 64, 16, 4, 40), ProjectConfig(64, 64, 16, 8, 3)", ALIGNED, "bytes of shared memory and sm_90 has 232448",
     ),
     "a kernel that does not compile": (
-        "back_project.py", "acc = tl.zeros((BLOCK_M, BLOCK_N)", "acc = tl.zeros((BLOCK_M, BLOCK_R)",
+        "back_project.py", "(BLOCK_N, BLOCK_M) if RIGHT else (BLOCK_M, BLOCK_N)", "(BLOCK_R, BLOCK_M)",
         "tests/kernels/test_back_project.py::test_aligned_bucket_of_many", "CompilationError",
     ),
 }  # fmt: skip
 NEW_TESTS = """
 import pytest, torch
-from lowrank_kernels.backends.triton.project import project
+from launchers import project
 pytestmark = pytest.mark.gpu
 def launch(): return project([torch.zeros(4, 2)], [torch.zeros(4, 5)], False)
 def test_compares(): launch(); assert False

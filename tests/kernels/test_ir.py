@@ -15,14 +15,15 @@ pytest.importorskip("triton")
 if torch.version.hip is not None:
     pytest.skip("executes what Triton compiles for NVIDIA GPUs", allow_module_level=True)
 
-from benchmarks import aot  # noqa: E402
+from benchmarks.aot import ROOT  # noqa: E402
+from benchmarks.aot import cases as aot
 from benchmarks.ir import cases  # noqa: E402
 
 needs_ttsem = pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="needs ttsem: make gpu-ir installs and runs it")
 FOLDERS = ("lowrank_kernels", "benchmarks", "tests")
 
 
-def lane(*arguments, root=aot.ROOT, program=("-m", "benchmarks.ir")):
+def lane(*arguments, root=ROOT, program=("-m", "benchmarks.ir")):
     """The lane in a process of its own, in which the kernels are not made for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     paths = [str(root), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
@@ -36,7 +37,7 @@ def copy(tmp_path):
 
     def changed(file: str, old: str, new: str) -> Path:
         for folder in FOLDERS:
-            shutil.copytree(aot.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "*.so"))
+            shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "results", "*.so"))
         source = tmp_path / file
         text = source.read_text()
         assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
@@ -49,17 +50,23 @@ def copy(tmp_path):
 def test_every_row_is_a_case():
     """On both sides, and with everything that its kernel can do."""
     found = cases.cases()
-    executed = {(case.kernel, case.arch, case.config) for case in found}
-    for kernel, arch, config in aot.all_configs():
-        architectures = (90, 100) if arch is None else (arch,)
-        assert all((kernel, each, config) in executed for each in architectures), (kernel, arch, config)
     assert len({case.name for case in found}) == len(found)
+    options: dict[tuple, set] = {}
     for case in found:
-        if case.kernel != "moments":
-            sides = {other.right for other in found if (other.kernel, other.arch, other.config) == (case.kernel, case.arch, case.config)}
-            assert sides == {False, True}, case.name
-    single = [case for case in found if (case.kernel, case.arch, case.kind, case.right) == ("single_pass", 90, "16bit", False)]
-    assert {(("8-bit" in case.options), ("stochastic" in case.options)) for case in single} == {(a, b) for a in (0, 1) for b in (0, 1)}
+        for arch in (case.arch, None):
+            options.setdefault((case.kernel, arch, case.config, case.right), set()).update(map(frozenset, [case.options]))
+    for row in aot.rows():
+        if (row.kernel, row.arch) == ("single_pass", None):
+            continue  # the interpreter's
+        for right in (False, True):
+            executed = options[row.kernel, row.arch, row.config, right]
+            assert row.eight_bit is None or any(("8-bit" in each) == row.eight_bit for each in executed), row
+            if row.kernel == "project_moments":
+                assert executed >= {frozenset(), frozenset(["8-bit"])}, row
+            if (row.kernel, row.kind) == ("single_pass", "16bit"):
+                of_row = [each for each in executed if ("8-bit" in each) == row.eight_bit]
+                assert {"stochastic" in each for each in of_row} == {False, True}, row
+                assert row.arch != 90 or any("R from memory" in each for each in of_row), row
 
 
 @needs_ttsem
@@ -70,24 +77,57 @@ def test_sample_is_clean():
 
 
 MASKS = {
-    "store of R": ("project", "tl.store(r_at, acc.T, mask=in_r[:, None] & in_n[None, :])", "tl.store(r_at, acc.T, mask=in_r[:, None])"),
-    "load of G": ("project", "g = tl.load(g_at, mask=in_k[:, None] & in_n[None, :], other=0.0)", "g = tl.load(g_at)"),
-    "rows of P": ("project", "p = tl.load(p_at, mask=in_k[:, None] & in_r[None, :], other=0.0)", "p = tl.load(p_at, mask=in_r[None, :])"),
-    "store of W": ("back_project", "tl.store(w_at, w.to(W_DTYPE), mask=inside)", "tl.store(w_at, w.to(W_DTYPE), mask=in_m[:, None])"),
+    "store of R": (
+        "project",
+        "project.py",
+        "tl.store(r_at, acc.T, mask=in_r[:, None] & in_n[None, :])",
+        "tl.store(r_at, acc.T, mask=in_r[:, None])",
+    ),
+    "load of G": (
+        "project",
+        "project.py",
+        "g = tl.load(g_at, mask=in_k[:, None] & in_n[None, :], other=0.0)",
+        "g = tl.load(g_at)",
+    ),
+    "rows of P": (
+        "project",
+        "project.py",
+        "p = tl.load(p_at, mask=in_k[:, None] & in_r[None, :], other=0.0)",
+        "p = tl.load(p_at, mask=in_r[None, :])",
+    ),
+    "store of W": (
+        "back_project",
+        "back_project.py",
+        "tl.store(w_at, new.to(W_DTYPE), mask=inside, eviction_policy",
+        "tl.store(w_at, new.to(W_DTYPE), mask=at_m < m, eviction_policy",
+    ),
     "store of scales": (
         "moments",
+        "moments.py",
         "tl.store(m_scales_at, m_scales, mask=block_inside)",
         "tl.store(m_scales_at, m_scales, mask=row < rows)",
     ),
-    "next tile of W": ("single_pass", "mask=(offs_m < m - i - BLOCK_M)[:, None] & in_n", "mask=in_n"),
+    "tile of W": ("single_pass", "single_pass.py", "inside = (at_m < m - i) & (at_n < n)", "inside = (at_m < m) & (at_n < n)"),
+    "columns of the moments": (
+        "single_pass",
+        "advance.py",
+        "inside = in_r & (offs_n < n)[None, :]",
+        "inside = in_r & (offs_n >= 0)[None, :]",
+    ),
+    "rows of N": (
+        "project_moments",
+        "advance.py",
+        "inside = (offs_r < rank)[:, None] & (offs_n < n)[None, :]",
+        "inside = (offs_r >= 0)[:, None] & (offs_n < n)[None, :]",
+    ),
 }
 
 
 @needs_ttsem
 @pytest.mark.parametrize("mask", MASKS)
 def test_mask_left_out(copy, mask):
-    kernel, old, new = MASKS[mask]
-    root = copy(f"lowrank_kernels/backends/triton/{kernel}.py", old, new)
+    kernel, file, old, new = MASKS[mask]
+    root = copy(f"lowrank_kernels/backends/triton/{file}", old, new)
     done = lane("--sample", "--kernels", kernel, "--stages", "sanitize", "--workers", "1", root=root)
     assert done.returncode == 1, done.stdout[-4000:] + done.stderr[-4000:]
     assert "sanitize FAULT" in done.stdout

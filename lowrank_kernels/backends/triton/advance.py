@@ -79,7 +79,10 @@ def advance_and_keep(
         )  # fmt: skip
         return norm.to(N_DTYPE)
     else:
-        left, right = _halves(r)
+        left = None
+        right = None
+        if r is not None:
+            left, right = _halves(r)
         upper = advance_and_keep(
             left, projected, first_r, ROWS // 2, SLICES // 2, first_n, BLOCK_N,
             exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
@@ -133,8 +136,5 @@ def advance_and_store(
 
 @triton.jit
 def _halves(r):
-    """Rᵀ (A, 2B) → its left and right half, (A, B) each; None where there is no tile."""
-    if r is None:
-        return None, None
-    else:
-        return tl.split(tl.permute(tl.reshape(r, (r.shape[0], 2, r.shape[1] // 2)), (0, 2, 1)))
+    """Rᵀ (A, 2B) → its left and right half, (A, B) each."""
+    return tl.split(tl.permute(tl.reshape(r, (r.shape[0], 2, r.shape[1] // 2)), (0, 2, 1)))

@@ -39,7 +39,7 @@ PROJECT = {
 }
 PROJECT[100] = PROJECT[90]
 
-# Keyed by dtype of the moments too, because decoding and encoding 8-bit moments takes registers.
+# The rows for r = 128 on sm_90 let two programs share a multiprocessor.
 PROJECT_MOMENTS = {
     80: {
         "16bit": (ProjectMomentsConfig(64, 4, 64, 64, 4, 3), ProjectMomentsConfig(128, 8, 128, 64, 8, 3)),
@@ -49,8 +49,8 @@ PROJECT_MOMENTS = {
     90: {
         "16bit": (
             ProjectMomentsConfig(64, 4, 128, 64, 4, 4),
-            ProjectMomentsConfig(128, 8, 128, 64, 8, 3),
-            ProjectMomentsConfig(256, 16, 128, 64, 8, 3),
+            ProjectMomentsConfig(128, 8, 128, 64, 8, 3, maxnreg=128),
+            ProjectMomentsConfig(256, 16, 128, 64, 16, 3),
         ),
         "tf32": (ProjectMomentsConfig(64, 4, 128, 32, 4, 3), ProjectMomentsConfig(128, 8, 128, 32, 8, 3)),
         "ieee": (ProjectMomentsConfig(64, 4, 64, 16, 8, 2),),
@@ -99,41 +99,40 @@ RESIDUAL = {
 RESIDUAL[100] = RESIDUAL[90]
 SCALING = ScalingConfig(ROWS=16, COLUMNS=128, num_warps=4)
 
-# Keyed by dtype of the moments too. A row covers every rank up to its BLOCK_R; larger ranks are split. Every
-# program reads P twice from L2. That is 4·r bytes a row, beside 6·BLOCK_N bytes of G and W in 16 bits, so a
-# wide BLOCK_N pays. The None rows serve only the interpreter.
+# Keyed by dtype of the moments too, because decoding and encoding 8-bit moments takes registers. A row covers
+# every rank up to its BLOCK_R; larger ranks are split. Every program reads P twice from L2. That is 4·r bytes
+# a row, beside 6·BLOCK_N bytes of G and W in 16 bits, so a wide BLOCK_N pays. The None rows serve only the
+# interpreter.
 SINGLE_PASS = {
     80: {
         ("16bit", "fp32"): (
-            SinglePassConfig(64, 2, 128, 64, 64, 8, 3),
-            SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
-            SinglePassConfig(256, 8, 64, 64, 64, 8, 3),
+            SinglePassConfig(64, 4, 128, 64, 64, 8, 3, W_STAGES=3),
+            SinglePassConfig(128, 8, 64, 64, 64, 8, 3, W_STAGES=3),
+            SinglePassConfig(256, 16, 64, 64, 32, 8, 3, W_STAGES=3),
         ),
         ("tf32", "fp32"): (
-            SinglePassConfig(32, 1, 64, 32, 64, 4, 3),
-            SinglePassConfig(64, 2, 64, 32, 64, 4, 3),
-            SinglePassConfig(128, 2, 64, 32, 64, 8, 3),
+            SinglePassConfig(32, 2, 64, 32, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(64, 4, 64, 32, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(128, 8, 64, 32, 32, 8, 3, W_STAGES=3),
         ),
     },
     90: {
         ("16bit", "fp32"): (
-            SinglePassConfig(32, 1, 64, 64, 64, 4, 3, W_STAGES=3),
-            SinglePassConfig(64, 2, 64, 64, 64, 4, 4, W_STAGES=3),
-            SinglePassConfig(128, 4, 128, 64, 64, 16, 3, W_STAGES=3),
-            SinglePassConfig(256, 8, 128, 32, 64, 16, 4, W_STAGES=3),
+            SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
+            SinglePassConfig(128, 8, 128, 64, 64, 16, 3, W_STAGES=3),
+            SinglePassConfig(256, 16, 128, 32, 64, 16, 4, W_STAGES=3),
+        ),
+        ("16bit", "8-bit"): (
+            SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
+            SinglePassConfig(128, 8, 128, 64, 64, 16, 3, W_STAGES=3),
+            SinglePassConfig(256, 16, 128, 32, 32, 16, 4, W_STAGES=3),
         ),
         ("tf32", "fp32"): (
-            SinglePassConfig(32, 1, 64, 32, 64, 4, 3),
-            SinglePassConfig(64, 2, 64, 32, 64, 4, 3),
-            SinglePassConfig(128, 4, 128, 32, 64, 8, 3),
-        ),
-    },
-    100: {
-        ("16bit", "fp32"): (
-            SinglePassConfig(32, 1, 64, 64, 64, 4, 3),
-            SinglePassConfig(64, 2, 128, 64, 64, 8, 3),
-            SinglePassConfig(128, 4, 128, 64, 64, 8, 3),
-            SinglePassConfig(256, 16, 128, 32, 64, 8, 3),
+            SinglePassConfig(32, 2, 64, 32, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(64, 4, 64, 32, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(128, 8, 128, 32, 32, 16, 3, W_STAGES=3),
         ),
     },
     None: {
@@ -144,11 +143,11 @@ SINGLE_PASS = {
         ),
     },
 }
-SINGLE_PASS[100]["tf32", "fp32"] = SINGLE_PASS[90]["tf32", "fp32"]
+SINGLE_PASS[100] = dict(SINGLE_PASS[90])
 SINGLE_PASS[None]["ieee", "fp32"] = SINGLE_PASS[None]["16bit", "fp32"]
 for _kinds in SINGLE_PASS.values():
     for _kind, _ in list(_kinds):
-        _kinds[_kind, "8-bit"] = _kinds[_kind, "fp32"]
+        _kinds.setdefault((_kind, "8-bit"), _kinds[_kind, "fp32"])
 
 MOMENTS = MomentsConfig(ROWS=1, COLUMNS=1024, num_warps=4)
 MOMENTS_8BIT = MomentsConfig(ROWS=2, COLUMNS=256, num_warps=4)
