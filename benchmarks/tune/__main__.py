@@ -107,6 +107,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     try:
         return (walk if settings.dry else measure)(settings, left)
+    except KeyboardInterrupt:
+        print("interrupted: the table has the keys that were measured before", flush=True)
+        return 130
     except Lost as lost:
         print(f"the GPU is lost by {lost}", flush=True)
         if left() < LEAST_LEFT_S:
@@ -169,7 +172,8 @@ def _tune(
     from .bench import Bench  # imports the kernels
 
     return tune(
-        keys, path, rows, origin, left, bench=Bench, choices=compilers.compiling,
+        keys, path, rows, origin, left, choices=compilers.compiling,
+        bench=lambda key, shape: Bench(key, shape, without=settings.without),
         shapes=lambda key: candidates.shapes(key, multiprocessors),
         serving=lambda key, table: candidates.serving(key, candidates.shapes(key, multiprocessors)[0], arch, table, multiprocessors),
         say=lambda line: print(line, flush=True),

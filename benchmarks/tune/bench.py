@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -18,9 +18,9 @@ from lowrank_kernels.backends.triton.tuned import Key
 from lowrank_kernels.storage import eight_bit
 
 from .. import formulas, roofline, timing
-from ..cases import require_room
+from ..cases import Unavailable, require_room
 from ..checks import WrongResult
-from .candidates import DTYPES, Choice, Shape
+from .candidates import DTYPES, Choice, Shape, label
 
 _TESTS = Path(__file__).parents[2] / "tests"
 sys.path[:0] = [str(_TESTS), str(_TESTS / "kernels")]  # the bounds are those of the tests
@@ -131,18 +131,20 @@ def _require_within(what: str, found: Tensor, exact: Tensor, bound: Tensor) -> N
 
 
 class Bench:
-    """A bucket for one key. The first and the last matrix are checked. For a while the dots of fp32 matrices
-    are those of the key's kind."""
+    """A bucket for one key, whose first and last matrix are checked. From now on the products of fp32
+    matrices are those of the key's kind. without: labels of choices that are not run."""
 
-    def __init__(self, key: Key, shape: Shape, device: str = "cuda") -> None:
+    def __init__(self, key: Key, shape: Shape, device: str = "cuda", without: Collection[str] = ()) -> None:
+        self.on_gpu, self.without = device == "cuda", without
+        if self.on_gpu:
+            torch.cuda.empty_cache()
         m, n, dtype = shape.m, shape.n, DTYPES[key.kind]
         matrices = shape.count * (2 * m * n + m * key.rank) * dtype.itemsize
-        require_room(matrices + shape.count * 10 * key.rank * n + 80 * m * n, device == "cuda")
+        require_room(matrices + shape.count * 10 * key.rank * n + 80 * m * n, self.on_gpu)
         torch.set_float32_matmul_precision("high" if key.kind == "tf32" else "highest")
         self.bucket, self.hyper = bucket_of(key, shape, device)
         self.rows = table.rows_of(self.bucket)
         self.truths = [Truth(self.bucket, key, index) for index in dict.fromkeys((0, shape.count - 1))]
-        self.on_gpu = device == "cuda"
         state_bits = 8 if key.moments == "8-bit" else 32
         self.bytes_moved = shape.count * roofline.total(roofline.single_pass(m, n, key.rank, dtype, state_bits)).bytes_moved
 
@@ -153,6 +155,8 @@ class Bench:
     def check(self, choice: Choice) -> None:
         """A step from what the checked matrices were at first. Raises WrongResult, or what the launch
         raises."""
+        if label(choice) in self.without:
+            raise Unavailable("--without leaves it out")
         for truth in self.truths:
             truth.restore()
         self._poison()

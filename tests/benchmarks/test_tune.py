@@ -5,6 +5,7 @@ import functools
 import operator
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -270,6 +271,13 @@ class TestCheck:
         monkeypatch.setattr(path, "step", step)
         tested.check(choice)
 
+    def test_what_serves_now_can_be_left_out_too(self):
+        """Else a run that begins anew without it would meet it again."""
+        tested = bench.Bench(KEY, Shape(1, 64, 64), "cpu", without=[label(TILES)])
+        with pytest.raises(Unavailable, match="--without"):
+            tested.check(TILES)
+        tested.check(PAIR)
+
     def test_times_are_of_all_choices(self, tested):
         found = tested.times({"a": TILES, "b": PAIR}, 0.01)
         assert set(found) == {"a", "b"} and tested.bytes_moved > 3 * 3 * 80 * 96 * 2
@@ -359,7 +367,7 @@ class TestCommand:
         class Fake:
             bytes_moved = 1e6
 
-            def __init__(self, key, shape):
+            def __init__(self, key, shape, without):
                 opened.append(key)
 
             def check(self, choice): ...
@@ -398,6 +406,11 @@ class TestCommand:
         assert list(dict.fromkeys(a_gpu)) == [KEY, KEY._replace(rank=128)]
         rows = tuned.read(tmp_path / "out" / "GPU_X.json")
         assert {row.commit for row in rows} == {"other"} and {row.commit for row in tuned.read(path)} == {"abc"}
+
+    def test_an_interrupted_run_says_so(self, a_gpu, monkeypatch, capsys):
+        monkeypatch.setattr(command, "tune", lambda *arguments, **options: os.kill(os.getpid(), signal.SIGINT))
+        assert command.main(["--quick"]) == 130
+        assert capsys.readouterr().out.splitlines()[-1] == "interrupted: the table has the keys that were measured before"
 
     def test_a_broken_table_is_not_written_over(self, tmp_path):
         path = tmp_path / "GPU.json"

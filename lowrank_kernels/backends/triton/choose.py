@@ -50,7 +50,7 @@ def measured(bucket: Bucket, aligned: bool) -> SinglePassConfig | SplitConfig | 
     weight, basis = bucket.weights[0], bucket.bases[0]
     device = basis.device
     name = device_name(device)
-    if name is None or bucket.grads is None or not weight.dtype == basis.dtype == bucket.grads[0].dtype:
+    if name is None or not tuned.rows_of(name) or bucket.grads is None or not weight.dtype == basis.dtype == bucket.grads[0].dtype:
         return None
     if not (aligned and table.wide(weight, basis, bucket.grads[0])):
         return None
