@@ -492,7 +492,7 @@ def test_work_of_a_kernel_case_is_that_of_its_bucket():
     case = kernel.KernelCase("split", 5, 80, 48, 16, HALF)
     assert case.right and case.extents == (48, 80, 16)
     assert total(case.work()).flops == 5 * 4 * 48 * 80 * 16
-    assert len(case.work()) == 3
+    assert len(case.work()) == 2
 
 
 def test_refresh_of_a_model_covers_it_in_chunks(monkeypatch):

@@ -85,13 +85,13 @@ BACK_PROJECT[100] = BACK_PROJECT[90]
 # As BACK_PROJECT. The program has a tile of G too.
 RESIDUAL = {
     80: {
-        "16bit": (BackProjectConfig(64, 128, 32, 4, 3), BackProjectConfig(64, 128, 64, 8, 3)),
+        "16bit": (BackProjectConfig(64, 128, 32, 8, 3),),
         "tf32": (BackProjectConfig(64, 128, 32, 8, 2),),
         "ieee": (BackProjectConfig(64, 64, 16, 4, 2),),
     },
     90: {
-        "16bit": (BackProjectConfig(64, 128, 32, 4, 3), BackProjectConfig(128, 128, 64, 8, 3)),
-        "tf32": (BackProjectConfig(128, 128, 32, 8, 2),),
+        "16bit": (BackProjectConfig(64, 128, 64, 8, 3),),
+        "tf32": (BackProjectConfig(64, 128, 32, 8, 2),),
         "ieee": (BackProjectConfig(64, 64, 16, 4, 2),),
     },
     None: BACK_PROJECT[None],

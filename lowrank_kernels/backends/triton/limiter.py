@@ -33,6 +33,16 @@ def _ratios(of_n, of_r):
     return tl.where(of_r > 0, tl.sqrt_rn(tl.div_rn(of_n, tl.where(of_r > 0, of_r, 1.0))), 0.0)
 
 
+@triton.jit
+def _ratio_of_columns(sums, rank_tiles, offs, n, of_matrix, WHOLE: tl.constexpr):
+    """That of each column, or of the whole matrix for each."""
+    if WHOLE:
+        return tl.zeros(offs.shape, dtype=tl.float32) + of_matrix
+    else:
+        of_n = _sum_over_tiles(sums, rank_tiles, 3 * n, offs, n)
+        return _ratios(of_n, _sum_over_tiles(sums + n, rank_tiles, 3 * n, offs, n))
+
+
 @triton.jit(do_not_specialize_on_alignment=["last_at", "found_inf"])
 def _limit_kernel(
     column_sums, squares, last_at, factors, found_inf, n, rank_tiles, square_tiles, stride_sb, stride_st,
@@ -45,19 +55,17 @@ def _limit_kernel(
     sums = column_sums + matrix * rank_tiles * 3 * n
     squares += matrix * stride_sb
     offs = tl.arange(0, BLOCK)
-    all_n = tl.zeros((BLOCK,), dtype=tl.float32)
-    all_r = tl.zeros((BLOCK,), dtype=tl.float32)
+    of_matrix = 0.0
     if WHOLE:
+        all_n = tl.zeros((BLOCK,), dtype=tl.float32)
+        all_r = tl.zeros((BLOCK,), dtype=tl.float32)
         for first in range(0, n, BLOCK):
             all_n += _sum_over_tiles(sums, rank_tiles, 3 * n, first + offs, n)
             all_r += _sum_over_tiles(sums + n, rank_tiles, 3 * n, first + offs, n)
-    ratio = _ratios(tl.sum(all_n), tl.sum(all_r))
+        of_matrix = _ratios(tl.sum(all_n), tl.sum(all_r))
     norm = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, n, BLOCK):
-        if not WHOLE:
-            of_n = _sum_over_tiles(sums, rank_tiles, 3 * n, first + offs, n)
-            of_r = _sum_over_tiles(sums + n, rank_tiles, 3 * n, first + offs, n)
-            ratio = _ratios(of_n, of_r)
+        ratio = _ratio_of_columns(sums, rank_tiles, first + offs, n, of_matrix, WHOLE)
         norm += ratio * ratio * _sum_over_tiles(squares, square_tiles, stride_st, first + offs, n)
     norm = tl.sqrt_rn(tl.sum(norm))
     last = pointers.matrix_at(last_at, matrix, tl.float32)
@@ -65,11 +73,8 @@ def _limit_kernel(
     limited = tl.where((most > 0) & (norm > most), tl.div_rn(most, tl.where(norm > 0, norm, 1.0)), 1.0)
     tl.store(last, norm * limited)
     for first in range(0, n, BLOCK):
-        if not WHOLE:
-            of_n = _sum_over_tiles(sums, rank_tiles, 3 * n, first + offs, n)
-            of_r = _sum_over_tiles(sums + n, rank_tiles, 3 * n, first + offs, n)
-            ratio = _ratios(of_n, of_r)
-        tl.store(factors + matrix * n + first + offs, tl.zeros((BLOCK,), dtype=tl.float32) + limited * ratio, mask=first + offs < n)
+        ratio = _ratio_of_columns(sums, rank_tiles, first + offs, n, of_matrix, WHOLE)
+        tl.store(factors + matrix * n + first + offs, limited * ratio, mask=first + offs < n)
 
 
 def launch(column_sums: Tensor, squares: Tensor, last_at: Tensor, found_inf: Tensor | None, whole: bool) -> Tensor:

@@ -104,12 +104,12 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
             rows = table.rows_of(part)
             normalised, projected = (torch.empty((len(part), rank, n), dtype=part.bases[0].dtype, device=part.device) for _ in range(2))
             sums = project_moments.launch(part, hyper, rows, normalised, projected=projected, sums=True)
-            squares = _launch(part, hyper, rows, None, projected, None)
+            squares = launch(part, hyper, rows, None, projected, None)
             factors = limiter.launch(sums, squares, rows.norms, part.found_inf, whole=False)
-            _launch(part, hyper, rows, normalised, projected, factors)
+            launch(part, hyper, rows, normalised, projected, factors)
 
 
-def _launch(
+def launch(
     bucket: Bucket, hyper: Hyper, rows: table.Rows, normalised: Tensor | None, projected: Tensor, factors: Tensor | None
 ) -> Tensor | None:
     """Without factors: Σ (G' − P·R)² of the columns, (B, tiles, n) in fp32. With them: moves the weights."""

@@ -60,10 +60,10 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
             sums = project_moments.launch(part, hyper, rows, None, sums=True, of_grad=True)
             # Every tile of directions has summed the same squares of G.
             factors = limiter.launch(sums, sums[:, :1, 2], rows.norms, part.found_inf, whole=hyper.lift.name == "tensor_scaling")
-            _launch(part, hyper, rows, factors)
+            launch(part, hyper, rows, factors)
 
 
-def _launch(bucket: Bucket, hyper: Hyper, rows: table.Rows, factors) -> None:
+def launch(bucket: Bucket, hyper: Hyper, rows: table.Rows, factors) -> None:
     right = bucket.right
     weight, grad = (matrix.mT if right else matrix for matrix in (bucket.weights[0], bucket.grads[0]))
     m, n, _ = bucket.extents
