@@ -110,13 +110,7 @@ SINGLE_PASS = {
             SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
             SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
             SinglePassConfig(128, 8, 128, 64, 64, 16, 3, W_STAGES=3),
-            SinglePassConfig(256, 16, 128, 32, 64, 16, 4, W_STAGES=3),
-        ),
-        ("16bit", "8-bit"): (
-            SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
-            SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
-            SinglePassConfig(128, 8, 128, 64, 64, 16, 3, W_STAGES=3),
-            SinglePassConfig(256, 16, 128, 32, 32, 16, 4, W_STAGES=3),
+            SinglePassConfig(256, 16, 128, 32, 32, 16, 4, W_STAGES=4),
         ),
         ("tf32", "fp32"): (
             SinglePassConfig(32, 2, 64, 32, 64, 4, 3, W_STAGES=3),
