@@ -16,6 +16,8 @@ ARCHITECTURES = (80, 90, 100)
 SMALL_TILE_TARGETS = (80, 90, 100, 120)
 """Targets of the rows for unknown architectures and narrow accesses."""
 AMD = "gfx942"
+AHEAD = configs.SinglePassConfig(64, 4, 64, 64, 64, 4, 3)
+"""A row with the next tile of W in registers, a candidate for tuning that no table has."""
 SHAPES = {"wide": (4096, 4096), "narrow": (1001, 1001), "ragged": (2048, 5461)}
 """m and n. wide: every access may move 16 bytes. narrow: none may. ragged: on the right side W, G and P keep
 their 16 bytes, and the moments have none."""
@@ -28,7 +30,7 @@ class Case:
     it does.
 
     options: a subset of OPTIONS. normalised: the dtype in which N passes through memory, and that of R for
-        the launch that updates the moments alone.
+        the launch that updates the moments alone. given: no look-up gives the row; the launcher is handed it.
     """
 
     kernel: str
@@ -41,6 +43,7 @@ class Case:
     shape: str = "wide"
     options: tuple[str, ...] = ()
     normalised: str = "-"
+    given: bool = False
 
     def has(self, option: str) -> bool:
         return option in self.options
@@ -154,6 +157,7 @@ def _single_pass() -> list[Case]:
         if (row.arch, row.kind, row.eight_bit, right, row.config.rank_covered) == (90, "16bit", False, False, 128):
             found += [replace(case, options=(option,)) for option in others]
             found.append(replace(case, dtype="fp16"))
+    found += [Case("single_pass", 90, "bf16", "16bit", AHEAD, AHEAD.rank_covered, right, given=True) for right in (False, True)]
     return list(dict.fromkeys(found))
 
 
@@ -221,6 +225,7 @@ def _amd() -> list[Case]:
             continue
         moments = ((), ("8-bit",)) if row.kernel == "project_moments" else (("8-bit",),) if row.eight_bit else ((),)
         normalised = "-" if row.kernel in ("single_pass", "project") else row.dtype
-        case = Case(row.kernel, AMD, row.dtype, row.kind, row.config, row.config.rank_covered, right, normalised=normalised)
+        given = row.kernel == "single_pass"
+        case = Case(row.kernel, AMD, row.dtype, row.kind, row.config, row.config.rank_covered, right, normalised=normalised, given=given)
         found += [replace(case, options=options) for options in moments]
     return [*found, *_moments((AMD,))]

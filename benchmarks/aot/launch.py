@@ -40,7 +40,7 @@ def launch(case: Case) -> None:
     bucket, hyper = bucket_of(case)
     rows = table.rows_of(bucket)
     if case.kernel == "single_pass":
-        row = single_pass.row_for(bucket, rows.aligned) if isinstance(case.arch, int) else case.config
+        row = case.config if case.given else single_pass.row_for(bucket, rows.aligned)
         if row is None:
             raise LookupError(f"no row of the single pass for {case.name}")
         single_pass.step(bucket, hyper, rows, row)

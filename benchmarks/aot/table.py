@@ -23,10 +23,11 @@ COLUMNS = (
 
 
 def versions() -> str:
-    ptxas, blackwell, cuobjdump = (
-        re.search(r"V[\d.]+", dry.tool(name, "--version")).group() for name in ("ptxas", "ptxas-blackwell", "cuobjdump")
-    )
-    return f"torch {torch.__version__}, triton {triton.__version__}, ptxas {ptxas} (sm_100 and later {blackwell}), cuobjdump {cuobjdump}"
+    """Triton up to 3.5 has one ptxas for all architectures."""
+    tools = [name for name in ("ptxas", "ptxas-blackwell", "cuobjdump") if (dry.TOOLS / name).exists()]
+    found = {name: re.search(r"V[\d.]+", dry.tool(name, "--version")).group() for name in tools}
+    blackwell = f" (sm_100 and later {found['ptxas-blackwell']})" if "ptxas-blackwell" in found else ""
+    return f"torch {torch.__version__}, triton {triton.__version__}, ptxas {found['ptxas']}{blackwell}, cuobjdump {found['cuobjdump']}"
 
 
 def text(reports: list[Report]) -> str:

@@ -61,7 +61,8 @@ PROJECT_MOMENTS = {
         "ieee": (ProjectMomentsConfig(32, 2, 64, 16, 4, 2), ProjectMomentsConfig(64, 4, 64, 16, 8, 2)),
     },
 }
-PROJECT_MOMENTS[100] = PROJECT_MOMENTS[90]
+PROJECT_MOMENTS[100] = dict(PROJECT_MOMENTS[90])
+PROJECT_MOMENTS[100]["16bit"] = (*PROJECT_MOMENTS[90]["16bit"][:2], ProjectMomentsConfig(256, 16, 128, 64, 8, 3))
 
 BACK_PROJECT = {
     80: {
@@ -107,6 +108,11 @@ SINGLE_PASS = {
     80: {
         ("16bit", "fp32"): (
             SinglePassConfig(64, 4, 128, 64, 64, 8, 3, W_STAGES=3),
+            SinglePassConfig(128, 8, 128, 64, 64, 8, 3, W_STAGES=3),
+            SinglePassConfig(256, 16, 64, 64, 32, 8, 3, W_STAGES=3),
+        ),
+        ("16bit", "8-bit"): (
+            SinglePassConfig(64, 4, 128, 64, 64, 8, 3, W_STAGES=3),
             SinglePassConfig(128, 8, 64, 64, 64, 8, 3, W_STAGES=3),
             SinglePassConfig(256, 16, 64, 64, 32, 8, 3, W_STAGES=3),
         ),
@@ -121,18 +127,26 @@ SINGLE_PASS = {
             SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
             SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
             SinglePassConfig(128, 8, 128, 64, 64, 16, 3, W_STAGES=3),
-            SinglePassConfig(256, 16, 128, 32, 64, 16, 4, W_STAGES=3),
-        ),
-        ("16bit", "8-bit"): (
-            SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
-            SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
-            SinglePassConfig(128, 8, 128, 64, 64, 16, 3, W_STAGES=3),
-            SinglePassConfig(256, 16, 128, 32, 32, 16, 4, W_STAGES=3),
+            SinglePassConfig(256, 16, 128, 32, 32, 16, 4, W_STAGES=4),
         ),
         ("tf32", "fp32"): (
             SinglePassConfig(32, 2, 64, 32, 64, 4, 3, W_STAGES=3),
             SinglePassConfig(64, 4, 64, 32, 64, 4, 3, W_STAGES=3),
             SinglePassConfig(128, 8, 128, 32, 32, 16, 3, W_STAGES=3),
+        ),
+    },
+    # tcgen05 takes 4 or 8 warps. With 16 Triton multiplies as on sm_80.
+    100: {
+        ("16bit", "fp32"): (
+            SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
+            SinglePassConfig(128, 8, 128, 64, 64, 8, 3, W_STAGES=3),
+            SinglePassConfig(256, 16, 64, 32, 64, 8, 3, W_STAGES=3),
+        ),
+        ("tf32", "fp32"): (
+            SinglePassConfig(32, 2, 64, 32, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(64, 4, 64, 32, 64, 4, 3, W_STAGES=3),
+            SinglePassConfig(128, 8, 64, 32, 32, 8, 3, W_STAGES=3),
         ),
     },
     None: {
@@ -143,7 +157,6 @@ SINGLE_PASS = {
         ),
     },
 }
-SINGLE_PASS[100] = dict(SINGLE_PASS[90])
 SINGLE_PASS[None]["ieee", "fp32"] = SINGLE_PASS[None]["16bit", "fp32"]
 for _kinds in SINGLE_PASS.values():
     for _kind, _ in list(_kinds):
