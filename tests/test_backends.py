@@ -318,8 +318,8 @@ def test_a_step_from_what_is_projected_is_the_step_from_gradients(right):
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
 def test_memory_beside_a_basis_is_not_read(by_columns, right):
-    """A basis may be a view into a larger tensor, whatever stands in the gaps. Products in bf16 on Intel's AMX
-    units multiply it by zero, which leaves a NaN one."""
+    """A basis may be a view into a larger tensor, whatever stands in the gaps. Products in bf16 on Intel's
+    AMX units multiply it by zero, which leaves a NaN one."""
     whole, hyper = formulas.bucket_of(*bucket(54, 87, 40, right, batch=1, dtype=torch.bfloat16), **HYPER, right=right)
     viewed, _ = formulas.bucket_of(*([tensor.clone() for tensor in tensors] for tensors in bucket_lists(whole)), **HYPER, right=right)
     basis = viewed.bases[0].mT if by_columns else viewed.bases[0]

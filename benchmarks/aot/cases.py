@@ -21,7 +21,9 @@ AHEAD = configs.SinglePassConfig(64, 4, 64, 64, 64, 4, 3)
 SHAPES = {"wide": (4096, 4096), "narrow": (1001, 1001), "ragged": (2048, 5461)}
 """m and n. wide: every access may move 16 bytes. narrow: none may. ragged: on the right side W, G and P keep
 their 16 bytes, and the moments have none."""
-OPTIONS = ("8-bit", "stochastic", "lr on device", "R from memory")
+OPTIONS = ("8-bit", "stochastic", "lr on device", "R from memory", "R to memory", "squares of G", "whole")
+"""The last three are of lifts: what Fira and APOLLO ask of the launch with the moments, and one ratio of
+norms for a matrix."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Case:
 
     @property
     def side(self) -> str:
-        return "-" if self.kernel == "moments" else "right" if self.right else "left"
+        return "-" if self.kernel in ("moments", "limiter") else "right" if self.right else "left"
 
     @property
     def numbers(self) -> str:
@@ -91,7 +93,10 @@ def rows() -> Iterator[Row]:
         for (kind, moments), found in kinds.items():
             for config in found:
                 yield Row("single_pass", arch, kind, config, False, moments == "8-bit")
-    tables = {"project_moments": builtin.PROJECT_MOMENTS, "back_project": builtin.BACK_PROJECT, "project": builtin.PROJECT}
+    tables = {
+        "project_moments": builtin.PROJECT_MOMENTS, "back_project": builtin.BACK_PROJECT, "project": builtin.PROJECT,
+        "residual": builtin.RESIDUAL,
+    }  # fmt: skip
     for kernel, table in tables.items():
         for arch, kinds in table.items():
             for key, found in kinds.items():
@@ -102,7 +107,7 @@ def rows() -> Iterator[Row]:
 
 def cases() -> list[Case]:
     """What takes longest goes first."""
-    return [*_single_pass(), *_project_moments(), *_back_project(), *_project(), *_moments(), *_amd()]
+    return [*_single_pass(), *_project_moments(), *_back_project(), *_project(), *_moments(), *_lifts(), *_amd()]
 
 
 def sample() -> list[Case]:
@@ -201,6 +206,30 @@ def _project() -> list[Case]:
             found.append(case)
             if (row.arch, row.kind) == (90, "16bit"):
                 found.append(replace(case, dtype="fp16"))
+    return found
+
+
+def _lifts() -> list[Case]:
+    """Fira's two launches by each of their rows; the launch with the moments as Fira and APOLLO ask for it;
+    the limiter; APOLLO's move of the weights."""
+    found = []
+    for row, right in _sides(rows(), "residual"):
+        for target, shape in _targets(row, right):
+            rank = row.config.rank_covered - (shape == "narrow")
+            case = Case("residual", target, row.dtype, row.kind, row.config, rank, right, shape, normalised=row.dtype)
+            found += [case, replace(case, kernel="residual_norm")]
+            found += [replace(case, options=("stochastic", "lr on device"))] * (row.kind == "16bit")
+    for row, right in _sides(rows(), "project_moments"):
+        if row.arch is not None and row.kind == "16bit" and row.config.rank_covered == 128:
+            case = Case("project_moments", row.arch, row.dtype, row.kind, row.config, 128, right, normalised=row.dtype)
+            moments = ("8-bit",) if row.eight_bit else ()
+            found += [replace(case, options=(*moments, "R to memory")), replace(case, options=(*moments, "squares of G"))]
+    for target in ARCHITECTURES:
+        limiter = Case("limiter", target, "fp32", "elementwise", builtin.LIMITER, 128)
+        found += [limiter, replace(limiter, options=("whole",))]
+        for right in (False, True):
+            case = Case("scaling", target, "bf16", "elementwise", builtin.SCALING, 128, right)
+            found += [case, replace(case, options=("stochastic", "lr on device"))]
     return found
 
 

@@ -7,7 +7,17 @@ from dataclasses import replace
 import torch
 
 from lowrank_kernels.backends.bucket import Bucket, Hyper
-from lowrank_kernels.backends.triton import back_project, moments, project, project_moments, single_pass, table
+from lowrank_kernels.backends.triton import (
+    back_project,
+    limiter,
+    moments,
+    project,
+    project_moments,
+    residual,
+    scaling,
+    single_pass,
+    table,
+)
 from lowrank_kernels.storage.eight_bit import scales_shape
 
 from .. import dry, formulas
@@ -48,10 +58,34 @@ def launch(case: Case) -> None:
     if case.kernel == "project":
         project.launch(bucket, rows)
         return
+    if case.kernel in ("residual", "residual_norm", "scaling", "limiter"):
+        _launch_of_a_lift(case, bucket, hyper, rows)
+        return
     normalised = torch.empty((1, case.rank, SHAPES[case.shape][1]), dtype=DTYPES[case.normalised])
+    if case.has("R to memory"):
+        project_moments.launch(bucket, hyper, rows, normalised, projected=torch.empty_like(normalised), sums=True)
+        return
+    if case.has("squares of G"):
+        project_moments.launch(bucket, hyper, rows, None, sums=True, of_grad=True)
+        return
     {"project_moments": project_moments.launch, "moments": moments.launch, "back_project": back_project.launch}[case.kernel](
         bucket, hyper, rows, normalised
     )
+
+
+def _launch_of_a_lift(case: Case, bucket: Bucket, hyper: Hyper, rows: table.Rows) -> None:
+    n = SHAPES[case.shape][1]
+    projected = torch.empty((1, case.rank, n), dtype=DTYPES[case.dtype])
+    factors = torch.empty(1, n)
+    if case.kernel == "residual":
+        residual.launch(bucket, hyper, rows, torch.empty_like(projected), projected, factors)
+    elif case.kernel == "residual_norm":
+        residual.launch(bucket, hyper, rows, None, projected, None)
+    elif case.kernel == "scaling":
+        scaling.launch(bucket, hyper, rows, factors)
+    else:
+        sums, squares, last_at = torch.empty(1, 2, 3, n), torch.empty(1, 64, n), torch.empty(1, dtype=torch.int64)
+        limiter.launch(sums, squares, last_at, bucket.found_inf, whole=case.has("whole"))
 
 
 def compiled(case: Case) -> tuple[object, dict]:

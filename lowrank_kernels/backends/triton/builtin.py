@@ -6,7 +6,7 @@ tests/kernels/test_aot.py sets. The None rows serve unknown architectures, and s
 narrower than 16 bytes.
 """
 
-from .configs import BackProjectConfig, MomentsConfig, ProjectConfig, ProjectMomentsConfig, ScalingConfig, SinglePassConfig
+from .configs import BackProjectConfig, LimiterConfig, MomentsConfig, ProjectConfig, ProjectMomentsConfig, ScalingConfig, SinglePassConfig
 
 # The last row serves every larger rank too, by looping or by more programs. Programs that share a strip of G
 # run side by side, so a rank above BLOCK_R reads G again from L2.
@@ -99,6 +99,7 @@ RESIDUAL = {
 }
 RESIDUAL[100] = RESIDUAL[90]
 SCALING = ScalingConfig(ROWS=16, COLUMNS=128, num_warps=4)
+LIMITER = LimiterConfig(BLOCK=1024, num_warps=4)
 
 # Keyed by dtype of the moments too, because decoding and encoding 8-bit moments takes registers. A row covers
 # every rank up to its BLOCK_R; larger ranks are split. Every program reads P twice from L2. That is 4·r bytes

@@ -12,6 +12,7 @@ from ..bucket import Bucket
 from . import builtin, table, tuned
 from .configs import (
     BackProjectConfig,
+    LimiterConfig,
     MomentsConfig,
     ProjectConfig,
     ProjectMomentsConfig,
@@ -116,6 +117,10 @@ def residual(arch: int | str | None, kind: str, rank: int, wide: bool) -> BackPr
 
 def scaling() -> ScalingConfig:
     return builtin.SCALING
+
+
+def limiter() -> LimiterConfig:
+    return builtin.LIMITER
 
 
 def moments(eight_bit: bool) -> MomentsConfig:

@@ -88,6 +88,14 @@ class ScalingConfig(Config):
 
 
 @dataclass(frozen=True)
+class LimiterConfig(Config):
+    """A program sums over BLOCK columns at a time."""
+
+    BLOCK: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class SinglePassConfig(Config):
     """A program owns BLOCK_N columns of a matrix and up to BLOCK_R directions.
 

@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...lifts.limiter import GAMMA
-from . import pointers
-
-BLOCK = 1024
+from . import choose, pointers
 
 
 @triton.jit
@@ -89,6 +87,6 @@ def launch(column_sums: Tensor, squares: Tensor, last_at: Tensor, found_inf: Ten
     if n:
         _limit_kernel[(count,)](
             column_sums, squares, last_at, factors, found_inf, n, rank_tiles, squares.shape[1], squares.stride(0), squares.stride(1),
-            GAMMA, whole, BLOCK, enable_fp_fusion=True,
+            GAMMA, whole, **choose.limiter().launch_options(),
         )  # fmt: skip
     return factors
