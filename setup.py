@@ -53,13 +53,14 @@ class NoToolkit(NotBuilt):
 @dataclass
 class Facts:
     """_build.json. `sources`: source_digest of csrc/; `reason`: why there is no library; `cuda_reason`: why
-    it has no CUDA part although torch has CUDA.
+    it has no CUDA part although torch has CUDA; `cusolver`: the version that the CUDA part calls, if it does.
     """
 
     torch: str | None = None
     sources: str | None = None
     cuda: str | None = None
     archs: list[str] = field(default_factory=list)
+    cusolver: str | None = None
     compiler: str | None = None
     reason: str | None = None
     cuda_reason: str | None = None
@@ -75,6 +76,16 @@ class Cuda:
     version: str
     archs: list[str]  # as _build.json names them
     flags: list[str]  # for nvcc; empty if TORCH_CUDA_ARCH_LIST makes torch write them
+    solver: Solver | None = None
+
+
+@dataclass
+class Solver:
+    """cuSOLVER's headers. `version`: "12.0.4"; `folders`: what else must be searched to find them, as
+    cuSOLVER may come from a package of Python and not from the toolkit."""
+
+    version: str
+    folders: list[str]
 
 
 def build_mode(environ: Mapping[str, str]) -> str:
@@ -86,10 +97,10 @@ def build_mode(environ: Mapping[str, str]) -> str:
 
 def sources(cuda: bool) -> list[str]:
     """Source files relative to ROOT, as setuptools wants them. The .cu files hold kernels without torch.
-    binding.cpp connects them with torch."""
+    binding.cpp connects them with torch, and cusolver.cpp calls cuSOLVER."""
     found = sorted(ROOT.glob("csrc/*.cpp"))
     if cuda:
-        found += [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/binding.cpp"]
+        found += [*sorted(ROOT.glob("csrc/cuda/*.cu")), ROOT / "csrc/cuda/binding.cpp", ROOT / "csrc/cuda/cusolver.cpp"]
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 
@@ -168,7 +179,31 @@ def find_cuda(torch_cuda: str | None, environ: Mapping[str, str]) -> Cuda | None
     version = release.group(1)
     if version.split(".")[0] != torch_cuda.split(".")[0]:
         raise NotBuilt(f"{nvcc} is of CUDA {version} and torch of CUDA {torch_cuda}; set CUDA_HOME to a toolkit of torch's major version")
-    return Cuda(home, version, *arch_flags(environ, output_of(nvcc, "--list-gpu-arch")))
+    return Cuda(home, version, *arch_flags(environ, output_of(nvcc, "--list-gpu-arch")), solver=find_solver(home, version))
+
+
+def find_solver(home: str, cuda: str) -> Solver | None:
+    """cuSOLVER's headers, of the toolkit or of the packages that torch's wheels for Linux bring. None where
+    there are none that have cusolverDnXsyevBatched; csrc/cuda/cusolver.cpp then leaves the call out."""
+    beside = Path(import_torch().__file__).parent.parent / "nvidia"
+    packages = [beside / name / "include" for name in (f"cu{cuda.split('.')[0]}", "cusolver", "cublas", "cusparse")]
+    for folder in [Path(home, "include"), *packages]:
+        header = folder / "cusolver_common.h"
+        if header.is_file():
+            text = header.read_text(encoding="utf-8", errors="replace")
+            parts = [re.search(rf"#define CUSOLVER_VER_{part} +(\d+)", text) for part in ("MAJOR", "MINOR", "PATCH")]
+            version = [int(part.group(1)) for part in parts if part]
+            found = [str(each) for each in packages if each.is_dir()] if folder in packages else []
+            return Solver(".".join(map(str, version)), found) if version >= [11, 7, 1] else None
+    return None
+
+
+def solver_libraries(torch_libraries: Path) -> list[str]:
+    """What the call of cuSOLVER is linked to. torch's handles are in a library of their own in wheels for
+    Linux, and that or torch's CUDA library brings cuSOLVER with it."""
+    if os.name == "nt":
+        return ["cusolver"]
+    return ["torch_cuda_linalg"] if (torch_libraries / "libtorch_cuda_linalg.so").is_file() else []
 
 
 def compile_flags(sanitize: bool) -> tuple[list[str], list[str]]:
@@ -219,6 +254,10 @@ class BuildOrExplain(build_ext):
             part, where = ("extension", "") if facts.reason else ("CUDA part of the extension", " on a GPU")
             slower = f"the subspace refresh will run in PyTorch{where}, which is slower"
             print(f"\nWARNING: {PACKAGE}: the {part} is not built: {why}. As it is, {slower}. {REINSTALL}\n", file=sys.stderr, flush=True)
+        if facts.cuda and not facts.cusolver:
+            missing = "cuSOLVER's headers, of CUDA 12.6.2 or newer, were not found in the toolkit or beside torch"
+            instead = "on a GPU every eigenproblem of the subspace refresh goes to a Jacobi kernel"
+            print(f"\nWARNING: {PACKAGE}: {missing}. As it is, {instead}. {REINSTALL}\n", file=sys.stderr, flush=True)
 
     def build(self, mode: str) -> Facts:
         if mode == "0":
@@ -241,7 +280,7 @@ class BuildOrExplain(build_ext):
                 raise
             cuda, facts.cuda_reason = None, str(why)
         if cuda is not None:
-            facts.cuda, facts.archs = cuda.version, cuda.archs
+            facts.cuda, facts.archs, facts.cusolver = cuda.version, cuda.archs, cuda.solver and cuda.solver.version
         elif mode == "cuda":
             raise NotBuilt("this torch has no CUDA")
         else:
@@ -269,6 +308,11 @@ class BuildOrExplain(build_ext):
             hidden = [] if os.name == "nt" else ["-Xcompiler", "-fvisibility=hidden"]
             arguments["extra_compile_args"]["nvcc"] = ["-O3", *hidden, *cuda.flags]
             arguments["define_macros"] = [("LOWRANK_KERNELS_CUDA", None)]
+            if cuda.solver is not None:
+                arguments["define_macros"].append(("LOWRANK_KERNELS_CUSOLVER", None))
+                # Searched last, and for C++ alone: nvcc has the toolkit's headers.
+                arguments["extra_compile_args"]["cxx"] = [*cxx, *(f"-idirafter{folder}" for folder in cuda.solver.folders)]
+                arguments["libraries"] = solver_libraries(Path(torch.__file__).parent / "lib")
         try:
             declare = cpp_extension.CppExtension if cuda is None else cpp_extension.CUDAExtension
             extension = declare(f"{PACKAGE}._C", **arguments)

@@ -76,7 +76,7 @@ def run(settings: argparse.Namespace) -> list[Row]:
     print(json.dumps(origin, indent=1))
     origin["quick"] = settings.quick
     if not on_gpu:
-        print("No GPU: these are the CPU paths. The Triton kernels, single_pass and two_pass of the kernel suite among them, need one.")
+        print("No GPU: these are the CPU paths. The Triton kernels, single_pass and split of the kernel suite among them, need one.")
     path = None if str(settings.out) == "-" else results_file(settings.out / str(origin["device"]), origin)
     path = settings.file or path
     machine = Machine.measured(origin, on_gpu)

@@ -28,6 +28,13 @@ def measure(on_gpu: bool, seconds: float = 1.0) -> dict[str, float]:
     return found
 
 
+def rereads_gb_per_s(seconds: float = 1.0) -> float:
+    """What the L2 cache of the current GPU gives where all programs read one small matrix, as they read P."""
+    from . import rereads  # imports Triton
+
+    return rereads.gb_per_s(seconds)
+
+
 def _factors(width: int, dtype: torch.dtype, device: str) -> list[Tensor]:
     return [torch.randn(width, width, device=device).to(dtype) for _ in range(2)]
 

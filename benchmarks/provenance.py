@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 import lowrank_kernels as lrk
+from lowrank_kernels.environment import tile_shapes
 
 RESULTS = Path(__file__).parent / "results"
 PEERS = ("triton", "galore-torch", "apollo-torch", "bitsandbytes", "transformers")
@@ -57,6 +58,7 @@ def provenance(on_gpu: bool) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "versions": {name: version for name in PEERS if (version := _version(name))},
+        **({"tile_shapes": tile_shapes()} if on_gpu else {}),
     }
 
 

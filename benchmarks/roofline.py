@@ -28,7 +28,7 @@ from .provenance import print_table, short
 
 OVERSAMPLE, POWER_ITERS = 8, 1
 """The arguments that the refresh suite passes to every randomized method."""
-BLOCK_N = {256: 128, 512: 64}
+BLOCK_N = {256: 128}
 """Columns of R that one program of the single pass owns, by the largest rank at which that many fit on an
 H100's chip. Above the last rank none fit."""
 TILE, RANK_TILE = 128, 256
@@ -139,9 +139,33 @@ def single_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32
     return (Cost(3 * weight + basis + 2 * moments_bytes(n, r, state_bits), 4 * m * n * r, basis * (2 * _again(n, block_n) + 1)),)
 
 
-def two_pass(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
-    """Two passes over the big matrices, in three launches. R and N go through memory between the launches."""
-    return project(m, n, r, dtype) + moments(m, n, r, dtype, state_bits) + back_project(m, n, r, dtype)
+def project_moments(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """R = PᵀG' with the moments in the epilogue: reads P and G, reads and writes M and V, writes N."""
+    (alone,) = project(m, n, r, dtype)
+    moved = 2 * moments_bytes(n, r, state_bits) + r * n * (dtype.itemsize - 4)
+    return (replace(alone, bytes_moved=alone.bytes_moved + moved),)
+
+
+def split(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """Two launches. N goes through memory between them."""
+    return project_moments(m, n, r, dtype, state_bits) + back_project(m, n, r, dtype)
+
+
+def residual(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """Fira's step, in three launches and one that is not counted, of a few numbers a column. R goes through
+    memory too. Two launches more read G, P and R: one for the residual's norm, one that moves W."""
+    matrix, basis, projected = (size * dtype.itemsize for size in (m * n, m * r, r * n))
+    (first,) = project_moments(m, n, r, dtype, state_bits)
+    again = _again(n, TILE) * basis + _again(m, TILE) * projected
+    norm = Cost(matrix + basis + projected, 2 * m * n * r, again)
+    moved = Cost(3 * matrix + basis + 2 * projected, 2 * m * n * r, again + _again(m, TILE) * projected)
+    return (replace(first, bytes_moved=first.bytes_moved + projected), norm, moved)
+
+
+def scaling(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
+    """APOLLO's step: R and N stay on the chip; a second launch reads G, and reads and writes W."""
+    (first,) = project_moments(m, n, r, dtype, state_bits)
+    return (replace(first, bytes_moved=first.bytes_moved - r * n * dtype.itemsize), Cost(3 * m * n * dtype.itemsize))
 
 
 def adamw(m: int, n: int, dtype: torch.dtype, state_bytes: float) -> Work:
@@ -245,9 +269,11 @@ def works(model: str, rank: int, dtype: torch.dtype) -> dict[str, Work]:
         "back-project": lambda m, n, r: back_project(m, n, r, dtype),
     }
     for bits, name in ((32, ""), (8, ", 8-bit states")):
-        forms[f"step, two passes{name}"] = lambda m, n, r, bits=bits: two_pass(m, n, r, dtype, bits)
+        forms[f"step, split{name}"] = lambda m, n, r, bits=bits: split(m, n, r, dtype, bits)
         if rank <= max(BLOCK_N):
             forms[f"step, single pass{name}"] = lambda m, n, r, bits=bits: single_pass(m, n, r, dtype, bits)
+        forms[f"step of Fira{name}"] = lambda m, n, r, bits=bits: residual(m, n, r, dtype, bits)
+        forms[f"step of APOLLO{name}"] = lambda m, n, r, bits=bits: scaling(m, n, r, dtype, bits)
     for size in dict.fromkeys((dtype.itemsize, 4)):
         forms[f"AdamW fused, {size}-byte states"] = lambda m, n, r, size=size: adamw(m, n, dtype, size)
     forms["AdamW, 8-bit states"] = lambda m, n, r: adamw(m, n, dtype, 1 + 4 / 256)

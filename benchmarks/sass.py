@@ -1,4 +1,4 @@
-"""What is in a compiled kernel: registers, instructions, and the loops they stand in, as cuobjdump of
+"""What is in a compiled kernel: registers, instructions, and the loops that they stand in, as cuobjdump of
 Triton's wheel reads a cubin."""
 
 from __future__ import annotations

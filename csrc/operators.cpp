@@ -2,6 +2,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/library.h>
 
+#include "eigh.h"
 #include "orthonormalise.h"
 #include "small.h"
 #include "spectrum.h"
@@ -51,6 +52,19 @@ std::tuple<at::Tensor, at::Tensor> short_side_spectrum_of_each(at::TensorList gr
     return found_in(grads, [&](const Gradients& grad) { return short_side_spectrum(grad, count); });
 }
 
+std::optional<cuda::Eigensolver> solver_called(c10::string_view name) {
+    if (name == "auto") return std::nullopt;
+    if (name == "jacobi") return cuda::Eigensolver::JACOBI;
+    if (name == "cusolver") return cuda::Eigensolver::CUSOLVER;
+    TORCH_CHECK(false, "solver must be auto, jacobi or cusolver, got ", name);
+}
+
+std::tuple<at::Tensor, at::Tensor> eigenvectors(const at::Tensor& gram, int64_t terms, c10::string_view solver) {
+    const OutsideTraining guard;
+    const Eigen found = lowrank_kernels::eigh(gram, terms, solver_called(solver));
+    return {found.vectors.contiguous().mT(), found.values.contiguous()};
+}
+
 at::Tensor multiply(at::TensorList grads, const at::Tensor& factor) {
     const OutsideTraining guard;
     const at::Tensor rows = factor.mT();
@@ -87,6 +101,7 @@ void implement(torch::Library& library) {
     library.impl("peaks", peaks);
     library.impl("leading", leading_of_each);
     library.impl("short_side_spectrum", short_side_spectrum_of_each);
+    library.impl("eigh", eigenvectors);
     library.impl("multiply", multiply);
     library.impl("normal", normal_like);
     library.impl("orthonormalise", orthonormalise_columns);

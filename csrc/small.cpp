@@ -50,17 +50,6 @@ at::Tensor inverse_factor(const at::Tensor& gram, double shift, at::ScalarType d
     return at::linalg_solve_triangular(factor, identity.expand_as(factor), /*upper=*/false).to(dtype);
 }
 
-Eigen eigh(const at::Tensor& gram, [[maybe_unused]] int64_t terms) {
-#if defined(LOWRANK_KERNELS_CUDA)
-    if (gram.is_cuda()) {
-        auto [values, vectors] = cuda::eigh(gram, terms);
-        return {values, vectors};
-    }
-#endif
-    const auto [values, vectors] = at::linalg_eigh(gram);
-    return {values.flip(-1), vectors.mT().flip(-2)};
-}
-
 at::Tensor normal(int64_t seed, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options) {
     return normals(seed, shape, stream, options).squeeze(0);
 }

@@ -1,4 +1,4 @@
-// The l × l work and the random numbers: what a device does with its own code. Nothing here waits for a GPU.
+// Factors of l × l matrices and random numbers: what a device does with its own code. Nothing here waits for a GPU.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,14 +10,6 @@ namespace lowrank_kernels {
 // L⁻¹ of S + shift·I = L·Lᵀ, lower triangular: fp64 (…, l, l) → (…, l, l) of `dtype`. The identity where the factorisation fails.
 // CUDA: one kernel for every l whose packed triangle fits shared memory (cuda/cholesky_inverse.h), cuSOLVER and cuBLAS above.
 at::Tensor inverse_factor(const at::Tensor& gram, double shift, at::ScalarType dtype);
-
-// Eigenvalues, descending, and eigenvectors, as rows, of Gram matrices (…, k, k) of vectors of length `terms`: symmetric, and positive
-// semidefinite to the rounding of such sums. fp64; on a CPU also fp32, whose vectors are orthonormal to some 1e-5 only.
-// CPU: LAPACK. CUDA: one-sided Jacobi on the Cholesky factor (cuda/jacobi.h), for cuSOLVER's drivers report to the host.
-struct Eigen {
-    at::Tensor values, vectors;
-};
-Eigen eigh(const at::Tensor& gram, int64_t terms);
 
 // N(0, 1) of shape (seeds, *shape): philox.normal in Python, whose words it shares bit for bit.
 at::Tensor normals(at::IntArrayRef seeds, at::IntArrayRef shape, uint32_t stream, const at::TensorOptions& options);

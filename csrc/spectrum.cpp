@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "eigh.h"
 #include "orthonormalise.h"
 #include "philox.h"
 #include "small.h"
@@ -64,7 +65,11 @@ struct ShortSide {
     // The left singular vectors of G from singular vectors on the short side.
     Spectrum left(const Spectrum& spectrum, int64_t seed) const {
         if (!tall) return spectrum;
-        return {orthonormalise(grad.image(spectrum.vectors), seed), spectrum.sigma};
+        at::Tensor vectors = orthonormalise(grad.image(spectrum.vectors), seed);
+        if (!one_on_cpu(vectors)) {  // whose eigenproblem was not solved has no directions, where random ones would hide it
+            vectors = at::where(at::isnan(spectrum.sigma.narrow(-1, 0, 1)).unsqueeze(-1), NAN, vectors);
+        }
+        return {vectors, spectrum.sigma};
     }
     const Gradients& grad;
     const bool tall;

@@ -5,9 +5,10 @@
 
 namespace lowrank_kernels {
 
+// Both are NaN for a matrix of a batch whose eigenproblem was not solved.
 struct Spectrum {
     at::Tensor vectors;  // (…, k, m): orthonormal rows, to 1e-5
-    at::Tensor sigma;    // (…, k), descending; NaN for a matrix that is not finite, whose vectors are random
+    at::Tensor sigma;    // (…, k), descending; of no use for a matrix that is not finite, whose vectors are random
 };
 
 struct Accuracy {

@@ -34,6 +34,7 @@ def environment() -> dict[str, str]:
         "CPU": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, bf16 products {_cpu_bf16()}",
         "GPU": _gpus(),
         "step runs on": _step(),
+        "tile shapes": tile_shapes(),
         "refresh runs on": _refresh(),
         "fp32 products": "tf32 allowed on a GPU" if tf32_allowed() else "in fp32",
     }
@@ -80,6 +81,17 @@ def _step() -> str:
         return "the reference in plain PyTorch everywhere (LOWRANK_KERNELS_REFERENCE is set)"
     on_gpu = "the reference in plain PyTorch on a GPU (Triton is missing)" if cuda.triton_missing() else "Triton kernels on a CUDA GPU"
     return f"{on_gpu}, batched PyTorch on a CPU, the reference elsewhere"
+
+
+def tile_shapes() -> str:
+    """Which table of tile shapes serves each GPU."""
+    if not torch.cuda.is_available():
+        return "chosen on a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "none (Triton is missing)"
+    tuned = importlib.import_module(".backends.triton.tuned", __package__)
+    names = dict.fromkeys(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return "; ".join(f"{name}: {tuned.describe(name)}" for name in names)
 
 
 def _refresh() -> str:

@@ -7,6 +7,7 @@ loaded, an error is raised instead of a warning.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from .source_digest import digest
 
 _PACKAGE = Path(__file__).resolve().parent
 _OVERRIDE = "LOWRANK_KERNELS_LIBRARY"
-OPERATORS = ("leading", "short_side_spectrum", "orthonormalise", "sample_importance", "multiply", "peaks", "normal")
+OPERATORS = ("leading", "short_side_spectrum", "eigh", "orthonormalise", "sample_importance", "multiply", "peaks", "normal")
 """The operators of ops/parts.py. The extension implements all of them on a CPU and, with its CUDA part, on a
 CUDA GPU."""
 _SLOWER = "the subspace refresh runs in PyTorch (slower)"
@@ -64,6 +65,7 @@ def load(*, reference_forced: bool) -> None:
     found = find(_PACKAGE, torch.__version__, os.environ)
     if found.library is not None:
         try:
+            _load_what_the_cuda_part_links()
             torch.ops.load_library(found.library)
         except OSError as error:
             if os.environ.get(_OVERRIDE):
@@ -72,6 +74,14 @@ def load(*, reference_forced: bool) -> None:
     if found.unexpected:
         warnings.warn(f"lowrank_kernels: the extension is {found.sentence}", RuntimeWarning, stacklevel=2)
     _finding = found
+
+
+def _load_what_the_cuda_part_links() -> None:
+    """torch keeps its linear algebra for CUDA in a library of its own and loads that with the first call. The
+    handles of cuSOLVER are in it. It lies where the loader does not look by itself."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda_linalg.so"
+    if torch.version.cuda and library.is_file():
+        ctypes.CDLL(str(library))
 
 
 def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Finding:
@@ -109,7 +119,8 @@ def _facts_beside(library: Path) -> str:
 
 def _parts(facts: dict) -> str:
     if facts["cuda"]:
-        return f"C++ and CUDA {facts['cuda']} for {', '.join(facts['archs'])}"
+        solver = f"with cuSOLVER {facts['cusolver']}" if facts.get("cusolver") else "without cuSOLVER"
+        return f"C++ and CUDA {facts['cuda']} {solver} for {', '.join(facts['archs'])}"
     return f"C++ without the CUDA part: {facts['cuda_reason']}" if facts["cuda_reason"] else "C++"
 
 

@@ -124,6 +124,19 @@ def _by_columns(matrix: Tensor) -> Tensor:
     return matrix.mT.contiguous().mT
 
 
+def eigh(gram: Tensor, terms: int, solver: str = "auto") -> tuple[Tensor, Tensor]:
+    """Eigenvectors (…, k, k) and eigenvalues (…, k), descending, of Gram matrices (…, k, k) in fp64, of
+    vectors of length `terms`.
+
+    `solver` is "auto", or one of the two that csrc/ has for a GPU, "jacobi" and "cusolver". Here there is one
+    solver, and torch.linalg.eigh raises an error where it fails.
+    """
+    if solver != "auto":
+        raise ValueError(f"solver must be 'auto' where the extension's CUDA part does not run, got {solver!r}")
+    values, vectors = torch.linalg.eigh(gram)
+    return vectors.flip(-1), values.flip(-1)
+
+
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """All left singular vectors and values, by eigh(A·Aᵀ) in fp64: (batch, k, n) with k ≤ n → vectors (batch,
     k, k) and values (batch, k), descending.
@@ -131,8 +144,8 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
     A Gram matrix in fp32 would lose every σ under 3e-4·σ₁, and fp32's vectors are orthonormal only to 1e-5.
     """
     wide = matrix.double()
-    values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    return vectors.flip(-1), values.flip(-1).clamp_min(0).sqrt()
+    vectors, values = eigh(wide @ wide.mT, wide.shape[-1])
+    return vectors, values.clamp_min(0).sqrt()
 
 
 def short_side_spectrum(grads: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:

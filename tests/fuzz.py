@@ -2,8 +2,8 @@
 derived in tolerances.py.
 
 Every case is a function of its seed alone: shapes, ranks, dtypes, strides, hyperparameters, kinds of
-gradient, 8-bit moments, stochastic rounding, counts and rates on the device, skipped steps; on the CPU path
-and, in Triton's interpreter or on a GPU, on the single-pass and the two-pass kernels. A failing case prints
+gradient, R from memory, 8-bit moments, stochastic rounding, counts and rates on the device, skipped steps; on
+the CPU path and, in Triton's interpreter or on a GPU, on the single pass and the split. A failing case prints
 the one line that repeats it.
 """
 
@@ -35,20 +35,19 @@ from buckets import DEVICE, DTYPES, LAYOUTS  # noqa: E402
 from coded import code_frames_intact, coded_states  # noqa: E402
 from steps import NAMES  # noqa: E402
 
-from benchmarks import formulas  # noqa: E402
 from benchmarks.gpu.lost import is_lost  # noqa: E402
 from lowrank_kernels import backends, philox  # noqa: E402
-from lowrank_kernels.backends import cpu  # noqa: E402
-from lowrank_kernels.backends.triton import adamw_step, configs, single_pass, two_pass  # noqa: E402
+from lowrank_kernels.backends import cpu, reference  # noqa: E402
+from lowrank_kernels.backends.triton import choose, single_pass, split  # noqa: E402
 
-PATHS = ("cpu", "single_pass", "two_pass") if DEVICE == "cpu" else ("single_pass", "two_pass")
+PATHS = ("cpu", "single_pass", "split") if DEVICE == "cpu" else ("single_pass", "split")
 GRADIENTS = ("noise", "noise", "noise", "zero", "rank one", "one row")
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What a seed stands for. Weights, gradients and bases have dtypes and layouts of their own on the
-    two-pass path and the CPU.
+    """What a seed stands for. Weights, gradients and bases have dtypes and layouts of their own in the split
+    and on the CPU. R comes from gradients, or, in the dtype that `projected` names, from memory.
 
     wide: extents, strides and addresses are multiples of 16, which the tiles of a GPU's own rows want; other
         cases run in the small tiles.
@@ -77,6 +76,7 @@ class Case:
     scale: float
     step: int
     wide: bool
+    projected: torch.dtype | None
 
 
 def draw(seed: int) -> Case:
@@ -119,6 +119,7 @@ def draw(seed: int) -> Case:
         scale=pick.choice((0.25, 1.0, 10 ** pick.uniform(-2, 1))),
         step=1 if fresh else size(10**6),
         wide=pick.random() < 0.5,
+        projected=pick.choice(DTYPES) if pick.random() < 0.2 else None,
     )
     return widened(case) if case.wide else case
 
@@ -153,27 +154,25 @@ def make(case: Case) -> Lists:
         for tensors in moments:
             for tensor in tensors:
                 tensor.zero_()
-    return dict(zip(NAMES, (weights, grads, bases, *moments), strict=False))
+    lists = dict(zip(NAMES, (weights, grads, bases, *moments), strict=False))
+    if case.projected is not None:
+        r = [reference.project(basis, grad, right) for basis, grad in zip(bases, lists.pop("grads"), strict=True)]
+        largest = torch.finfo(case.projected).max
+        lists["projected"] = [each.clamp(-largest, largest).to(case.projected).contiguous() for each in r]
+    return lists
 
 
 def run(case: Case, lists: Lists, seeds: torch.Tensor | None) -> None:
-    options = {"found_inf": None if case.found_inf is None else torch.tensor([case.found_inf], device=DEVICE), "rounding_seeds": seeds}
-    step = {"lr": case.lr, "step": case.step}
+    options = {name: getattr(case, name) for name in ("beta1", "beta2", "eps", "weight_decay", "scale", "lr", "step")}
+    options["found_inf"] = None if case.found_inf is None else torch.tensor([case.found_inf], device=DEVICE)
     if case.on_device:
-        step = {"lr": -1.0, "step": 0}
-        options["device_lr"] = torch.tensor([case.lr], device=DEVICE)
-        options["device_steps"] = [torch.tensor(case.step - 1.0, device=DEVICE) for _ in range(case.count)]
-    if case.state_bits == 8:
-        options |= {name: lists[name] for name in NAMES[5:]}
-    hyper = {name: getattr(case, name) for name in ("beta1", "beta2", "eps", "weight_decay", "scale", "right")}
-    arguments = [lists[name] for name in NAMES[:5]]
+        options |= {"lr": -1.0, "device_lr": torch.tensor([case.lr], device=DEVICE)}
     if case.path == "cpu":
-        formulas.adamw_step_(*arguments, run=backends.step, **step, **hyper, **options)
+        backends.step(*steps.bucket_of(lists, case.right, rounding_seeds=seeds, **options))
         return
-    path = {"single_pass": single_pass, "two_pass": two_pass}[case.path]
-    with mock.patch.object(adamw_step, "choose_path", lambda *_, **__: path):
-        with mock.patch.object(configs, "single_pass_config", steps.a_row_for_everything):
-            formulas.adamw_step_(*arguments, run=adamw_step.step, **step, **hyper, **options)
+    path = {"single_pass": single_pass, "split": split}[case.path]
+    with mock.patch.object(choose, "single_pass", steps.a_row_for_everything):
+        steps.run(path, lists, case.right, rounding_seeds=seeds, **options)
 
 
 def check(seed: int) -> Case:
@@ -185,21 +184,23 @@ def check(seed: int) -> Case:
     before = {name: [tensor.clone() for tensor in tensors] for name, tensors in lists.items()}
     run(case, lists, seeds)
     for name, tensors in lists.items():
-        inputs = name in ("grads", "bases")
+        inputs = name in ("grads", "bases", "projected")
         if inputs or case.found_inf:
             same = all(torch.equal(a, b) for a, b in zip(tensors, before[name], strict=True))
             assert same, f"{name} changed, " + ("an input" if inputs else "though found_inf is set")
+        if name == "projected":
+            continue  # in no frame
         intact = code_frames_intact if tensors[0].dtype == torch.uint8 else buckets.frames_intact
         assert intact(tensors), f"something was written around {name}"
     if not case.found_inf:
         scalars = {name: getattr(case, name) for name in steps.STEP}
         if case.on_device:
             scalars["lr"] = torch.tensor(case.lr).item()
-        on_kernels = case.on_device and case.path != "cpu"
+        lr_on_device = case.on_device and case.path != "cpu"
         for index in range(case.count):
             steps.judge(
                 before, lists, index, case.right, scalars, seed=None if seeds is None else seeds[index : index + 1],
-                counted_on_device=on_kernels, lr_on_device=on_kernels, on_cpu_path=case.path == "cpu", native=cpu.NATIVE_BF16,
+                lr_on_device=lr_on_device, on_cpu_path=case.path == "cpu", native=cpu.NATIVE_BF16,
             )  # fmt: skip
     return case
 

@@ -175,8 +175,10 @@ def test_found_inf_leaves_every_bit(implementation):
         ({"grads": [torch.ones(12, 20)] * 2}, "equally many matrices, got 2 grads for 3"),
         ({"grads": [torch.ones(12, 20), torch.ones(20, 12).T, torch.ones(12, 20)]}, r"grads must share shape, strides.*\[1\] has"),
         ({"grads": None}, "either grads or projected"),
-        ({"projected": torch.ones(3, 3, 20)}, "either grads or projected"),
-        ({"grads": None, "projected": torch.ones(3, 4, 20)}, r"projected must be \(3, 3, 20\)"),
+        ({"projected": [torch.ones(3, 20)] * 3}, "either grads or projected"),
+        ({"grads": None, "projected": [torch.ones(4, 20)] * 3}, r"projected must be row-major \(3, 20\)"),
+        ({"grads": None, "projected": [torch.ones(20, 3).T] * 3}, r"projected must be row-major .* strides \(1, 3\)"),
+        ({"grads": None, "projected": [torch.ones(3, 20)] * 2}, "equally many matrices, got 2 projected for 3"),
         ({"weights": []}, "weights is empty"),
         ({"right": True}, "must fit a right weight"),
         ({"bases": [torch.ones(11, 3)] * 3}, "must fit a left weight"),
@@ -304,13 +306,33 @@ def test_a_step_from_what_is_projected_is_the_step_from_gradients(right):
     """R is an input of its own; the gradients that are there besides are not looked at."""
     whole, hyper = formulas.bucket_of(*bucket(24, 36, 6, right, batch=2), **HYPER, right=right)
     given, _ = formulas.bucket_of(*bucket(24, 36, 6, right, batch=2), **HYPER, right=right)
-    given.projected, given.grads = 2 * backends.project(whole), None
+    given.projected, given.grads = [2 * r for r in backends.project(whole)], None
     for grad in whole.grads:
         grad.mul_(2)
     backends.step(whole, hyper)
     backends.step(given, hyper)
     for a, b in zip(whole.weights + whole.states["exp_avg"], given.weights + given.states["exp_avg"], strict=True):
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
+@pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
+def test_memory_beside_a_basis_is_not_read(by_columns, right):
+    """A basis may be a view into a larger tensor, whatever stands in the gaps. Products in bf16 on Intel's AMX
+    units multiply it by zero, which leaves a NaN one."""
+    whole, hyper = formulas.bucket_of(*bucket(54, 87, 40, right, batch=1, dtype=torch.bfloat16), **HYPER, right=right)
+    viewed, _ = formulas.bucket_of(*([tensor.clone() for tensor in tensors] for tensors in bucket_lists(whole)), **HYPER, right=right)
+    basis = viewed.bases[0].mT if by_columns else viewed.bases[0]
+    frame = torch.full((basis.shape[0] + 6, basis.shape[1] + 6), torch.nan, dtype=torch.bfloat16)
+    view = frame[3:-3, 3:-3].copy_(basis)
+    viewed.bases[0] = view.mT if by_columns else view
+    backends.step(whole, hyper)
+    backends.step(viewed, hyper)
+    assert torch.allclose(viewed.weights[0].float(), whole.weights[0].float(), rtol=2e-2, atol=2e-2)
+
+
+def bucket_lists(made):
+    return made.weights, made.grads, made.bases, made.states["exp_avg"], made.states["exp_avg_sq"]
 
 
 PROBE = """

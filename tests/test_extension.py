@@ -60,7 +60,7 @@ def test_sources_leave_out_what_only_tests_compile(build, tmp_path, monkeypatch)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert build.sources(cuda=False) == ["csrc/a.cpp"]
-    assert build.sources(cuda=True) == ["csrc/a.cpp", "csrc/cuda/k.cu", "csrc/cuda/binding.cpp"]
+    assert build.sources(cuda=True) == ["csrc/a.cpp", "csrc/cuda/k.cu", "csrc/cuda/binding.cpp", "csrc/cuda/cusolver.cpp"]
     assert build.headers() == ["csrc/b.h", "csrc/cuda/k.cuh"]
 
 
@@ -108,6 +108,55 @@ def test_cuda(build, toolkit):
 def test_nvcc_behind_a_script_names_its_own_toolkit(build, toolkit, tmp_path):
     wrapper = script(tmp_path / "elsewhere/bin/nvcc", f'case "$*" in *dryrun*) echo "#$ TOP={toolkit}/bin/.." >&2;; esac')
     assert build.find_nvcc({"PATH": str(wrapper.parent)}) == (str(wrapper), str(toolkit))
+
+
+@pytest.mark.parametrize(("cuda", "loads"), [("13.0", True), (None, False)])
+def test_torchs_linear_algebra_is_loaded_before_the_extension(tmp_path, monkeypatch, cuda, loads):
+    """The extension links to it, and it lies where the loader does not look."""
+    loaded = []
+    torch = types.SimpleNamespace(__file__=str(tmp_path / "__init__.py"), version=types.SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(extension, "torch", torch)
+    monkeypatch.setattr(extension.ctypes, "CDLL", loaded.append)
+    extension._load_what_the_cuda_part_links()
+    assert not loaded, "torch for Windows has it in its other libraries"
+    library = tmp_path / "lib/libtorch_cuda_linalg.so"
+    library.parent.mkdir()
+    library.touch()
+    extension._load_what_the_cuda_part_links()
+    assert loaded == ([str(library)] if loads else [])
+
+
+def headers_of_cusolver(folder, *version):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = zip(("MAJOR", "MINOR", "PATCH"), version, strict=True)
+    (folder / "cusolver_common.h").write_text("".join(f"  #define CUSOLVER_VER_{part} {number}\n" for part, number in lines))
+
+
+def test_headers_of_cusolver(build, tmp_path, monkeypatch):
+    """Those of the toolkit, else those beside torch. What is older than cusolverDnXsyevBatched counts as
+    none."""
+    torch = types.SimpleNamespace(__file__=str(tmp_path / "site-packages/torch/__init__.py"))
+    monkeypatch.setattr(build, "import_torch", lambda: torch)
+    home, beside = tmp_path / "cuda", tmp_path / "site-packages/nvidia"
+    assert build.find_solver(str(home), "12.6") is None
+    for package in ("cusolver", "cublas"):
+        (beside / package / "include").mkdir(parents=True)
+    headers_of_cusolver(beside / "cusolver/include", 11, 7, 1)
+    folders = [str(beside / package / "include") for package in ("cusolver", "cublas")]
+    assert build.find_solver(str(home), "12.6") == build.Solver("11.7.1", folders)
+    headers_of_cusolver(beside / "cu13/include", 12, 0, 4)
+    assert build.find_solver(str(home), "13.0") == build.Solver("12.0.4", [str(beside / "cu13/include"), *folders])
+    headers_of_cusolver(home / "include", 12, 1, 0)
+    assert build.find_solver(str(home), "13.0") == build.Solver("12.1.0", [])
+    headers_of_cusolver(home / "include", 11, 6, 4)
+    assert build.find_solver(str(home), "12.6") is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="torch for Windows has one library")
+def test_what_the_call_of_cusolver_is_linked_to(build, tmp_path):
+    assert build.solver_libraries(tmp_path) == []
+    (tmp_path / "libtorch_cuda_linalg.so").touch()
+    assert build.solver_libraries(tmp_path) == ["torch_cuda_linalg"]
 
 
 def torch_of(cuda):
@@ -172,7 +221,8 @@ def project(tmp_path):
     )
     (tmp_path / "csrc/cuda").mkdir(parents=True)
     (tmp_path / "csrc/cuda/kernel.cu").write_text("__global__ void kernel() {}\n")  # where torch has CUDA and there is an nvcc
-    (tmp_path / "csrc/cuda/binding.cpp").touch()
+    for name in ("binding", "cusolver"):
+        (tmp_path / f"csrc/cuda/{name}.cpp").touch()
     (tmp_path / "csrc/standin.cpp").write_text('extern "C" __attribute__((visibility("default"))) int answer() { return 42; }\n')
     return tmp_path
 
@@ -247,8 +297,12 @@ def write_facts(package: Path, **facts) -> None:
         ({}, "built for torch 2.13.0+cpu (C++), loaded from "),
         ({"torch": "2.13.1"}, "built for torch 2.13.1 (C++), loaded from "),
         (
-            {"torch": "2.13.0+cu130", "cuda": "13.0", "archs": ["sm_80", "sm_90+PTX"]},
-            "built for torch 2.13.0+cu130 (C++ and CUDA 13.0 for sm_80, sm_90+PTX), loaded from ",
+            {"torch": "2.13.0+cu130", "cuda": "13.0", "archs": ["sm_80", "sm_90+PTX"], "cusolver": "12.0.4"},
+            "built for torch 2.13.0+cu130 (C++ and CUDA 13.0 with cuSOLVER 12.0.4 for sm_80, sm_90+PTX), loaded from ",
+        ),
+        (
+            {"torch": "2.13.0+cu130", "cuda": "13.0", "archs": ["sm_80"], "cusolver": None},
+            "built for torch 2.13.0+cu130 (C++ and CUDA 13.0 without cuSOLVER for sm_80), loaded from ",
         ),
         ({"cuda_reason": "no nvcc"}, "built for torch 2.13.0+cpu (C++ without the CUDA part: no nvcc), loaded from "),
     ],
@@ -329,10 +383,10 @@ def test_the_library_named_by_the_environment(package, tmp_path):
     other.touch()
     found = extension.find(package, RUNNING, {"LOWRANK_KERNELS_LIBRARY": str(other)})
     assert (found.library, found.sentence) == (other, f"loaded from {other} (LOWRANK_KERNELS_LIBRARY)")
-    write_facts(package, torch="2.11.0+cu130", cuda="13.0", archs=["sm_90"])
+    write_facts(package, torch="2.11.0+cu130", cuda="13.0", archs=["sm_90"], cusolver="12.0.4")
     library = package / "_C.so"
     found = extension.find(package, RUNNING, {"LOWRANK_KERNELS_LIBRARY": str(library)})
-    built = "built for torch 2.11.0+cu130 (C++ and CUDA 13.0 for sm_90)"
+    built = "built for torch 2.11.0+cu130 (C++ and CUDA 13.0 with cuSOLVER 12.0.4 for sm_90)"
     assert found.sentence == f"loaded from {library} (LOWRANK_KERNELS_LIBRARY), {built}"
 
 

@@ -12,7 +12,6 @@ from matrix import representative
 
 pytest.importorskip("triton")
 
-from lowrank_kernels.backends.triton import adamw_step  # noqa: E402
 from tests import fuzz  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +44,8 @@ WRONG = [("beta2", 0.98), ("eps", 0.5), ("weight_decay", 0.5), ("right", None), 
 @pytest.mark.parametrize(
     "path, name, wrong",
     representative(
-        [(path, *wrong) for path in ("cpu", "single_pass", "two_pass") for wrong in WRONG],
-        lambda path, name, wrong: path != "two_pass" or name in ("right", "lr"),
+        [(path, *wrong) for path in ("cpu", "single_pass", "split") for wrong in WRONG],
+        lambda path, name, wrong: path != "split" or name in ("right", "lr"),
     ),
 )
 def test_a_wrong_step_is_found(monkeypatch, path, name, wrong):
@@ -75,9 +74,9 @@ def test_the_command_says_how_to_repeat_a_case(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("0 failed")
     done = subprocess.run([sys.executable, "-m", "tests.fuzz", "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--seed" in done.stdout
-    monkeypatch.setattr(adamw_step, "step", None)
-    seed = seeds_of("two_pass")[0]
-    assert fuzz.attempt(seed)[2].startswith("Case(path='two_pass'")
+    monkeypatch.setattr(fuzz.split, "step", None)
+    seed = seeds_of("split")[0]
+    assert fuzz.attempt(seed)[2].startswith("Case(path='split'")
 
 
 def test_after_a_case_that_loses_the_gpu_its_process_runs_no_other(monkeypatch):

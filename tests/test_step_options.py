@@ -38,7 +38,7 @@ def coded(exp_avgs, exp_avg_sqs):
     for m, v in zip(exp_avgs, exp_avg_sqs, strict=True):
         scales = eight_bit.scales_shape(m.shape)
         codes = [torch.empty(m.shape, dtype=torch.uint8) for _ in range(2)] + [torch.empty(scales) for _ in range(2)]
-        eight_bit.encode_(m - 0.5, v, *codes)
+        eight_bit.encode_(m - 0.5, v, *codes, step=1)
         for part, code in zip(found, codes, strict=True):
             part.append(code)
     return found

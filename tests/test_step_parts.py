@@ -28,11 +28,11 @@ def of_bucket(run):
         n, rank = projected.shape[2], projected.shape[1]
         weights, bases = ([torch.zeros(1, size, dtype=projected.dtype, device=DEVICE) for _ in range(len(projected))] for size in (n, rank))
         states = {"exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs}
-        made = backends.Bucket(weights, bases, states, device_steps, False, projected=projected, found_inf=found_inf)
+        made = backends.Bucket(weights, bases, states, device_steps, False, projected=list(projected), found_inf=found_inf)
         hyper = backends.Hyper(AdamW(), BackProjection(), Plain(), 0.0, options={"betas": (beta1, beta2), "eps": eps})
-        if run is backends.update:
+        if run is not reference.update:
             made.check(hyper)
-        return run(made, hyper, projected)
+        return run(made, hyper, made.projected)
 
     return update_moments_
 
@@ -46,11 +46,11 @@ def lifted_by(run):
         shape = bases[0].shape[1], weights[0].shape[0 if right else 1]
         states = {name: [torch.zeros(shape, dtype=dtype, device=DEVICE) for _ in weights] for name in ("exp_avg", "exp_avg_sq")}
         made = backends.Bucket(
-            weights, bases, states, steps, right, projected=normalised, found_inf=found_inf, rounding_seeds=rounding_seeds
+            weights, bases, states, steps, right, projected=list(normalised), found_inf=found_inf, rounding_seeds=rounding_seeds
         )
         hyper = backends.Hyper(AdamW(), BackProjection(), Plain(), **numbers)
         made.check(hyper)
-        run(made, hyper, normalised, normalised)
+        run(made, hyper, made.projected, normalised)
 
     return back_project_
 
@@ -66,9 +66,10 @@ def implementation(request):
 
     def of(name):
         if request.param == "Triton":
-            from lowrank_kernels.backends.triton import back_project
+            from lowrank_kernels.backends.triton import composed
 
-            return {"update_moments_": triton_update_moments_, "back_project_": back_project.back_project_}[name]
+            lift = lifted_by(lambda made, hyper, _, normalised: composed.lift(made, hyper, normalised))
+            return {"update_moments_": counted(of_bucket(composed.update)), "back_project_": lift}[name]
         update, lift = {
             "backend": (of_bucket(backends.update), lifted_by(backends.lift)),
             "cpu": (cpu.update_moments_, cpu.back_project_),
@@ -89,12 +90,6 @@ def counted(update):
         return update(exp_avgs, *rest, device_steps=counts, **options)
 
     return run
-
-
-def triton_update_moments_(exp_avgs, exp_avg_sqs, projected, **options):
-    from lowrank_kernels.backends.triton import moments
-
-    return moments.update_moments_(exp_avgs, exp_avg_sqs, projected, out=torch.empty_like(projected), **options)
 
 
 def moments(batch=3, rank=5, n=33, dtype=torch.float32):
@@ -124,7 +119,7 @@ def test_moments_against_fp64(implementation, counts):
     on_device = None if counts is None else [torch.tensor(float(count), device=DEVICE) for count in counts]
     step = 4 if counts is None else 0  # not looked at
     found = implementation("update_moments_")(exp_avgs, exp_avg_sqs, projected, **ADAM, step=step, device_steps=on_device)
-    correction = BIAS_CORRECTION_ERROR if counts and implementation.in_triton else UNIT[torch.float32]
+    correction = BIAS_CORRECTION_ERROR if implementation.in_triton else UNIT[torch.float32]
     for index, (m, v, r) in enumerate(exact):
         t = 4 if counts is None else counts[index] + 1
         errors = moments_error(m, v, r, ADAM["beta1"], ADAM["beta2"])

@@ -100,7 +100,7 @@ def decoded_error(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def exact_codes(exp_avg: Tensor, exp_avg_sq: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """128 + 127·sign(m)·√(|m|/s) and 255·(v/s)^¼ in fp64, which the codes round to nearest; and the scales s
+    """128 + 127·sign(m)·√(|m|/s) and 255·(v/s)^¼ in fp64, of which the codes are neighbours; and the scales s
     of each block of 64."""
     m, v = exp_avg.double(), exp_avg_sq.double()
     (m_peak, v_peak), (m_spread, v_spread) = zip(_block_peaks(m), _block_peaks(v), strict=True)
@@ -116,7 +116,9 @@ def codes_error(exp_avg: Tensor, exp_avg_sq: Tensor, errors: tuple[Tensor, Tenso
     the error of a share |m|/s, a root of it is off by δ/√(|m|/s) while the sign is certain (|m| > E) and
     √(2δ) else, a fourth root by min(δ/(v/s)^¾, δ^¼). In fp32: 1/s (4u, the device's division), two products
     (2u, one being exact), roots (2u each, the device's): at most 7u of the code, and one of 256·u in the sum
-    that rounds it.
+    that rounds it. A code of V compares 255⁴·v/s, off by 8u (1/s, two products, 255⁴), with a threshold. Of
+    that, b⁴ is off by 1u, and the random part of (b + 1)⁴ − b⁴, its product and the sum by 6u. Together this
+    is 15u·(b + 1)⁴, or 4u·(b + 1)·(1 + 1/b)³ in the fourth root, which is less than the two.
     """
     found = []
     for values, error, levels in zip((exp_avg, exp_avg_sq), errors, (127, 255), strict=True):

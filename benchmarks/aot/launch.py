@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from lowrank_kernels.backends.bucket import Bucket, Hyper
-from lowrank_kernels.backends.triton import back_project, moments, project, single_pass, split, table
+from lowrank_kernels.backends.triton import back_project, moments, project, project_moments, single_pass, table
 from lowrank_kernels.storage.eight_bit import scales_shape
 
 from .. import dry, formulas
@@ -49,7 +49,7 @@ def launch(case: Case) -> None:
         project.launch(bucket, rows)
         return
     normalised = torch.empty((1, case.rank, SHAPES[case.shape][1]), dtype=DTYPES[case.normalised])
-    {"project_moments": split.project_moments, "moments": moments.launch, "back_project": back_project.launch}[case.kernel](
+    {"project_moments": project_moments.launch, "moments": moments.launch, "back_project": back_project.launch}[case.kernel](
         bucket, hyper, rows, normalised
     )
 

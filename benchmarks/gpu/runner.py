@@ -37,8 +37,8 @@ class Ended(BaseException):
 
 @dataclass(frozen=True)
 class Command:
-    """`argv` with `environment` beside the runner's. `{seconds}` in an argument is what it may measure
-    for."""
+    """`argv` with `environment` beside the runner's. `{seconds}` or `{minutes}` in an argument is what
+    it may measure for."""
 
     argv: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -131,7 +131,8 @@ def _run_stage(stage: Stage, outcome: Outcome, files: evidence.Files, limit: flo
 
 def _run_command(stage: str, command: Command, log, limit: float) -> str:
     """Its outcome in a word or two."""
-    argv = [argument.replace("{seconds}", f"{max(1.0, 0.8 * limit - GRACE_S / 2):.0f}") for argument in command.argv]
+    seconds = max(1.0, 0.8 * limit - GRACE_S / 2)
+    argv = [argument.replace("{seconds}", f"{seconds:.0f}").replace("{minutes}", f"{seconds / 60:.2f}") for argument in command.argv]
     settings = " ".join(f"{name}={value}" for name, value in command.environment.items())
     log.write(f"\n===== {stage}: {settings} {shlex.join(argv)}   (at most {limit:.0f} s)\n".encode())
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", "PYTHONUTF8": "1"} | dict(command.environment)

@@ -15,11 +15,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lowrank_kernels import extension, ops, philox, range_finder
+from lowrank_kernels import backends, extension, ops, philox, range_finder
+from lowrank_kernels.backends import reference
+from lowrank_kernels.lifts import Lift
+from lowrank_kernels.lifts.back_projection import BackProjection
+from lowrank_kernels.lifts.residual import Residual
+from lowrank_kernels.lifts.scaling import ChannelScaling
+from lowrank_kernels.ops import parts
 
 from .. import checks, contenders
 from ..cases import Unavailable
@@ -30,9 +37,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5
 """‖PᵀP − I‖ of a basis before it is cast, at most."""
 JACOBI_ROWS, CHOLESKY_COLUMNS = (64, 500, 2000), (1, 33, 240, 300, 400)
+CUSOLVER_ROWS = (1, 64, 500, 2056)
 """jacobi.cu: a warp up to 128 rows, two up to 1024, eight above. cholesky_inverse.cu: 128 threads up to 64
 columns, 384 above; fp64 while its triangle fits shared memory (240 columns on sm_90), fp32 up to 340, then
-cuSOLVER."""
+cuSOLVER. cusolver.cpp: up to l = 2r + 8 of rank 1024."""
+EIGENVALUES = 1e-11
+"""Error of eigenvalues in fp64, relative to their norm, at most: l·u is 2e-13 at l = 2056."""
 
 Check = Callable[[], str]
 """Returns what it found, or raises checks.WrongResult."""
@@ -56,20 +66,24 @@ def defect(basis: Tensor) -> float:
     return torch.linalg.matrix_norm(basis.mT @ basis - torch.eye(basis.shape[-1], dtype=torch.float64)).item()
 
 
-def jacobi(rows: int, coupled: int | None = None) -> str:
-    """All left singular vectors of G (rows, rows + 20) by its Gram matrix's eigenproblem. coupled: G is
-    diagonal but for as many rows."""
+def eigenproblem(solver: str, rows: int, coupled: int | None = None) -> str:
+    """The eigenproblems of the Gram matrices of G (rows, rows + 20) and of zeros. coupled: G is diagonal but
+    for as many rows. A CPU has LAPACK for either solver."""
     torch.manual_seed(rows)
-    grad = torch.randn(rows, rows + 20)
+    grad = torch.randn(rows, rows + 20, dtype=torch.float64)
     if coupled is not None:
         diagonal = torch.zeros_like(grad)
-        diagonal[range(rows), range(rows)] = torch.linspace(2, 1, rows)
+        diagonal[range(rows), range(rows)] = torch.linspace(2, 1, rows, dtype=torch.float64)
         diagonal[:coupled, :coupled] = grad[:coupled, :coupled]
         grad = diagonal
-    basis, sigma = ops.range_finder(grad.to(DEVICE), rows, oversample=0)
-    exact = torch.linalg.eigvalsh(grad.double() @ grad.double().mT).flip(-1).clamp_min(0).sqrt()
-    off = checks.require("σ", checks.relative_error(sigma.cpu(), exact), 1e-5)
-    return f"σ off by {off:.1e}, ‖PᵀP − I‖ {checks.require('the basis', defect(basis), ORTHONORMAL):.1e}"
+    gram = torch.stack([grad @ grad.mT, torch.zeros(rows, rows, dtype=torch.float64)])
+    vectors, values = parts.eigh(gram.to(DEVICE), rows + 20, solver if DEVICE == "cuda" else "auto")
+    exact = torch.linalg.eigvalsh(gram[0]).flip(-1)
+    off = checks.require("λ", checks.relative_error(values[0].cpu(), exact), EIGENVALUES)
+    turned = vectors[0].cpu()
+    checks.require("V·Λ", checks.relative_error(gram[0] @ turned, turned * exact), EIGENVALUES)
+    checks.require("λ of zeros", values[1].abs().max().item(), 0.0)
+    return f"λ off by {off:.1e}, ‖VᵀV − I‖ {max(checks.require('the vectors', defect(each), ORTHONORMAL) for each in vectors):.1e}"
 
 
 def cholesky(columns: int) -> str:
@@ -123,6 +137,36 @@ def step(path: str, rows: int, columns: int, small: bool) -> str:
     return f"‖ΔW − exact‖ {error:.1e}"
 
 
+def method(lift: Lift, from_memory: bool, rows: int, columns: int, small: bool) -> str:
+    """A step by the backend of this device, with another lift or with R from memory, against plain PyTorch in
+    fp64."""
+    case = kernel.KernelCase("step", 2 if small else 64, rows, columns, 128, torch.bfloat16)
+    bucket = kernel.Bucket(case, DEVICE)
+    made, hyper = bucket.inputs(1.0)
+    made.states |= {name: [torch.full((), 30.0, device=DEVICE) for _ in made.weights] for name in lift.state()}  # the limiter acts
+    if from_memory:
+        made = replace(made, grads=None, projected=list(bucket.projected.unbind()))
+    hyper, errors = replace(hyper, lift=lift), []
+    exact = [_in_fp64(made.part(index, index + 1)) for index in (0, len(made) - 1)]
+    before = [made.weights[index].double() for index in (0, len(made) - 1)]
+    backends.step(made, hyper)
+    for one, weight, index in zip(exact, before, (0, len(made) - 1), strict=True):
+        reference.step(one, hyper)
+        moved = made.weights[index].double() - weight
+        errors.append(checks.require("ΔW", checks.relative_error(moved, one.weights[0] - weight), checks.UPDATE_ERROR[case.dtype]))
+    return f"‖ΔW − exact‖ {max(errors):.1e}"
+
+
+def _in_fp64(bucket: backends.Bucket) -> backends.Bucket:
+    def doubled(tensors: list[Tensor] | None) -> list[Tensor] | None:
+        return None if tensors is None else [tensor.double() for tensor in tensors]
+
+    return replace(
+        bucket, weights=doubled(bucket.weights), bases=doubled(bucket.bases), grads=doubled(bucket.grads),
+        projected=doubled(bucket.projected), states={name: doubled(tensors) for name, tensors in bucket.states.items()},
+    )  # fmt: skip
+
+
 def graph() -> str:
     """Two replays of a captured step move the weights as two steps outside it. On a CPU nothing is
     captured."""
@@ -149,9 +193,11 @@ def operator_checks(small: bool) -> Iterator[tuple[str, Check]]:
     """csrc/. Small: for a CPU and for the sanitizers, with hardly a rotation among the many pairs of the
     largest."""
     for rows in JACOBI_ROWS[: 1 if small else None]:
-        yield f"jacobi, {rows} rows", lambda rows=rows: jacobi(rows)
+        yield f"jacobi, {rows} rows", lambda rows=rows: eigenproblem("jacobi", rows)
     for rows in (150, 1030) if small else ():
-        yield f"jacobi, {rows} rows, 8 of them coupled", lambda rows=rows: jacobi(rows, coupled=8)
+        yield f"jacobi, {rows} rows, 8 of them coupled", lambda rows=rows: eigenproblem("jacobi", rows, coupled=8)
+    for rows in CUSOLVER_ROWS[: 2 if small else None]:
+        yield f"cusolver, {rows} rows", lambda rows=rows: eigenproblem("cusolver", rows)
     for columns in CHOLESKY_COLUMNS:
         yield f"cholesky_inverse, {columns} columns", lambda columns=columns: cholesky(columns)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
@@ -161,9 +207,14 @@ def operator_checks(small: bool) -> Iterator[tuple[str, Check]]:
 
 
 def step_checks(small: bool) -> Iterator[tuple[str, Check]]:
-    for path in ("step",) if DEVICE == "cpu" else ("single_pass", "two_pass"):
+    for path in ("step",) if DEVICE == "cpu" else ("single_pass", "split"):
         for side, extents in (("left", (512, 1376)), ("right", (1376, 512))):
             yield f"{path}, {side}", lambda path=path, extents=extents: step(path, *extents, small)
+    for name, lift, from_memory in (
+        ("R from memory", BackProjection(), True), ("Fira", Residual(), False), ("APOLLO", ChannelScaling(), False),
+    ):  # fmt: skip
+        for side, extents in (("left", (512, 1376)), ("right", (1376, 512))):
+            yield f"{name}, {side}", lambda of=(lift, from_memory), extents=extents: method(*of, *extents, small)
     yield "a step in a CUDA graph", graph
 
 

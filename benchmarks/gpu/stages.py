@@ -36,8 +36,8 @@ class Settings:
 def all_stages(settings: Settings) -> list[Stage]:
     """Weights are seconds of nine minutes; of a dry run what stages take on a CPU, in proportion."""
     plan = _dry_stages(settings) if settings.dry else _stages(settings)
-    nothing_to_tune = "print('There is no tuner yet: the tile shapes are those of lowrank_kernels/backends/triton/configs.py.')"
-    return [*plan, Stage("tune", 1, evidence.MACHINE, [_python("-c", nothing_to_tune)]), _benchmark(settings, "full", 540, "")]
+    table = {"LOWRANK_KERNELS_TUNED": str(settings.files.folder)}  # of the stage before
+    return [*plan, _tune(settings), _benchmark(settings, "full", 540, "", **table)]
 
 
 def _stages(settings: Settings) -> list[Stage]:
@@ -87,13 +87,20 @@ def _smoke(*options: str) -> Command:
     return _python("-m", "benchmarks.gpu.smoke", *options)
 
 
-def _benchmark(settings: Settings, name: str, weight: float, options: str) -> Stage:
+def _benchmark(settings: Settings, name: str, weight: float, options: str, **environment: str) -> Stage:
     seconds = "3" if settings.dry else "{seconds}"
     argv = ["-m", "benchmarks", *options.split(), "--seconds", seconds, "--file", str(settings.files.path(evidence.ROWS))]
     argv += ["--commit", settings.commit] if settings.commit else []
     argv += ["--wheels", str(settings.wheels)] if settings.wheels else []
-    environment = {"TORCH_COMPILE_DISABLE": "1"} if settings.dry else {}
+    environment |= {"TORCH_COMPILE_DISABLE": "1"} if settings.dry else {}
     return Stage(name, weight, evidence.BENCHMARKS, [_python(*argv, **environment)], settings.new_rows)
+
+
+def _tune(settings: Settings) -> Stage:
+    """Its table goes to the files that a run leaves, and stands at the end of its log as well."""
+    options = ["--dry", "--quick", "--ranks", "64"] if settings.dry else ["--out", str(settings.files.folder)]
+    options += ["--commit", settings.commit] if settings.commit else []
+    return Stage("tune", 540, evidence.BENCHMARKS, [_python("-m", "benchmarks.tune", "--minutes", "{minutes}", *options)])
 
 
 def _tests(settings: Settings, workers: int, files: list[str]) -> Command:

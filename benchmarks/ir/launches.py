@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.aot import ROOT
 from benchmarks.aot.cases import DTYPES
 from lowrank_kernels.backends import Bucket, Hyper, reference
-from lowrank_kernels.backends.triton import back_project, choose, moments, pointers, project, single_pass, split
+from lowrank_kernels.backends.triton import back_project, choose, moments, pointers, project, project_moments, single_pass
 from lowrank_kernels.backends.triton.table import Rows
 from lowrank_kernels.storage import eight_bit
 
@@ -47,7 +47,7 @@ SCALARS = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay":
 MATRICES = ("weights_at", "grads_at", "projected_at", "bases_at", "exp_avgs_at", "exp_avg_sqs_at")
 KERNELS = (
     single_pass._adamw_step_kernel,
-    split._project_moments_kernel,
+    project_moments._project_moments_kernel,
     back_project._back_project_kernel,
     project._project_kernel,
     moments._update_moments_kernel,
@@ -138,7 +138,7 @@ def _states(case: Case) -> list[Tensor]:
         return [exp_avg, exp_avg_sq]
     shape = case.rank, case.n
     codes = [torch.zeros(shape, dtype=torch.uint8) for _ in range(2)] + [torch.zeros(eight_bit.scales_shape(shape)) for _ in range(2)]
-    eight_bit.encode_(exp_avg, exp_avg_sq, *codes)
+    eight_bit.encode_(exp_avg, exp_avg_sq, *codes, step=SCALARS["step"] - 1)
     return codes
 
 
@@ -177,7 +177,7 @@ def _moments(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[
 
 def _project_moments(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
     normalised, basis, grad = _normalised(case), bucket.bases[0].double(), bucket.grads[0].double()
-    split.project_moments(bucket, hyper, rows, normalised)
+    project_moments.launch(bucket, hyper, rows, normalised)
     of_r = project_error(basis, grad.mT if case.right else grad, _tf32(case))
     return _judge_moments(case, bucket, normalised[0], reference.project(basis, grad, case.right), of_r)
 
@@ -194,7 +194,7 @@ def _judge_moments(case: Case, bucket: Bucket, normalised: Tensor, projected: Te
         errors = moments_error(m, v, projected, adam["beta1"], adam["beta2"], projected_error=of_r, state_errors=of_states)
         expected = formulas.update_moments_(m, v, projected, **adam)
         if case.has("8-bit"):
-            assert_codes(tuple(states), m, v, errors)
+            assert_codes(tuple(states), m, v, errors, adam["step"])
         else:
             assert_within(states[0], m, errors[0], "M")
             assert_within(states[1], v, errors[1], "V")

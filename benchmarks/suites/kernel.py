@@ -1,7 +1,7 @@
 """Each part of a step alone, and whole steps by path, on one bucket of equal matrices: the time of the
 device, without the host's.
 
-On a GPU the Triton kernels: project, moments, back_project, then all of it in two passes and in a single one.
+On a GPU the Triton kernels: project, moments, back_project, then the whole step, split and in a single pass.
 On a CPU the functions of backends/cpu.py: the same three, and its step. A case is checked on the first and
 the last matrix of the bucket.
 """
@@ -9,11 +9,12 @@ the last matrix of the bucket.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lowrank_kernels import backends
 from lowrank_kernels.backends import cpu, reference
 from lowrank_kernels.storage import eight_bit
 
@@ -60,7 +61,7 @@ class KernelCase:
         if self.op in forms:
             found = forms[self.op](*self.extents, self.dtype)
         else:
-            form = {"moments": roofline.moments, "two_pass": roofline.two_pass}.get(self.op, roofline.single_pass)
+            form = {"moments": roofline.moments, "split": roofline.split}.get(self.op, roofline.single_pass)
             found = form(*self.extents, self.dtype, self.state_bits)
         return tuple(cost * self.count for cost in found)
 
@@ -96,16 +97,19 @@ class Bucket:
             return dict(zip(MOMENTS, (m, v), strict=True))
         codes = [torch.empty_like(m, dtype=torch.uint8) for _ in MOMENTS]
         scales = [torch.empty(eight_bit.scales_shape(m.shape), device=m.device) for _ in SCALES]
-        eight_bit.encode_(m, v, *codes, *scales)
+        eight_bit.encode_(m, v, *codes, *scales, step=ADAM["step"] - 1)
         return dict(zip((*MOMENTS, *SCALES), (*codes, *scales), strict=True))
 
     def all(self, key: str) -> list[Tensor]:
         return [state[key] for state in self.states]
 
     def step(self, run: Callable[..., None], lr: float) -> None:
+        run(*self.inputs(lr))
+
+    def inputs(self, lr: float) -> tuple[backends.Bucket, backends.Hyper]:
         hyper = {"lr": lr, "scale": SCALE, "weight_decay": DECAY, "right": self.right}
         lists = self.weights, self.grads, self.bases, self.all("exp_avg"), self.all("exp_avg_sq")
-        formulas.adamw_step_(*lists, run=run, **ADAM, **hyper, device_steps=self.steps, **self.scales())
+        return formulas.bucket_of(*lists, **ADAM, **hyper, device_steps=self.steps, **self.scales())
 
     def scales(self) -> dict[str, list[Tensor]]:
         """exp_avg_scales and exp_avg_sq_scales, where there are any."""
@@ -123,43 +127,35 @@ def cpu_runs(bucket: Bucket) -> Run:
     back = {"scale": SCALE, "weight_decay": DECAY, "right": b.right}
     return {
         "project": lambda lr: cpu.project(b.bases, b.grads, b.right),
-        "moments": lambda lr: cpu.update_moments_(*moments, b.projected, **adam, device_steps=b.steps),
+        "moments": lambda lr: cpu.update_moments_(*moments, list(b.projected.unbind()), **adam, device_steps=b.steps),
         "back_project": lambda lr: cpu.back_project_(b.weights, b.bases, b.normalised, lr=lr, **back),
         "step": lambda lr: b.step(cpu.step, lr),
     }[b.case.op]
 
 
 def triton_runs(bucket: Bucket) -> Run:
-    """The launchers of backends/triton/. Those of whole steps are prepared; the parts make their pointer
-    table."""
-    from lowrank_kernels.backends.triton import back_project, moments, project
+    """The launches of backends/triton/, with a pointer table made beforehand."""
+    from lowrank_kernels.backends.triton import back_project, moments, project, single_pass, split, table
 
-    b, op, states = bucket, bucket.case.op, (bucket.all("exp_avg"), bucket.all("exp_avg_sq"))
-    if op in PARTS:
-        back = {"scale": SCALE, "weight_decay": DECAY, "right": b.right}
-        out = torch.empty_like(b.normalised)
-        return {
-            "project": lambda lr: project.project(b.bases, b.grads, b.right),
-            "moments": lambda lr: moments.update_moments_(*states, b.projected, out=out, **ADAM),
-            "back_project": lambda lr: back_project.back_project_(b.weights, b.bases, b.normalised, lr=lr, **back),
-        }[op]
-    return _prepared_step(bucket)
+    made, hyper = bucket.inputs(0.0)
+    if bucket.case.op == "moments":
+        made = replace(made, grads=None, projected=list(bucket.projected.unbind()))
+    rows, out = table.rows_of(made), torch.empty_like(bucket.normalised)
+    row = single_pass.row_for(made, rows.aligned)
+    if bucket.case.op == "single_pass" and row is None:
+        raise Unavailable("no tiles for this bucket, or too few programs to fill the device: the optimizer splits the step")
 
+    def launched_moments(lr: float) -> Tensor:
+        moments.launch(made, hyper, rows, out)
+        return out
 
-def _prepared_step(bucket: Bucket) -> Run:
-    from lowrank_kernels.backends.triton import single_pass, table, two_pass
-
-    lists = [bucket.weights, bucket.grads, bucket.bases, bucket.all("exp_avg"), bucket.all("exp_avg_sq"), *bucket.scales().values()]
-    rows = table.Rows(*table.pointer_table(*lists))
-    options = {"count": bucket.case.count, "aligned": table.aligned(*lists)}
-    first = [tensors[0] for tensors in lists[:4]]
-    if bucket.case.op == "single_pass" and not single_pass.serves(*first, **options):
-        raise Unavailable("no tiles for this bucket, or too few programs to fill the device: the optimizer takes two passes")
-    launch = {"two_pass": two_pass, "single_pass": single_pass}[bucket.case.op].prepare(
-        rows, *first, right=bucket.right, stochastic=False, **options
-    )
-    none = {"found_inf": None, "device_lr": None, "rounding_seeds": None}
-    return lambda lr: launch(lr=lr, weight_decay=DECAY, scale=SCALE, **ADAM, **none)
+    return {
+        "project": lambda lr: project.launch(made, rows),
+        "moments": launched_moments,
+        "back_project": lambda lr: back_project.launch(made, replace(hyper, lr=lr), rows, bucket.normalised),
+        "split": lambda lr: split.step(made, replace(hyper, lr=lr), rows),
+        "single_pass": lambda lr: single_pass.step(made, replace(hyper, lr=lr), rows, row),
+    }[bucket.case.op]
 
 
 def in_pytorch(bucket: Bucket) -> Run:
@@ -234,7 +230,7 @@ def check(bucket: Bucket, run: Run) -> float:
 
 
 def cases(selection: Selection, on_gpu: bool) -> list[KernelCase]:
-    paths = [(path, bits) for path in (("two_pass", "single_pass") if on_gpu else ("step",)) for bits in (32, 8)]
+    paths = [(path, bits) for path in (("split", "single_pass") if on_gpu else ("step",)) for bits in (32, 8)]
     found = []
     for count, rows, columns, rank, dtype, with_parts in _buckets(selection, on_gpu):
         ops = [*((part, 32) for part in PARTS if with_parts), *paths]

@@ -1,5 +1,5 @@
 """A new basis for one gradient, or for each one of a model in as many calls as there are chunks of equal
-shape."""
+shape. On a GPU also the eigenproblem of a refresh alone, by each solver that csrc/ has for it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor
 
 import lowrank_kernels as lrk
 from lowrank_kernels import range_finder
+from lowrank_kernels.ops import parts
 
 from .. import roofline, shapes, timing
-from ..cases import Context, Selection, not_measured, require_room
+from ..cases import Context, Selection, Unavailable, not_measured, require_room
 from ..checks import WrongResult
 from ..memory import peak_bytes
 from ..records import OURS, Row, timed_rows
@@ -24,6 +25,13 @@ CHUNK_BYTES = 2**31
 CHECKED = (OURS, "PyTorch version")
 """Contenders that must reach the bars below; of the others it is recorded what they reach."""
 ORTHONORMAL, ENERGY = 1e-5, 0.95
+EIGENPROBLEMS = {24: 224, 40: 224, 72: 224, 136: 224, 264: 64, 520: 16, 1032: 4, 2056: 1}
+"""l, and how many matrices (l, l) are solved in one call. l is r + 8 or 2r + 8, for ranks 16 to 1024. These
+figures are what the table in csrc/cuda/eigensolvers.h can be set by."""
+SOLVERS = {OURS: "auto", f"{OURS}, Jacobi": "jacobi", f"{OURS}, cuSOLVER": "cusolver"}
+BACKWARD_ERROR = 1e-11
+"""‖V·Λ·Vᵀ − A‖_F and ‖VᵀV − I‖_F at most, relative to ‖A‖_F and ‖I‖_F. In fp64 l·u is 2e-13 at l = 2056, and
+Jacobi's shift is (2l + terms)·u."""
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,26 @@ class RefreshCase:
         return max(count * (rows + n) * (self.rank + OVERSAMPLE) * 4 for count, rows, n in self.chunks())
 
 
-def cases(selection: Selection, on_gpu: bool) -> list[RefreshCase]:
+@dataclass(frozen=True)
+class EigenCase:
+    """`batch` Gram matrices (l, l) in fp64, of Gaussian vectors of length 4·l."""
+
+    l: int
+    batch: int
+
+    @property
+    def label(self) -> str:
+        return f"refresh eigenproblem {self.batch}x{self.l}x{self.l}"
+
+
+def cases(selection: Selection, on_gpu: bool) -> list[RefreshCase | EigenCase]:
     if selection.explicit:
         return [RefreshCase(*each) for each in selection.combinations(("60m",), (128,), (torch.bfloat16 if on_gpu else torch.float32,))]
     if on_gpu:
         matrices = [RefreshCase((1024, 2736), 256), RefreshCase((4096, 11008), 128)]
-        return [*matrices, RefreshCase("60m" if selection.quick else "7b", 128, torch.bfloat16)]
+        solved = {l: batch for l, batch in EIGENPROBLEMS.items() if not selection.quick or l in (40, 136)}
+        model = RefreshCase("60m" if selection.quick else "7b", 128, torch.bfloat16)
+        return [*matrices, model, *(EigenCase(l, batch) for l, batch in solved.items())]
     matrices = {(512, 1376): 128, (1024, 2736): 256} | ({} if selection.quick else {(2048, 5461): 512})
     found = [RefreshCase(shape, rank, spectrum=spectrum) for shape, rank in matrices.items() for spectrum in ("noise", "1/i")]
     return found if selection.quick else [*found, RefreshCase("28x512", 128)]
@@ -132,7 +154,48 @@ def check_bases(bases: list[Tensor], grads: list[Tensor], best: list[Tensor]) ->
     return max(defects), min(energies)
 
 
-def run(case: RefreshCase, context: Context) -> list[Row]:
+def run(case: RefreshCase | EigenCase, context: Context) -> list[Row]:
+    return _eigenproblems(case, context) if isinstance(case, EigenCase) else _bases(case, context)
+
+
+def _eigenproblems(case: EigenCase, context: Context) -> list[Row]:
+    require_room(case.batch * case.l**2 * 8 * 12, context.on_gpu)
+    generator = torch.Generator(context.device).manual_seed(0)
+    terms = 4 * case.l
+    vectors = torch.randn(case.batch, case.l, terms, dtype=torch.float64, generator=generator, device=context.device)
+    gram = vectors @ vectors.mT
+    runs = {name: lambda solver=solver: parts.eigh(gram, terms, solver) for name, solver in SOLVERS.items()}
+    runs["torch.linalg.eigh"] = lambda: torch.linalg.eigh(gram)[::-1]
+    errors: dict[str, float] = {}
+    rest: list[Row] = []
+    for name, solve in runs.items():
+        try:
+            if SOLVERS.get(name, "auto") != "auto" and not context.on_gpu:
+                raise Unavailable("a CPU has LAPACK alone")
+            with context.setting_up("refresh", name):
+                errors[name] = _solved(gram, *solve())
+        except Exception as why:
+            rest.append(not_measured(case.label, name, why))
+    if OURS not in errors:
+        return rest
+    timings = timing.interleave({name: runs[name] for name in errors}, context.on_gpu, context.measuring_s(), least_rounds=3)
+    fields = {"suite": "refresh", "rank": case.l, "shapes": [(case.batch, case.l, case.l)]}
+    rows = timed_rows(case.label, torch.float64, timings, {}, context.machine, **fields)
+    return [row | {"defect": errors[row["contender"]]} for row in rows] + rest
+
+
+def _solved(gram: Tensor, vectors: Tensor, values: Tensor) -> float:
+    """The larger one of the two errors that BACKWARD_ERROR bounds. Raises WrongResult where it is above."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    orthogonal = (vectors.mT @ vectors - identity).norm() / (identity.norm() * len(gram) ** 0.5)
+    residual = (vectors * values[..., None, :] @ vectors.mT - gram).norm() / gram.norm()
+    error = max(orthogonal.item(), residual.item())
+    if not error <= BACKWARD_ERROR:
+        raise WrongResult(f"‖VΛVᵀ − A‖ or ‖VᵀV − I‖ is {error:.2g}; not timed")
+    return error
+
+
+def _bases(case: RefreshCase, context: Context) -> list[Row]:
     total = sum(count * rows * columns for count, rows, columns in case.chunks())
     require_room(total * case.dtype.itemsize + 6 * CHUNK_BYTES * isinstance(case.model, str), context.on_gpu)
     grads = make_gradients(case, context.device)

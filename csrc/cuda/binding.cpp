@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "cholesky_inverse.h"
+#include "cusolver.h"
 #include "jacobi.h"
 #include "sketch.h"
 
@@ -56,8 +57,9 @@ std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift, a
     return inverse_factor_of<float>(gram.to(at::kFloat), shift > 0 ? std::max(shift, least) : 0.0);
 }
 
-std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms) {
-    const c10::cuda::CUDAGuard guard(gram.device());
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> eigh_by_jacobi(const at::Tensor& gram, int64_t terms) {
     const int64_t k = gram.size(-1);
     const at::Tensor identity = at::eye(k, gram.options());
     const at::Tensor largest = gram.diagonal(0, -2, -1).amax(-1, true);
@@ -75,6 +77,15 @@ std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms) {
     const auto [lengths, order] = at::linalg_vector_norm(turned, 2, at::IntArrayRef{-1}).sort(-1, /*descending=*/true);
     const at::Tensor vectors = turned.gather(-2, order.unsqueeze(-1).expand_as(turned)) / lengths.unsqueeze(-1);
     return {(lengths.square() - shift).clamp_min_(0.0).mul_(at::where(usable, largest, 0.0)), vectors};
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms, std::optional<Eigensolver> solver) {
+    const c10::cuda::CUDAGuard guard(gram.device());
+    const int64_t l = gram.size(-1);
+    if (!solver) solver = eigensolver_for(l, gram.numel() / (l * l), cusolver_serves());
+    return *solver == Eigensolver::CUSOLVER ? eigh_by_cusolver(gram) : eigh_by_jacobi(gram, terms);
 }
 
 at::Tensor normal(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::TensorOptions& options) {

@@ -5,6 +5,9 @@
 
 #include <cstdint>
 #include <optional>
+#include <tuple>
+
+#include "eigensolvers.h"
 
 namespace lowrank_kernels::cuda {
 
@@ -12,8 +15,8 @@ namespace lowrank_kernels::cuda {
 // asked for, the factor is fp32, of an S that was summed in fp64, with a shift for its own rounding.
 std::optional<at::Tensor> inverse_factor(const at::Tensor& gram, double shift, at::ScalarType dtype);
 
-// See ../small.h; fp64.
-std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms);
+// See ../eigh.h; fp64.
+std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms, std::optional<Eigensolver> solver);
 
 // (seeds, count).
 at::Tensor normal(at::IntArrayRef seeds, int64_t count, uint32_t stream, const at::TensorOptions& options);

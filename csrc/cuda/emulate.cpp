@@ -7,6 +7,7 @@
 // returned is the number of races, of divergent barriers and of indices out of range.
 #include "block.h"
 #include "cholesky_inverse.cuh"
+#include "eigensolvers.h"
 #include "jacobi.cuh"
 #include "sketch.cuh"
 
@@ -113,6 +114,13 @@ void tournament_pair(int l, int round, int index, int* pair) {
     pair[0] = players.first;
     pair[1] = players.second;
 }
+
+// Whether the table of eigensolvers.h gives `batch` matrices (l, l) to cuSOLVER.
+int cusolver_takes(int64_t l, int64_t batch, int can_be_called) {
+    return cuda::eigensolver_for(l, batch, can_be_called != 0) == cuda::Eigensolver::CUSOLVER;
+}
+
+int64_t matrices_per_call(int64_t l) { return cuda::matrices_per_call(l); }
 
 void philox4x32(const uint32_t* counter, const uint32_t* key, uint32_t* out) {
     const philox::Words words = philox::philox4x32({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);

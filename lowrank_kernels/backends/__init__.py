@@ -38,7 +38,10 @@ class Backend:
 
 
 REFERENCE = Backend()
-ADAMW = [("adamw", "back_projection", storage) for storage in ("plain", "eight_bit")]
+STORAGES = ("plain", "eight_bit")
+ADAMW = [("adamw", "back_projection", storage) for storage in STORAGES]
+FIRA = [("adamw", "residual", storage) for storage in STORAGES]
+APOLLO = [("adamw", lift, storage) for lift in ("channel_scaling", "tensor_scaling") for storage in STORAGES]
 BACKENDS = {
     "cpu": Backend(
         project=cpu.project_bucket,
@@ -49,7 +52,7 @@ BACKENDS = {
     "cuda": Backend(
         covers=cuda.covers,
         project=cuda.project,
-        fused=dict.fromkeys(ADAMW, cuda.step),
+        fused=dict.fromkeys(ADAMW, cuda.step) | dict.fromkeys(FIRA, cuda.residual_step) | dict.fromkeys(APOLLO, cuda.scaling_step),
         rules={("adamw", "plain"): cuda.update, ("sgd", "plain"): foreach.sgd},
         lifts={"back_projection": cuda.lift},
     ),
@@ -67,6 +70,8 @@ def backend_of(bucket: Bucket) -> Backend:
 def step(bucket: Bucket, hyper: Hyper) -> None:
     """Moves the bucket's weights and states by one update, in place. It leaves `steps` unchanged; the caller
     counts the update."""
+    if hyper.lift.takes_gradient and bucket.grads is None:
+        raise ValueError(f"the lift {hyper.lift.name!r} moves the weights by their gradients, and this bucket brings R alone")
     fused = backend_of(bucket).fused.get(hyper.method)
     if fused is not None:
         fused(bucket, hyper)

@@ -44,7 +44,14 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
     if ONEDNN_LINEAR is not None and left.dtype == torch.float32 and flops >= ONEDNN_FROM_FLOPS:
         return ONEDNN_LINEAR(left, right.mT, None, "none", [], "")
-    return left @ right
+    return (_left(left) if left.dtype == torch.bfloat16 else left) @ right
+
+
+def _left(matrix: Tensor) -> Tensor:
+    """The left operand of a product in bf16. oneDNN's AMX kernels read past the end of a row there, and
+    multiply what they find by zero, so that a NaN in the gap between two rows becomes one of the product
+    (torch 2.13). Without a gap there is none to find."""
+    return matrix.contiguous() if matrix.stride(1) == 1 and matrix.stride(0) > matrix.shape[1] else matrix
 
 
 def _product_dtype(*matrices: Tensor) -> torch.dtype:
@@ -81,7 +88,7 @@ def _project(bases: list[Tensor], grads: list[Tensor], right: bool, workspace: _
     for out, basis, grad in zip(products.unbind(), bases, grads, strict=True):
         left, right_factor = basis.mT.to(dtype), (grad.mT if right else grad).to(dtype)
         if dtype == torch.bfloat16:
-            torch.mm(left, right_factor, out=out)
+            torch.mm(_left(left), right_factor, out=out)
         else:
             out.copy_(_product(left, right_factor))
     return projected if projected.dtype == dtype else projected.copy_(products)
@@ -182,7 +189,7 @@ def back_project_(
                 weight.mul_(decay)
             weight.add_(_product(left, right_factor), alpha=rate)
         else:
-            weight.addmm_(left, right_factor, beta=decay, alpha=rate)
+            weight.addmm_(_left(left) if dtype == torch.bfloat16 else left, right_factor, beta=decay, alpha=rate)
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
@@ -210,8 +217,8 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
         decoded = [eight_bit.decode(*state, negated.dtype) for state in codes]
         moments = [list(values) for values in zip(*decoded, strict=True)] or [exp_avgs[part], exp_avg_sqs[part]]
         _update_moments_(*moments, projected, negated, beta1=beta1, beta2=beta2, eps=eps, steps=steps[part])
-        for values, state in zip(decoded, codes, strict=True):
-            eight_bit.encode_(*values, *state)
+        for values, state, t in zip(decoded, codes, steps[part] if scales else [], strict=True):
+            eight_bit.encode_(*values, *state, t)
         if bucket.rounding_seeds is not None:
             seeds = bucket.rounding_seeds[part].split(1)
             _back_project_stochastically_(weights[part], bases[part], negated, seeds, steps[part], **back)

@@ -47,6 +47,20 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
     written(*bucket.weights)  # only weights: no backward pass saves a state
 
 
+def residual_step(bucket: Bucket, hyper: Hyper) -> None:
+    from .triton import residual
+
+    residual.step(bucket, hyper)
+    written(*bucket.weights)
+
+
+def scaling_step(bucket: Bucket, hyper: Hyper) -> None:
+    from .triton import scaling
+
+    scaling.step(bucket, hyper)
+    written(*bucket.weights)
+
+
 def project(bucket: Bucket) -> list[Tensor]:
     from .triton import composed
 

@@ -85,8 +85,9 @@ def update(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
         stored = {name: bucket.states[name][index] for name in names}
         with kept_where(bucket.found_inf, list(stored.values())):
             values = hyper.storage.load(stored, r.dtype)
-            normalised.append(hyper.rule.update(r, values, number(bucket.steps[index]), **hyper.options))
-            hyper.storage.store_(values, stored)
+            step = number(bucket.steps[index])
+            normalised.append(hyper.rule.update(r, values, step, **hyper.options))
+            hyper.storage.store_(values, stored, step)
     return torch.stack(normalised)
 
 

@@ -3,13 +3,10 @@ too."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .lift import Lift
-
-GAMMA = 1.01
-"""γ, the largest factor by which the residual's norm grows in a step (the paper's limiter)."""
+from .limiter import limit_growth, ratio_of_norms
 
 
 class Residual(Lift):
@@ -27,10 +24,5 @@ class Residual(Lift):
         return {"residual_norm": ()}
 
     def direction(self, basis: Tensor, normalised: Tensor, *, grad: Tensor, projected: Tensor, state: dict[str, Tensor]) -> Tensor:
-        lengths = torch.linalg.vector_norm(projected, dim=0)
-        phi = torch.where(lengths > 0, torch.linalg.vector_norm(normalised, dim=0) / lengths, 0)
-        residual = phi * (grad - basis @ projected)
-        last, norm = state["residual_norm"], torch.linalg.vector_norm(residual)
-        limited = torch.where((last > 0) & (norm > GAMMA * last), GAMMA * last / norm, 1).to(residual.dtype)
-        last.copy_(norm * limited)
-        return basis @ normalised + limited * residual
+        residual = ratio_of_norms(normalised, projected) * (grad - basis @ projected)
+        return basis @ normalised + limit_growth(residual, state["residual_norm"])

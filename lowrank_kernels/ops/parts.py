@@ -43,6 +43,10 @@ def _short_side_spectrum_fake(grads: list[Tensor], count: int) -> tuple[Tensor, 
     return vectors, vectors.new_empty(len(vectors), short)
 
 
+def _eigh_fake(gram: Tensor, terms: int, solver: str) -> tuple[Tensor, Tensor]:
+    return gram.new_empty(gram.shape).mT, gram.new_empty(gram.shape[:-1])
+
+
 def _multiply_fake(grads: list[Tensor], factor: Tensor) -> Tensor:
     return _columns(factor, _count(grads), grads[0].shape[-2], factor.shape[-1])
 
@@ -69,6 +73,7 @@ leading = dispatch.define(
 short_side_spectrum = dispatch.define(
     "short_side_spectrum", "(Tensor[] grads, int count) -> (Tensor, Tensor)", _short_side_spectrum_fake, algorithms.short_side_spectrum
 )
+eigh = dispatch.define("eigh", "(Tensor gram, int terms, str solver) -> (Tensor, Tensor)", _eigh_fake, algorithms.eigh)
 multiply = dispatch.define("multiply", "(Tensor[] grads, Tensor factor) -> Tensor", _multiply_fake, algorithms.multiply)
 normal = dispatch.define("normal", "(Tensor like, int[] shape, int[] seeds, int stream) -> Tensor", _normal_fake, algorithms.normal)
 orthonormalise = dispatch.define("orthonormalise", "(Tensor matrix, int seed) -> Tensor", _orthonormalise_fake, algorithms.orthonormalise)

@@ -90,7 +90,8 @@ def range_finder(grad: Tensor, rank: int, *, oversample: int = 8, power_iters: i
     Returns:
         basis (…, m, r), orthonormal to 1e-5, and sigma (…, r), descending; fp32 (fp64 for fp64 input). The
         right basis is that of `grad.mT`. A zero or rank-deficient G gives a basis completed with random
-        directions. A G that is not finite gives a random basis and NaN for sigma.
+        directions. A G that is not finite gives a random basis and NaN for sigma. NaN for both says that a
+        GPU's eigensolver reported a failure.
 
     Raises:
         ValueError: shape, rank, oversample or power_iters out of range.
@@ -175,7 +176,8 @@ def choose_bases(
     Args:
         grads: matrices as stored, of equal shape and device. The right side works on their transposes.
         previous: the bases in use. A basis stays where its gradient is not finite or found_inf ≠ 0 (decided
-            on the device). None at the first refresh, when such a gradient gets a random basis.
+            on the device). None at the first refresh, when such a gradient gets a random basis. Where a GPU's
+            eigensolver reports that it failed, the basis stays as well, and is zeros at the first refresh.
         selection, svd: keys of subspaces.SELECTIONS and SVDS.
         places: (number of the parameter, expert) of each matrix. All draws are functions of (seed, place,
             refresh_number), except the sketch, which is a function of (seed, refresh_number) and shared.

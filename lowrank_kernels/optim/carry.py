@@ -34,7 +34,7 @@ def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storag
         values = storage.load(stored, state_dtype)
         turn = fresh.mT.to(state_dtype) @ old.to(state_dtype)
         rule.rotate(values, torch.where(changed, turn, torch.eye(turn.shape[-1], dtype=state_dtype, device=turn.device)))
-        storage.store_(values, stored)
+        storage.store_(values, stored, state["step"])
         return
     for tensor in (*stored.values(), state["step"]):  # all experts: they share one count
         tensor.copy_(torch.where(changed.any(), 0, tensor))

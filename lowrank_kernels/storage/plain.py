@@ -17,5 +17,5 @@ class Plain(Storage):
     def load(self, stored: dict[str, Tensor], state_dtype: torch.dtype) -> dict[str, Tensor]:
         return stored
 
-    def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor], step: float | Tensor) -> None:
         pass

@@ -23,6 +23,7 @@ class Storage:
         """The values in `state_dtype`. They may be the stored tensors themselves."""
         raise NotImplementedError
 
-    def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-        """Writes the values that `load` returned, and that a rule has changed, back into `stored`."""
+    def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor], step: float | Tensor) -> None:
+        """Writes the values that `load` returned, and that a rule has changed, back into `stored`. step: the
+        number of the update that changed them."""
         raise NotImplementedError

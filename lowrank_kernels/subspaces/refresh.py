@@ -84,6 +84,7 @@ def _choose_chunk(
             if found_inf is not None:
                 taken = taken & (found_inf.to(peak.device) == 0)
         fresh = choose(Spectrum(matrices, peak, *method), rank, seeds).to(dtype)
+        taken = taken & torch.isfinite(fresh).flatten(1).all(dim=1)  # NaN: its eigenproblem was not solved
         return torch.where(taken[:, None, None], fresh, torch.stack(tuple(previous)).to(dtype) if previous else 0).unbind()
     # Do not compute a basis that will not be used.
     skipped = bool(previous) and found_inf is not None and found_inf.item() != 0

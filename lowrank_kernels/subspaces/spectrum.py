@@ -42,7 +42,7 @@ class Spectrum:
 
     def leading(self, count: int, oversample: int) -> tuple[Tensor, Tensor]:
         """The leading `count` left singular vectors (batch, m, count) and values (batch, count),
-        descending."""
+        descending. Both are NaN where a GPU's solver reports that it failed."""
         if self.svd == "exact":
             vectors, sigma = self._exact()
             return vectors[..., :count], sigma[..., :count]
@@ -66,7 +66,11 @@ class Spectrum:
         m, n = self.shape
         if self.svd == "exact":
             return vectors
-        return parts.orthonormalise_each(parts.multiply(self.grads, vectors), self.seed) if m > n else algorithms.polish(vectors)
+        if m <= n:
+            return algorithms.polish(vectors)
+        basis = parts.orthonormalise_each(parts.multiply(self.grads, vectors), self.seed)
+        # Random directions would hide that an eigenproblem was not solved.
+        return torch.where(vectors.isnan().any(dim=-2, keepdim=True).any(dim=-1, keepdim=True), torch.nan, basis)
 
     def outside(self, directions: Tensor, count: int) -> Tensor:
         """(I − UUᵀ)·G·Ω (batch, m, count). Ω is drawn independently of the sketch's."""

@@ -19,6 +19,7 @@ from benchmarks import __main__ as benchmarks_command
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import evidence, runner, smoke, stages
 from benchmarks.gpu.runner import Command, Stage
+from benchmarks.tune import __main__ as tune_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,8 +187,17 @@ class TestPlan:
             assert argv[-4:] == ["--commit", "abc", "--wheels", str(tmp_path)] and argv[argv.index("--seconds") + 1] == "{seconds}"
             understood = benchmarks_command.parse([word.replace("{seconds}", "3") for word in argv[argv.index("benchmarks") + 1 :]])
             assert understood.commit == "abc" and understood.wheels == tmp_path
-        [(full, _)] = self.argv("full", files)
-        assert not {"--suite", "--models", "--quick"} & set(full)
+        [(full, environment)] = self.argv("full", files)
+        assert not {"--suite", "--models", "--quick"} & set(full) and environment == {"LOWRANK_KERNELS_TUNED": str(files.folder)}
+        [(tune, _)] = self.argv("tune", files, commit="abc")
+        assert tune[1:5] == ["-m", "benchmarks.tune", "--minutes", "{minutes}"]
+        monkeypatch.setattr(tune_command.dry, "interpreted", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        understood = tune_command.parse([word.replace("{minutes}", "7.5") for word in tune[3:]])
+        assert (understood.minutes, understood.out, understood.commit, understood.dry) == (7.5, files.folder, "abc", False)
+        [(tune, _)] = self.argv("tune", files, dry=True)
+        understood = tune_command.parse([word.replace("{minutes}", "0.5") for word in tune[3:]])
+        assert understood.dry and understood.quick and understood.out is None
         monkeypatch.setattr(os, "cpu_count", lambda: 2)
         monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
         [(tests, _)] = self.argv("tests", files)
@@ -196,10 +206,11 @@ class TestPlan:
         assert "nvidia-smi" in str(self.argv("facts", files)) and not re.search(r"-pm|-lgc|-r\b|-ac|-pl", str(self.argv("facts", files)))
 
     def test_stages_that_are_chosen_and_replaced(self, capsys, tmp_path):
-        code = command.main(["--dry", "--out", str(tmp_path), "--stages", "tune,facts", "--replace", "facts=exit 5", "--commit", "abc"])
+        replaced = ["--replace", "facts=exit 5", "--replace", "tune=echo tuned for {minutes}"]
+        code = command.main(["--dry", "--out", str(tmp_path), "--stages", "tune,facts", "--commit", "abc", *replaced])
         found = lines_of(capsys.readouterr().out.partition("stage ")[2])
         assert code == 1 and set(found) == {"facts", "tune"}
-        assert found["facts"][0] == "FAILED (exit status 5)" and found["tune"][2].startswith("There is no tuner yet")
+        assert found["facts"][0] == "FAILED (exit status 5)" and re.fullmatch(r"tuned for \d\.\d\d", found["tune"][2])
         with pytest.raises(SystemExit):
             command.main(["--stages", "build,nothing"])
         assert "there is no stage 'nothing'" in capsys.readouterr().err
@@ -216,6 +227,7 @@ class TestSmoke:
     def test_every_check_passes_here(self, capsys):
         names = [name for name, _ in [*smoke.operator_checks(False), *smoke.step_checks(True)]]
         assert [name for name in names if "jacobi" in name] == [f"jacobi, {rows} rows" for rows in (64, 500, 2000)]
+        assert [name for name in names if "cusolver" in name] == [f"cusolver, {rows} rows" for rows in (1, 64, 500, 2056)]
         assert [name for name in names if "cholesky" in name] == [f"cholesky_inverse, {l} columns" for l in (1, 33, 240, 300, 400)]
         assert {"normal, bit for bit", "gumbel", "a step in a CUDA graph"} <= set(names)
         small = [*smoke.operator_checks(True), *smoke.step_checks(True)]
@@ -246,8 +258,10 @@ class TestSmoke:
         for name, spoil in spoilt.items():
             sound = getattr(smoke.ops, name)
             monkeypatch.setattr(smoke.ops, name, lambda *a, sound=sound, spoil=spoil, **k: spoil(sound(*a, **k)))
+        solve = smoke.parts.eigh
+        monkeypatch.setattr(smoke.parts, "eigh", lambda *arguments: (solve(*arguments)[0].roll(1, -1), solve(*arguments)[1]))
         for check in (
-            lambda: smoke.jacobi(64),
+            lambda: smoke.eigenproblem("jacobi", 64),
             lambda: smoke.cholesky(33),
             lambda: smoke.sketch(torch.float32),
             smoke.normals,

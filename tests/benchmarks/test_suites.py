@@ -468,7 +468,7 @@ def test_a_bad_basis_is_refused(monkeypatch, no_clock):
 # The pieces.
 
 
-RUNS = [*((part, 32) for part in kernel.PARTS), *((path, bits) for path in ("two_pass", "single_pass") for bits in (32, 8))]
+RUNS = [*((part, 32) for part in kernel.PARTS), *((path, bits) for path in ("split", "single_pass") for bits in (32, 8))]
 
 
 @pytest.mark.parametrize("of, dtype, shape", pairwise(RUNS, [SINGLE, HALF], [(48, 80), (96, 64)]))
@@ -483,16 +483,16 @@ def test_the_launchers_that_a_gpu_runs_pass_the_check(of, dtype, shape):
         try:
             run = kernel.triton_runs(bucket)
         except Unavailable as reason:
-            assert op == "single_pass" and "two passes" in str(reason)
+            assert op == "single_pass" and "splits" in str(reason)
             pytest.skip(str(reason))
         assert kernel.check(bucket, run) < checks.UPDATE_ERROR[dtype]
 
 
 def test_work_of_a_kernel_case_is_that_of_its_bucket():
-    case = kernel.KernelCase("two_pass", 5, 80, 48, 16, HALF)
+    case = kernel.KernelCase("split", 5, 80, 48, 16, HALF)
     assert case.right and case.extents == (48, 80, 16)
     assert total(case.work()).flops == 5 * 4 * 48 * 80 * 16
-    assert len(case.work()) == 3
+    assert len(case.work()) == 2
 
 
 def test_refresh_of_a_model_covers_it_in_chunks(monkeypatch):
@@ -507,6 +507,21 @@ def test_refresh_of_a_model_covers_it_in_chunks(monkeypatch):
     rows = refresh.run(case, HERE)
     assert [row["contender"] for row in rows] == ["lowrank_kernels", "PyTorch version", "torch.svd_lowrank"]
     assert all(row["captured_energy"] > 0.95 and row["peak_mb"] > 0 for row in rows)
+
+
+def test_eigenproblems_are_timed_by_solver():
+    """What a CPU does not have is skipped."""
+    *rows, jacobi, cusolver = refresh.run(refresh.EigenCase(24, 3), HERE)
+    assert [row["contender"] for row in rows] == ["lowrank_kernels", "torch.linalg.eigh"]
+    assert all(row["defect"] <= refresh.BACKWARD_ERROR and row["shapes"] == [(3, 24, 24)] for row in rows)
+    assert all("LAPACK" in row["skipped"] for row in (jacobi, cusolver))
+    assert records.title(rows[0])[0] == "eigenproblem 3 × 24 × 24"
+
+
+def test_wrong_eigenvectors_are_refused(monkeypatch, no_clock):
+    right = refresh.parts.eigh
+    monkeypatch.setattr(refresh.parts, "eigh", lambda *arguments: (right(*arguments)[0].roll(1, -1), right(*arguments)[1]))
+    refused(refresh.run(refresh.EigenCase(24, 3), HERE), "lowrank_kernels", ".* is .* not timed")
 
 
 def test_peak_bytes_sees_what_an_operator_allocates_inside():

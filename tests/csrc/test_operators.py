@@ -137,6 +137,31 @@ def test_refresh_does_not_wait_for_a_gpu():
                 torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("solver", ["auto", "jacobi", "cusolver"])
+@pytest.mark.parametrize("l, batch", [(1, 3), (2, 3), (32, 5), (33, 5), (136, 4), (520, 2), (2056, 1)])
+def test_each_solver_of_a_gpu_gives_eigenvectors(solver, l, batch):
+    """Without a wait of torch's. Residuals in fp64; Jacobi shifts by (2l + terms)·u = 6·l·u, relative to the
+    largest element of the diagonal."""
+    if not torch.cuda.is_available():
+        pytest.skip("a CPU has LAPACK alone")
+    torch.manual_seed(0)
+    rows = torch.randn(batch, l, 4 * l, dtype=torch.float64, device="cuda") / torch.arange(1, l + 1, device="cuda")[:, None]
+    rows[0] = 0
+    gram = rows @ rows.mT
+    parts.eigh(gram, 4 * l, solver)  # libraries make their handles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        vectors, values = parts.eigh(gram, 4 * l, solver)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    bound = 32 * l * 2.0**-53
+    assert ((values[:, :-1] >= values[:, 1:]) & (values[:, 1:] >= 0)).all() and not values[0].any()
+    assert (vectors.mT @ vectors - torch.eye(l, device="cuda")).norm(dim=(-2, -1)).le(bound * l**0.5).all()
+    residual = (vectors * values[:, None] @ vectors.mT - gram).norm(dim=(-2, -1))
+    assert residual.le(bound * l**0.5 * gram.norm(dim=(-2, -1))).all()
+
+
 def test_the_shift_of_a_power_iteration_makes_it_more_accurate(monkeypatch):
     """On Gaussian noise: the compiled one finds more than a plain iteration of as many products with G·Gᵀ
     does."""

@@ -147,7 +147,7 @@ def judge(before, after, index, right, scalars, *, seed=None, lr_on_device=False
     expected = formulas.updated_weight(w, p, n, **update, right=right)
     weight = after["weights"][index]
     if coded:
-        assert_codes(tuple(after[name][index] for name in NAMES[3:]), m, v, errors)
+        assert_codes(tuple(after[name][index] for name in NAMES[3:]), m, v, errors, scalars["step"])
     else:
         assert_within(after["exp_avgs"][index], m, errors[0], "M")
         assert_within(after["exp_avg_sqs"][index], v, errors[1], "V")

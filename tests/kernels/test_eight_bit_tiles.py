@@ -15,10 +15,13 @@ from lowrank_kernels.storage import eight_bit as reference
 
 pytestmark = pytest.mark.gpu
 TILE = (8, 128)
+STEP = 1234567
 
 
 @triton.jit
-def _encode_kernel(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _encode_kernel(
+    exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, rows, columns, t, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     block = tl.program_id(1) * (COLUMNS // 64) + tl.arange(0, COLUMNS // 64)[None, :]
@@ -28,7 +31,10 @@ def _encode_kernel(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, r
     codes, scales = eight_bit.encode_m(tl.load(m + at, mask=inside, other=float("nan")), inside)
     tl.store(exp_avg + at, codes, mask=inside)
     tl.store(exp_avg_scale + block_at, scales, mask=block_inside)
-    codes, scales = eight_bit.encode_v(tl.load(v + at, mask=inside, other=float("nan")), inside)
+    first_row, first_column = tl.program_id(0) * ROWS, tl.program_id(1) * COLUMNS
+    codes, scales = eight_bit.encode_v(
+        tl.load(v + at, mask=inside, other=float("nan")), inside, first_row, first_column, tl.cast(t, tl.int32)
+    )
     tl.store(exp_avg_sq + at, codes, mask=inside)
     tl.store(exp_avg_sq_scale + block_at, scales, mask=block_inside)
 
@@ -46,15 +52,15 @@ def _decode_kernel(exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, m, v, r
     tl.store(v + at, eight_bit.decode_v(tl.load(exp_avg_sq + at, mask=inside, other=0), scales), mask=inside)
 
 
-def launch(kernel, *tensors):
+def launch(kernel, *tensors, numbers=()):
     rows, columns = tensors[0].shape
-    kernel[(triton.cdiv(rows, TILE[0]), triton.cdiv(columns, TILE[1]))](*tensors, rows, columns, *TILE)
+    kernel[(triton.cdiv(rows, TILE[0]), triton.cdiv(columns, TILE[1]))](*tensors, rows, columns, *numbers, *TILE)
 
 
-def encode(m, v):
+def encode(m, v, step=STEP):
     codes = [guarded_codes(torch.zeros(m.shape, dtype=torch.uint8)) for _ in range(2)]
     scales = [guarded(torch.zeros(reference.scales_shape(m.shape))) for _ in range(2)]
-    launch(_encode_kernel, *codes, *scales, guarded(m), guarded(v))
+    launch(_encode_kernel, *codes, *scales, guarded(m), guarded(v), numbers=(step,))
     assert code_frames_intact(codes)
     return (*codes, *scales)
 
@@ -73,11 +79,11 @@ def nothing(m):
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 63), (9, 64), (8, 65), (1, 300), (17, 200)], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 3e37, 1e-29])
-def test_codes_are_the_nearest(shape, scale):
+def test_codes_are_neighbours(shape, scale):
     m, v = moments(*shape, scale)
     m[0, 0], v[0, 0] = -scale, scale
     m[:, ::64], v[:, ::64] = scale, scale  # no block of nothing but zeros, which has no scale
-    assert_codes(encode(m, v), m, v, nothing(m))
+    assert_codes(encode(m, v), m, v, nothing(m), STEP)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 65), (17, 200)], ids=str)
@@ -93,13 +99,14 @@ def test_every_code_decodes(shape, scale):
 
 
 @settings(max_examples=25, deadline=None)
-@given(rows=st.integers(1, 20), columns=st.integers(1, 150), exponent=st.integers(-30, 37))
-def test_same_codes_as_the_reference(rows, columns, exponent):
-    """Both round in fp32, so one code in thousands may be the neighbour, where the exact one lies midway."""
+@given(rows=st.integers(1, 20), columns=st.integers(1, 150), exponent=st.integers(-30, 37), step=st.integers(1, 2**24))
+def test_same_codes_as_the_reference(rows, columns, exponent, step):
+    """Both round in fp32, so one code in thousands may be the neighbour: of M where the exact one lies
+    midway, of V where it lies at the threshold."""
     m, v = moments(rows, columns, 10.0**exponent)
-    found = encode(m, v)
+    found = encode(m, v, step)
     expected = [torch.empty_like(tensor) for tensor in found]
-    reference.encode_(m, v, *expected)
+    reference.encode_(m, v, *expected, step)
     assert same_bits(bits(found[2:]), bits(expected[2:]))
     for codes, same in zip(found[:2], expected[:2], strict=True):
         difference = (codes.int() - same.int()).abs()
@@ -135,7 +142,7 @@ def test_zero_and_tiny_blocks():
     assert m_scale.tolist() == v_scale.tolist() == [[0.0, 0.0, 2.0**-126]]
     assert (exp_avg[0, :128] == 128).all() and not exp_avg_sq[0, :64].any()
     assert exp_avg[0, 128:131].tolist() == [1, 128 + 90, 128]  # √½ of 127 is 89.8
-    assert exp_avg_sq[0, 64:66].tolist() == [1, 0] and exp_avg_sq[0, 128:131].tolist() == [255, 214, 0]  # (½)^¼ of 255 is 214.4
+    assert exp_avg_sq[0, 64:66].tolist() == [1, 0] and exp_avg_sq[0, 128:131].tolist() == [255, 215, 0]  # (½)^¼ of 255 is 214.4
 
 
 def test_positive_v_stays_positive():
@@ -143,3 +150,20 @@ def test_positive_v_stays_positive():
     coded = encode(torch.ones_like(v), v)
     assert coded[1].tolist() == [[255, 1, 1, 1, 0]]
     assert (reference.decode(*coded)[1][0, :4] > 0).all()
+
+
+@triton.jit
+def _fractions_kernel(out, first_row, first_column, t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    at = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out + at, eight_bit._fractions(tl.zeros((ROWS, COLUMNS), tl.float32), first_row, first_column, tl.cast(t, tl.int32)))
+
+
+@pytest.mark.parametrize("first", [(0, 0), (8, 128), (1000, 2**20), (2**20, 64)], ids=str)
+@pytest.mark.parametrize("step", [1, 2**23 - 1, 2**24, 2**31 - 1])
+def test_fractions_are_the_references_bit_for_bit(first, step):
+    """Rows and columns are added to those of a small matrix, whose u is known."""
+    found = torch.full(TILE, float("nan"), device=DEVICE)
+    _fractions_kernel[(1,)](found, *first, step, *TILE)
+    shift = (first[0] * reference.ROW + first[1] * reference.COLUMN) / reference.UNITS
+    expected = (reference.fractions(TILE, step, torch.float64, found.device) + shift).frac()
+    assert torch.equal(found.double(), expected)

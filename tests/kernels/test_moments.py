@@ -139,7 +139,7 @@ def check_coded(states, projected, out, counts=None, **adam):
         expected = formulas.update_moments_(m, v, r, **here)
         bound = normalised_error(m, v, errors, **here, store=store, correction=BIAS_CORRECTION_ERROR)
         assert_within(out[index], expected, bound + 2.0**-25 * (store > 0), "N")
-        assert_codes(coded, m, v, errors)
+        assert_codes(coded, m, v, errors, step)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 64), (5, 205), (33, 67), (2, 512), (21, 1)], ids=str)

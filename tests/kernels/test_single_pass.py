@@ -352,7 +352,8 @@ class TestChoice:
         assert row.programs(row.BLOCK_N * 3 + 1, 5) == 20
 
     def test_few_programs_are_left_to_the_split(self, monkeypatch):
-        monkeypatch.setattr(single_pass, "_multiprocessors", lambda device: 132)
+        monkeypatch.setattr(choose, "multiprocessors", lambda device: 132)
+        monkeypatch.setattr(choose, "device_name", lambda device: None)
         monkeypatch.setattr(choose, "architecture", lambda device: 90)
 
         class OnCuda:

@@ -10,7 +10,8 @@ from steps import check as check_step
 from steps import run as run_step
 
 from lowrank_kernels import philox
-from lowrank_kernels.backends.triton import builtin, choose, split
+from lowrank_kernels.backends.bucket import Bucket
+from lowrank_kernels.backends.triton import builtin, choose, split, table
 
 pytestmark = pytest.mark.gpu
 SIDES = pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
@@ -85,10 +86,10 @@ def test_parts_give_the_same_bits(dtype, monkeypatch):
     seeds = philox.seed_tensor(range(5), DEVICE) if dtype == torch.bfloat16 else None
     run(whole, True, rounding_seeds=seeds)
     each = 9 * 67 * dtype.itemsize
-    monkeypatch.setattr(split, "TEMPORARY_BYTES", 2 * each + 5)
+    monkeypatch.setattr(table, "TEMPORARY_BYTES", 2 * each + 5)
     allocated = recorded_bytes(monkeypatch)
     run(parts, True, rounding_seeds=seeds)
-    assert sum(allocated) == 2 * each
+    assert allocated == [2 * each, 2 * each, each]
     assert same(whole, parts)
 
 
@@ -116,10 +117,13 @@ def test_the_only_temporary_is_n(count, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("count", "bytes_each", "at_once"), [(1, 2**40, 1), (7, 2**28, 1), (7, 2**26, 4), (9, 2**26, 3), (4, 2**26, 4), (3, 0, 3)]
+    ("bytes_each", "sizes"),
+    [(2**40, [1]), (2**28, [1] * 3), (2**26, [4, 3]), (2**26, [3] * 3), (2**26, [4]), (0, [3])],
 )
-def test_parts_are_even(count, bytes_each, at_once):
-    assert split.matrices_at_once(count, bytes_each) == at_once
+def test_parts_are_even(bytes_each, sizes):
+    matrices = [torch.empty(1, 1)] * sum(sizes)
+    made = Bucket(matrices, matrices, {}, matrices, False, grads=matrices)
+    assert [len(part) for part in table.launchable(made, bytes_each)] == sizes
 
 
 @pytest.mark.parametrize(

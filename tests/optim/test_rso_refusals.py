@@ -208,7 +208,7 @@ def test_other_optimizers_refuse_coordinates(optimizer_of):
     assert same_bits(before, model.state_dict())
 
 
-@pytest.mark.parametrize("what", ["update", "matrix"])
+@pytest.mark.parametrize("what", ["step", "matrix"])
 def test_a_step_that_fails_leaves_the_weights_of_its_layers_and_can_be_repeated(monkeypatch, what):
     (model, optimizer), twin = build(), build()
     train(model, optimizer, 4)
@@ -217,7 +217,7 @@ def test_a_step_that_fails_leaves_the_weights_of_its_layers_and_can_be_repeated(
     weights = {name: layer.weight.clone() for name, layer in converted(model).items()}
     states = {name: copy.deepcopy(optimizer.state[layer.coordinates]) for name, layer in converted(model).items()}
     with monkeypatch.context() as patch:
-        where = backends if what == "update" else lrk.nn.Subspace
+        where = backends if what == "step" else lrk.nn.Subspace
         patch.setattr(where, what, lambda *_, **__: (_ for _ in ()).throw(MemoryError("no")))
         with pytest.raises(MemoryError):
             optimizer.step()

@@ -16,13 +16,13 @@ from . import adam, eight_bit
 def advance(
     r, projected, first_r, ROWS: tl.constexpr, first_n, BLOCK_N: tl.constexpr,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t,
 ):  # fmt: skip
-    """N (ROWS, BLOCK_N) in N_DTYPE, of rows from first_r and columns from first_n. Rows past the rank are
+    """N and R, (ROWS, BLOCK_N) in fp32, of rows from first_r and columns from first_n. Rows past the rank are
     zero.
 
     r: Rᵀ (BLOCK_N, ROWS) in fp32, or None where R is read from `projected`, row-major (rank, n). Moments are
-    fp32, or 8-bit codes where there are scales.
+    fp32, or 8-bit codes where there are scales. t: the number of the update, int32, which only codes need.
     """
     offs_r = first_r + tl.arange(0, ROWS)
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -47,7 +47,7 @@ def advance(
         v = eight_bit.decode_v(v_codes, v_scales)
         m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
         m_codes, m_scales = eight_bit.encode_m(m, inside)
-        v_codes, v_scales = eight_bit.encode_v(v, inside)
+        v_codes, v_scales = eight_bit.encode_v(v, inside, first_r, first_n, t)
         # All warps of a block of 64 must have loaded its scale before one of them stores it.
         tl.debug_barrier()
         tl.store(exp_avg_scale + offs_s, m_scales, mask=in_blocks)
@@ -62,21 +62,22 @@ def advance(
         tl.store(exp_avg_sq + offs, v, mask=inside, eviction_policy="evict_first")
     norm = adam.normalise(m, v, correction1, correction2, eps)
     # Rows past the rank are 0/ε, which is NaN for ε = 0. NaN times the zeros of P would be NaN.
-    return tl.where(in_r, norm, 0.0).to(N_DTYPE)
+    return tl.where(in_r, norm, 0.0), r
 
 
 @triton.jit
 def advance_and_keep(
     r, projected, first_r, ROWS: tl.constexpr, SLICES: tl.constexpr, first_n, BLOCK_N: tl.constexpr,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """As advance, in slices. N (ROWS, BLOCK_N) stays on the chip."""
+    """As advance, in slices. N (ROWS, BLOCK_N) in N_DTYPE stays on the chip."""
     if SLICES == 1:
-        return advance(
+        norm, _ = advance(
             r, projected, first_r, ROWS, first_n, BLOCK_N, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t,
         )  # fmt: skip
+        return norm.to(N_DTYPE)
     else:
         left = None
         right = None
@@ -85,44 +86,52 @@ def advance_and_keep(
         upper = advance_and_keep(
             left, projected, first_r, ROWS // 2, SLICES // 2, first_n, BLOCK_N,
             exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
         )  # fmt: skip
         lower = advance_and_keep(
             right, projected, first_r + ROWS // 2, ROWS // 2, SLICES // 2, first_n, BLOCK_N,
             exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, N_DTYPE,
         )  # fmt: skip
         return tl.reshape(tl.permute(tl.join(upper, lower), (2, 0, 1)), (ROWS, BLOCK_N))
 
 
 @triton.jit
 def advance_and_store(
-    r, normalised, first_r, ROWS: tl.constexpr, SLICES: tl.constexpr, first_n, BLOCK_N: tl.constexpr,
+    r, normalised, projected, first_r, ROWS: tl.constexpr, SLICES: tl.constexpr, first_n, BLOCK_N: tl.constexpr,
     exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t,
 ):  # fmt: skip
-    """As advance, in slices. N goes to `normalised`, row-major (rank, n)."""
+    """As advance, in slices. N and R go to `normalised` and `projected`, row-major (rank, n), where these are
+    not None. Returns Σ N² and Σ R² over the rows of the tile, (BLOCK_N,) each; the compiler leaves out what
+    is not used."""
     if SLICES == 1:
-        norm = advance(
+        norm, r = advance(
             r, None, first_r, ROWS, first_n, BLOCK_N, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t,
         )  # fmt: skip
         offs_r = first_r + tl.arange(0, ROWS)
         offs_n = first_n + tl.arange(0, BLOCK_N)
         inside = (offs_r < rank)[:, None] & (offs_n < n)[None, :]
-        tl.store(normalised + offs_r[:, None].to(tl.int64) * n + offs_n[None, :], norm, mask=inside)
+        offs = offs_r[:, None].to(tl.int64) * n + offs_n[None, :]
+        if normalised is not None:
+            tl.store(normalised + offs, norm.to(normalised.dtype.element_ty), mask=inside)
+        if projected is not None:
+            tl.store(projected + offs, r.to(projected.dtype.element_ty), mask=inside)
+        return tl.sum(norm * norm, axis=0), tl.sum(r * r, axis=0)
     else:
         left, right = _halves(r)
-        advance_and_store(
-            left, normalised, first_r, ROWS // 2, SLICES // 2, first_n, BLOCK_N,
+        upper_n, upper_r = advance_and_store(
+            left, normalised, projected, first_r, ROWS // 2, SLICES // 2, first_n, BLOCK_N,
             exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t,
         )  # fmt: skip
-        advance_and_store(
-            right, normalised, first_r + ROWS // 2, ROWS // 2, SLICES // 2, first_n, BLOCK_N,
+        lower_n, lower_r = advance_and_store(
+            right, normalised, projected, first_r + ROWS // 2, ROWS // 2, SLICES // 2, first_n, BLOCK_N,
             exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, N_DTYPE,
+            beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t,
         )  # fmt: skip
+        return upper_n + lower_n, upper_r + lower_r
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bucket import Bucket, Hyper
-from . import adam, choose, pointers, rounding, table
+from . import adam, choose, configs, pointers, rounding, table
 from .dots import TRITON_DTYPES, dot_of, round_operand
 
 
@@ -71,15 +71,16 @@ def _back_project_kernel(
     tl.store(w_at, new.to(W_DTYPE), mask=inside, eviction_policy="evict_first")
 
 
-def launch(bucket: Bucket, hyper: Hyper, rows: table.Rows, normalised: Tensor) -> None:
+def launch(bucket: Bucket, hyper: Hyper, rows: table.Rows, normalised: Tensor, config: configs.BackProjectConfig | None = None) -> None:
     """Moves the weights of a bucket by N, in one launch. normalised: (B, r, n) or more, row-major, of fp32 or
-    16 bits, rounded to the bases' dtype for the dot."""
+    16 bits, rounded to the bases' dtype for the dot. config: None takes the built-in row."""
     basis = bucket.bases[0]
     weight = bucket.weights[0].mT if bucket.right else bucket.weights[0]
     m, n, rank = bucket.extents
     arch = choose.architecture(basis.device)
     dot = dot_of(basis.dtype, basis.dtype, arch)
-    config = choose.back_project(arch, dot.kind, rank, rows.aligned and table.wide(weight, basis) and n % 16 == 0)
+    wide = rows.aligned and table.wide(weight, basis) and n % 16 == 0
+    config = config or choose.back_project(arch, dot.kind, rank, wide)
     tiles = triton.cdiv(m, config.BLOCK_M) * triton.cdiv(n, config.BLOCK_N)
     if tiles:
         device_lr, decay, step_size = adam.rates(hyper)

@@ -6,7 +6,7 @@ tests/kernels/test_aot.py sets. The None rows serve unknown architectures, and s
 narrower than 16 bytes.
 """
 
-from .configs import BackProjectConfig, MomentsConfig, ProjectConfig, ProjectMomentsConfig, SinglePassConfig
+from .configs import BackProjectConfig, MomentsConfig, ProjectConfig, ProjectMomentsConfig, ScalingConfig, SinglePassConfig
 
 # The last row serves every larger rank too, by looping or by more programs. Programs that share a strip of G
 # run side by side, so a rank above BLOCK_R reads G again from L2.
@@ -82,6 +82,23 @@ BACK_PROJECT = {
     },
 }
 BACK_PROJECT[100] = BACK_PROJECT[90]
+
+# As BACK_PROJECT. The program has a tile of G too.
+RESIDUAL = {
+    80: {
+        "16bit": (BackProjectConfig(64, 128, 32, 8, 3),),
+        "tf32": (BackProjectConfig(64, 128, 32, 8, 2),),
+        "ieee": (BackProjectConfig(64, 64, 16, 4, 2),),
+    },
+    90: {
+        "16bit": (BackProjectConfig(64, 128, 64, 8, 3),),
+        "tf32": (BackProjectConfig(64, 128, 32, 8, 2),),
+        "ieee": (BackProjectConfig(64, 64, 16, 4, 2),),
+    },
+    None: BACK_PROJECT[None],
+}
+RESIDUAL[100] = RESIDUAL[90]
+SCALING = ScalingConfig(ROWS=16, COLUMNS=128, num_warps=4)
 
 # Keyed by dtype of the moments too, because decoding and encoding 8-bit moments takes registers. A row covers
 # every rank up to its BLOCK_R; larger ranks are split. Every program reads P twice from L2. That is 4·r bytes

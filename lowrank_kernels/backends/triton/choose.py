@@ -1,12 +1,25 @@
-"""Which row serves a launch. Nothing is tuned within a step, because the kernels work in place."""
+"""Which row serves a launch: one that was measured on a device of this name (tuned.py), or a built-in one.
+Nothing is tuned within a step, because the kernels work in place."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 
-from . import builtin
-from .configs import BackProjectConfig, MomentsConfig, ProjectConfig, ProjectMomentsConfig, SinglePassConfig
+from ..bucket import Bucket
+from . import builtin, table, tuned
+from .configs import (
+    BackProjectConfig,
+    MomentsConfig,
+    ProjectConfig,
+    ProjectMomentsConfig,
+    ScalingConfig,
+    SinglePassConfig,
+    SplitConfig,
+)
+from .dots import dot_of
 
 
 def architecture(device: torch.device) -> int | str | None:
@@ -15,6 +28,50 @@ def architecture(device: torch.device) -> int | str | None:
         return None
     with torch.cuda.device(device):
         return triton.runtime.driver.active.get_current_target().arch
+
+
+@functools.cache
+def device_name(device: torch.device) -> str | None:
+    """The name by which a GPU's table is called; None for other devices, which have no table."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def measured(bucket: Bucket, aligned: bool) -> SinglePassConfig | SplitConfig | None:
+    """The row that was measured for buckets like this one. None leaves the bucket to the built-in rows.
+
+    Measured are steps that compute R from G, on W, G and P of one dtype, with accesses of 16 bytes, and with
+    enough programs to fill the device.
+    """
+    weight, basis = bucket.weights[0], bucket.bases[0]
+    device = basis.device
+    name = device_name(device)
+    if name is None or not tuned.rows_of(name) or bucket.grads is None or not weight.dtype == basis.dtype == bucket.grads[0].dtype:
+        return None
+    if not (aligned and table.wide(weight, basis, bucket.grads[0])):
+        return None
+    kind = dot_of(basis.dtype, basis.dtype, architecture(device)).kind
+    moments, side = "8-bit" if "exp_avg_scale" in bucket.states else "fp32", "right" if bucket.right else "left"
+    _, n, rank = bucket.extents
+    row = _measured(name, kind, moments, side, rank, tuned.waves(n, len(bucket), multiprocessors(device)))
+    return None if isinstance(row, SplitConfig) and n % 16 else row  # N is row-major, (r, n)
+
+
+@functools.cache
+def _measured(name: str, kind: str, moments: str, side: str, rank: int, waves: str | None) -> SinglePassConfig | SplitConfig | None:
+    if waves is None:
+        return None
+    row = tuned.look_up(tuned.rows_of(name), tuned.Key(kind, moments, side, rank, waves))
+    return row and row.config
+
+
+def measured_split(bucket: Bucket, aligned: bool) -> SplitConfig | None:
+    row = measured(bucket, aligned)
+    return row if isinstance(row, SplitConfig) else None
 
 
 def _first_that_covers(rows, rank: int):
@@ -50,6 +107,15 @@ def single_pass(arch: int | str | None, kind: str, rank: int, wide: bool, eight_
         return None
     table = builtin.SINGLE_PASS.get(arch, {}).get((kind, "8-bit" if eight_bit else "fp32"), ())
     return next((row for row in table if row.rank_covered >= rank), None)
+
+
+def residual(arch: int | str | None, kind: str, rank: int, wide: bool) -> BackProjectConfig:
+    """The row for a rank; as project."""
+    return _first_that_covers(_of(builtin.RESIDUAL, arch, wide)[kind], rank)
+
+
+def scaling() -> ScalingConfig:
+    return builtin.SCALING
 
 
 def moments(eight_bit: bool) -> MomentsConfig:

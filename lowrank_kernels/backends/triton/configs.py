@@ -79,6 +79,15 @@ class MomentsConfig(Config):
 
 
 @dataclass(frozen=True)
+class ScalingConfig(Config):
+    """A program owns ROWS x COLUMNS of W as it is stored."""
+
+    ROWS: int
+    COLUMNS: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
 class SinglePassConfig(Config):
     """A program owns BLOCK_N columns of a matrix and up to BLOCK_R directions.
 
@@ -105,3 +114,11 @@ class SinglePassConfig(Config):
     def programs(self, n: int, count: int) -> int:
         """Programs of one launch for `count` matrices with n columns."""
         return triton.cdiv(n, self.BLOCK_N) * count
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """A row for each launch of the split. Both serve every rank."""
+
+    project_moments: ProjectMomentsConfig
+    back_project: BackProjectConfig

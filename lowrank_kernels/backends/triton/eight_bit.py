@@ -2,7 +2,10 @@
 share an fp32 scale.
 
     M:  c = 128 + ⌊127·sign(m)·√(|m|/s) + ½⌋             m = s·sign(c − 128)·((c − 128)/127)²
-    V:  c = ⌊255·(v/s)^¼ + ½⌋, 1 at least if v > 0       v = s·(c/255)⁴
+    V:  c = b + [255⁴·v/s > b⁴ + u·((b + 1)⁴ − b⁴)],     v = s·(c/255)⁴
+        b = ⌊255·(v/s)^¼⌋, and 1 at least if v > 0
+
+u is a function of the row, the column and the number of the update.
 
 A tile is (ROWS, COLS). COLS is a multiple of 64, and the tile's first column is at a multiple of 64 of the
 matrix. The tile's scales are (ROWS, COLS // 64). In memory codes are row-major (r, n), scales row-major (r,
@@ -12,7 +15,12 @@ matrix. The tile's scales are (ROWS, COLS // 64). In memory codes are row-major 
 import triton
 import triton.language as tl
 
+from ...storage import eight_bit
+
 BLOCK = tl.constexpr(64)
+UNITS = tl.constexpr(eight_bit.UNITS)
+ROW, COLUMN, STEP = tl.constexpr(eight_bit.ROW), tl.constexpr(eight_bit.COLUMN), tl.constexpr(eight_bit.STEP)
+SLACK = tl.constexpr(eight_bit.SLACK)
 
 
 @triton.jit
@@ -45,14 +53,38 @@ def encode_m(m, inside):
 
 
 @triton.jit
-def encode_v(v, inside):
-    """V in fp32 → codes and scales; as encode_m."""
+def encode_v(v, inside, first_row, first_column, t):
+    """V in fp32 → codes and scales; as encode_m.
+
+    first_row, first_column: where the tile lies in the matrix, int32. t: the number of this update, int32.
+    """
     v = tl.where(inside, v, 0.0)
     scales, share = _scales_and_shares(v)
-    codes = (255.0 * tl.sqrt(tl.sqrt(share)) + 0.5).to(tl.int32)
+    fourth = share * 4228250625.0  # 255⁴
+    codes = (tl.sqrt(tl.sqrt(fourth)) * (1.0 + SLACK / 4)).to(tl.int32)
+    below = codes.to(tl.float32)
+    square = below * below
+    exact = square * square
+    distance = ((4.0 * below + 6.0) * below + 4.0) * below + 1.0  # (b + 1)⁴ − b⁴
+    threshold = tl.maximum(exact + _fractions(v, first_row, first_column, t) * distance, exact * (1.0 + SLACK))
+    codes += tl.where(fourth > threshold, 1, 0)
     # A block that is not finite gets codes of 0, whatever its elements are.
     smallest = tl.where((v > 0) & (_spread(scales, v) >= 0), 1, 0)
     return tl.maximum(codes, smallest).to(tl.uint8), scales
+
+
+@triton.jit
+def _fractions(like, first_row, first_column, t):
+    """u of each element of a tile. Products and sums wrap at 2³², of which UNITS is a divisor."""
+    rows = (tl.arange(0, like.shape[0]) + first_row).to(tl.uint32)
+    columns = (tl.arange(0, like.shape[1]) + first_column).to(tl.uint32)
+    of_rows = tl.add(
+        tl.mul(rows, ROW, sanitize_overflow=False), tl.mul(t.to(tl.uint32), STEP, sanitize_overflow=False), sanitize_overflow=False
+    )
+    of_columns = tl.mul(columns, COLUMN, sanitize_overflow=False)
+    units = tl.add(of_rows[:, None], of_columns[None, :], sanitize_overflow=False) & (UNITS - 1)
+    # With the exponent of 1 these bits are 1 + u. That is cheaper than a conversion.
+    return (units | 0x3F800000).to(tl.float32, bitcast=True) - 1.0
 
 
 @triton.jit

@@ -33,8 +33,9 @@ def _update_moments_kernel(
     exp_avg = pointers.matrix_at(exp_avgs_at, matrix, STATE, ALIGNED)
     exp_avg_sq = pointers.matrix_at(exp_avg_sqs_at, matrix, STATE, ALIGNED)
     column_tiles = tl.cdiv(columns, COLUMNS)
-    row = tl.program_id(0) // column_tiles * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(0) % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    first_row, first_column = tl.program_id(0) // column_tiles * ROWS, tl.program_id(0) % column_tiles * COLUMNS
+    row = first_row + tl.arange(0, ROWS)[:, None]
+    column = first_column + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
     at = row.to(tl.int64) * columns + column
     r = tl.load(pointers.matrix_at(projected_at, matrix, R_DTYPE, ALIGNED) + at, mask=inside, other=0.0).to(tl.float32)
@@ -51,11 +52,13 @@ def _update_moments_kernel(
 
     m, v = adam.update(m, v, r, beta1, one_minus_beta1, beta2, one_minus_beta2)
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, log_beta1, log_beta2)
+    if EIGHT_BIT:
+        t = adam.step_number(steps_at, matrix)
     norm = adam.normalise(m, v, correction1, correction2, eps)
     tl.store(normalised + matrix * rows * columns + at, norm.to(normalised.dtype.element_ty), mask=inside)
     if EIGHT_BIT:
         m, m_scales = eight_bit.encode_m(m, inside)
-        v, v_scales = eight_bit.encode_v(v, inside)
+        v, v_scales = eight_bit.encode_v(v, inside, first_row, first_column, t)
         # All warps of a block of 64 must have loaded its scale before one of them overwrites it.
         tl.debug_barrier()
         tl.store(m_scales_at, m_scales, mask=block_inside)

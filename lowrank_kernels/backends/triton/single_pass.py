@@ -10,14 +10,11 @@ G', W' are G, W of shape (m, n) on the left side. On the right side the stored o
 their transposes. W moves in tiles of W as it is stored: then its accesses, and the random bits of a
 stochastic rounding, run the same way on both sides.
 
-The choice of the row for a bucket is an estimate so far: nothing was measured on a GPU yet.
+The built-in rows are estimates: nothing was measured on a GPU yet.
 """
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,9 +84,12 @@ def _adamw_step_kernel(
             g_at += block_k * stride_gm
 
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, log_beta1, log_beta2)
+    t = None
+    if exp_avg_scales_at is not None or rounding_seeds is not None:
+        t = adam.step_number(steps_at, matrix)
     norm = advance_and_keep(
         r, projected, 0, BLOCK_R, SLICES, first_n, BLOCK_N, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale, rank, n,
-        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, P_DTYPE,
+        beta1, one_minus_beta1, beta2, one_minus_beta2, correction1, correction2, eps, t, P_DTYPE,
     )  # fmt: skip
     norm = round_operand(norm.to(DOT_DTYPE), ROUNDING)
     if RIGHT:
@@ -98,7 +98,6 @@ def _adamw_step_kernel(
     decay, step_size = adam.coefficients(device_lr, decay, step_size)
     if rounding_seeds is not None:
         seed = tl.load(rounding_seeds + matrix)
-        t = adam.step_number(steps_at, matrix)
     offs_m = tl.arange(0, BLOCK_M)
     p_at = basis + offs_m[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
     at_m, at_n = pointers.as_stored(offs_m, offs_n, RIGHT)
@@ -130,8 +129,11 @@ def _adamw_step_kernel(
 
 
 def row_for(bucket: Bucket, aligned: bool) -> configs.SinglePassConfig | None:
-    """The row for a bucket. None if there is none, the dtypes are mixed, or the bucket has too few programs
-    to fill the device."""
+    """The row for a bucket. None leaves it to the split: there is no row, the split was measured to be
+    faster, the dtypes are mixed, or the bucket has too few programs to fill the device."""
+    measured = choose.measured(bucket, aligned)
+    if measured is not None:
+        return measured if isinstance(measured, configs.SinglePassConfig) else None
     weight, basis = bucket.weights[0], bucket.bases[0]
     source = bucket.grads[0] if bucket.projected is None else None
     if not weight.dtype == basis.dtype or (source is not None and source.dtype != basis.dtype):
@@ -142,12 +144,7 @@ def row_for(bucket: Bucket, aligned: bool) -> configs.SinglePassConfig | None:
     row = choose.single_pass(arch, kind, basis.shape[1], wide, "exp_avg_scale" in bucket.states)
     if row is None or basis.device.type != "cuda":
         return row
-    return row if row.programs(bucket.extents[1], len(bucket)) >= _multiprocessors(basis.device) else None
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return row if row.programs(bucket.extents[1], len(bucket)) >= choose.multiprocessors(basis.device) else None
 
 
 def step(bucket: Bucket, hyper: Hyper, rows: table.Rows, row: configs.SinglePassConfig) -> None:

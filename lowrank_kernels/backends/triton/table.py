@@ -21,6 +21,12 @@ from ..upload import pack, upload
 
 _LOWEST = 0 if sys.byteorder == "little" else 7
 MAX_MATRICES = 65535  # second dimension of a CUDA grid
+TEMPORARY_BYTES = 2**28
+"""Bytes of R and N of one part. Parts run one after another in the same memory. A part of this size has
+enough programs to fill a large GPU five times over at r = 128 and more. It takes hundreds of microseconds, so
+neither a last wave nor launches matter."""
+NORMS = ("residual_norm", "scaled_norm")
+"""States of lifts that have a limiter, one number for each matrix."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,8 @@ class Rows:
     device. None: the list is absent.
 
     aligned: every matrix starts at a multiple of 16 bytes. Triton cannot know that of an address that a
-    kernel loads from memory. steps are read as one float each, so they need no alignment, and neither do
-    scales.
+    kernel loads from memory. steps and norms, the state of a lift, are read as one float each, so they need
+    no alignment, and neither do scales.
     """
 
     weights: Tensor
@@ -43,6 +49,7 @@ class Rows:
     exp_avg_sqs: Tensor | None = None
     exp_avg_scales: Tensor | None = None
     exp_avg_sq_scales: Tensor | None = None
+    norms: Tensor | None = None
 
 
 def rows_of(bucket: Bucket) -> Rows:
@@ -58,6 +65,9 @@ def rows_of(bucket: Bucket) -> Rows:
     for name in eight_bit.SCALES:
         if name in bucket.states:
             lists[f"{name}s"] = bucket.states[name]
+    for name in NORMS:
+        if name in bucket.states:
+            lists["norms"] = bucket.states[name]
     lists["steps"] = bucket.steps
     packed = pack([list(map(Tensor.data_ptr, tensors)) for tensors in lists.values()])
     lowest_bytes = set(packed[_LOWEST : 8 * matrices * len(bucket) : 8])
@@ -65,13 +75,20 @@ def rows_of(bucket: Bucket) -> Rows:
     return Rows(**rows, aligned=not any(byte % 16 for byte in lowest_bytes))
 
 
-def launchable(bucket: Bucket) -> Iterator[Bucket]:
-    """The bucket, in as many parts as one launch for each takes."""
-    if len(bucket) <= MAX_MATRICES:
+def launchable(bucket: Bucket, temporary_bytes: int = 0) -> Iterator[Bucket]:
+    """The bucket, in as many parts as one launch for each takes, and as TEMPORARY_BYTES want it.
+
+    temporary_bytes: those of one matrix. All parts have equally many matrices but the last one, which has
+    hardly fewer.
+    """
+    count = len(bucket)
+    most = max(1, min(count, MAX_MATRICES, TEMPORARY_BYTES // max(1, temporary_bytes)))
+    at_once = -(-count // -(-count // most))
+    if at_once == count:
         yield bucket
         return
-    for start in range(0, len(bucket), MAX_MATRICES):
-        yield bucket.part(start, start + MAX_MATRICES)
+    for start in range(0, count, at_once):
+        yield bucket.part(start, start + at_once)
 
 
 def wide(*matrices: Tensor) -> bool:
