@@ -137,11 +137,13 @@ def test_a_multiprocessor_has_room(reports):
 
 
 def test_warps_of_a_multiprocessor(reports):
-    """On sm_90 in 16 bits the large tiles leave room for 16 warps, which overlap each other's waits."""
+    """On sm_90 in 16 bits the large tiles leave room for 16 warps, which overlap each other's waits. In the
+    single pass at r = 256 they are 8: with 16 the right side spills in its loop."""
 
     def too_few(report):
         warps = report.programs * report.config["num_warps"]
-        return report.config["BLOCK_R"] >= 128 and warps < 16 and f"{warps} warps"
+        most = 8 if report.kernel == "single_pass" and report.config["BLOCK_R"] > 128 else 16
+        return report.config["BLOCK_R"] >= 128 and warps < most and f"{warps} warps"
 
     large = [r for r in wide(reports, "single_pass", "project_moments") if r.arch == 90 and r.kind == "16bit"]
     assert not failures(large, too_few)
@@ -165,7 +167,8 @@ def test_tensor_cores(reports):
 
 def test_w_comes_by_the_pipeline(reports):
     """Where a row says so, the loop that updates W copies it asynchronously, and copies are under way while
-    it waits. Else it loads the next tile into registers."""
+    it waits. Else it loads the next tile into registers. P comes with W; on sm_80 the right side may load it,
+    with the hint that it should stay in the cache."""
 
     def wrong(report):
         of_w, of_p = copies(report, "BLOCK_M", "BLOCK_N", report.dtype), copies(report, "BLOCK_M", "BLOCK_R", report.dtype)
@@ -176,7 +179,8 @@ def test_w_comes_by_the_pipeline(reports):
             return f"{loop.stores} stores of W, {of_w} expected"
         if report.config["W_STAGES"] is None:
             return loop.loads != of_w and f"{loop.loads} loads of W, {of_w} expected"
-        if (loop.copies, loop.loads) not in ((of_w + of_p, 0), (of_w, of_p), (of_w, 0)):
+        loads_p = report.arch == 80 and report.global_accesses.get("LDG.E.EL.128", 0) >= of_p
+        if (loop.copies, loop.loads) != ((of_w, of_p) if loads_p else (of_w + of_p, 0)):
             return f"{loop.copies} asynchronous copies and {loop.loads} loads, {of_w} + {of_p} expected"
         return not loop.waits and f"waits for all but {loop.waits} copies"
 
@@ -197,7 +201,7 @@ def test_the_sum_over_m_is_pipelined(reports):
 def test_the_right_side_is_turned(reports):
     """Tiles of W are updated as they are stored. Turning each of them would take more barriers."""
     on_the_right = [r for r in wide(reports, "single_pass") if r.side == "right" and r.arch == 90 and r.kind == "16bit"]
-    assert not failures([r for r in on_the_right if "stochastic" not in r.options], lambda r: r.w_loop.barriers > 3 and r.w_loop.barriers)
+    assert not failures([r for r in on_the_right if "stochastic" not in r.options], lambda r: r.w_loop.barriers > 4 and r.w_loop.barriers)
 
 
 def test_back_projection_asks_for_w_first(reports):
@@ -225,7 +229,8 @@ def test_cache_hints_and_slices(reports):
         if report.kernel == "back_project":
             return found != {"load first": 1, "store first": 1} and found
         slices, of_w = report.config["SLICES"], report.kernel == "single_pass"
-        good = found.get("store first") == 2 * slices + of_w and found.get("load first", 0) >= 2 * slices + of_w
+        stores = found.get("store first", 0) - 2 * slices  # of W; where the loop's last turn stands behind it, two
+        good = stores in ((1, 2) if of_w else (0,)) and found.get("load first", 0) >= 2 * slices + of_w
         return not (good and found.get("load last")) and f"{found} in {slices} slices"
 
     assert not failures(nvidia(reports, "single_pass", "project_moments", "back_project"), wrong)

@@ -103,8 +103,8 @@ LIMITER = LimiterConfig(BLOCK=1024, num_warps=4)
 
 # Keyed by dtype of the moments too, because decoding and encoding 8-bit moments takes registers. A row covers
 # every rank up to its BLOCK_R; larger ranks are split. Every program reads P twice from L2. That is 4·r bytes
-# a row, beside 6·BLOCK_N bytes of G and W in 16 bits, so a wide BLOCK_N pays. The None rows serve only the
-# interpreter.
+# a row, beside 6·BLOCK_N bytes of G and W in 16 bits, so a wide BLOCK_N pays. wgmma wants a BLOCK_M of 64 at
+# least on the left side, and a BLOCK_N of 64 on the right. The None rows serve only the interpreter.
 SINGLE_PASS = {
     80: {
         ("16bit", "fp32"): (
@@ -128,12 +128,12 @@ SINGLE_PASS = {
             SinglePassConfig(32, 2, 64, 64, 64, 4, 3, W_STAGES=3),
             SinglePassConfig(64, 4, 64, 64, 64, 4, 4, W_STAGES=3),
             SinglePassConfig(128, 8, 128, 64, 64, 16, 3, W_STAGES=3),
-            SinglePassConfig(256, 16, 128, 32, 32, 16, 4, W_STAGES=4),
+            SinglePassConfig(256, 16, 128, 32, 64, 8, 4, W_STAGES=3),
         ),
         ("tf32", "fp32"): (
             SinglePassConfig(32, 2, 64, 32, 64, 4, 3, W_STAGES=3),
             SinglePassConfig(64, 4, 64, 32, 64, 4, 3, W_STAGES=3),
-            SinglePassConfig(128, 8, 128, 32, 32, 16, 3, W_STAGES=3),
+            SinglePassConfig(128, 8, 64, 32, 64, 8, 3, W_STAGES=3),
         ),
     },
     # tcgen05 takes 4 or 8 warps. With 16 Triton multiplies as on sm_80.
@@ -147,7 +147,7 @@ SINGLE_PASS = {
         ("tf32", "fp32"): (
             SinglePassConfig(32, 2, 64, 32, 64, 4, 3, W_STAGES=3),
             SinglePassConfig(64, 4, 64, 32, 64, 4, 3, W_STAGES=3),
-            SinglePassConfig(128, 8, 64, 32, 32, 8, 3, W_STAGES=3),
+            SinglePassConfig(128, 8, 64, 32, 64, 8, 3, W_STAGES=3),
         ),
     },
     None: {
