@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-KERNELS = ("single_pass", "project_moments", "back_project", "project", "moments")
+KERNELS = ("single_pass", "project_moments", "back_project", "project", "moments", "residual", "residual_norm", "limiter", "scaling")
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        side = "-" if self.kernel == "moments" else "right" if self.right else "left"
+        side = "-" if self.kernel in ("moments", "limiter") else "right" if self.right else "left"
         numbers = "/".join("-" if value is None else str(value) for value in vars(self.config).values())
         shape = f"{self.m}x{self.n}x{self.rank}"
         return f"{self.kernel} sm_{self.arch} {side} {self.dtype} {self.kind} {numbers} {shape} {'+'.join(self.options) or '-'}"
@@ -53,7 +53,9 @@ class Case:
 
 def cases() -> list[Case]:
     """Every row × side × what its kernel can do; what takes longest first."""
-    return [*single_pass_cases(), *project_moments_cases(), *back_project_cases(), *project_cases(), *moments_cases()]
+    return [
+        *single_pass_cases(), *project_moments_cases(), *back_project_cases(), *project_cases(), *moments_cases(), *lifts_cases(),
+    ]  # fmt: skip
 
 
 def sample() -> list[Case]:
@@ -146,6 +148,29 @@ def moments_cases() -> list[Case]:
         rows, columns = 2 * builtin.MOMENTS_8BIT.ROWS - 1, builtin.MOMENTS_8BIT.COLUMNS + 80
         coded = dataclasses.replace(case, config=builtin.MOMENTS_8BIT, rank=rows, n=columns, options=("8-bit", *options))
         found += [case, coded]
+    return found
+
+
+def lifts_cases() -> list[Case]:
+    """Fira's two launches by each of their rows; the limiter by columns and for a whole matrix; APOLLO's move
+    of the weights."""
+    found = []
+    for row, right in _sides("residual"):
+        config, ragged = row.config, _ragged(row)
+        m, n, rank = config.BLOCK_M + ragged, config.BLOCK_N + ragged, config.BLOCK_K * (config.num_stages + 1) + 3
+        for target in _targets(row, right):
+            case = Case("residual", target, row.dtype, row.kind, config, right, m, n, rank, row.dtype)
+            found += [case, dataclasses.replace(case, kernel="residual_norm")]
+            if row.kind == "16bit":
+                found.append(dataclasses.replace(case, options=("stochastic", "lr on device")))
+    for arch in aot.ARCHITECTURES:
+        limiter = Case("limiter", arch, "fp32", "elementwise", builtin.LIMITER, False, 48, builtin.LIMITER.BLOCK + 80, 48)
+        found += [limiter, dataclasses.replace(limiter, options=("whole",))]
+        for right in (False, True):
+            shape = builtin.SCALING.ROWS + 5, builtin.SCALING.COLUMNS + 16
+            m, n = reversed(shape) if right else shape
+            case = Case("scaling", arch, "bf16", "elementwise", builtin.SCALING, right, m, n, 48)
+            found += [case, dataclasses.replace(case, options=("stochastic", "lr on device"))]
     return found
 
 

@@ -20,7 +20,18 @@ from torch import Tensor
 from benchmarks.aot import ROOT
 from benchmarks.aot.cases import DTYPES
 from lowrank_kernels.backends import Bucket, Hyper, reference
-from lowrank_kernels.backends.triton import back_project, choose, moments, pointers, project, project_moments, single_pass
+from lowrank_kernels.backends.triton import (
+    back_project,
+    choose,
+    limiter,
+    moments,
+    pointers,
+    project,
+    project_moments,
+    residual,
+    scaling,
+    single_pass,
+)
 from lowrank_kernels.backends.triton.table import Rows
 from lowrank_kernels.storage import eight_bit
 
@@ -51,6 +62,9 @@ KERNELS = (
     back_project._back_project_kernel,
     project._project_kernel,
     moments._update_moments_kernel,
+    residual._residual_kernel,
+    limiter._limit_kernel,
+    scaling._scale_kernel,
 )
 
 
@@ -91,6 +105,10 @@ def launch_of(case: Case) -> Launch:
         "project_moments": _project_moments,
         "back_project": _back_project,
         "single_pass": _single_pass,
+        "residual": _residual,
+        "residual_norm": _residual_norm,
+        "limiter": _limiter,
+        "scaling": _scaling,
     }[case.kernel]
     calls = []
 
@@ -108,7 +126,7 @@ def launch_of(case: Case) -> Launch:
     [(kernel, arguments, options, grid)] = calls
     if options != case.config.launch_options():
         raise AssertionError(f"the launcher chose {options}, {case.config} was meant")
-    if grid[0] < 2:
+    if grid[0] < 2 and case.kernel != "limiter":  # which has one for each matrix
         raise AssertionError(f"{grid[0]} program")
     return Launch(kernel, arguments, options, grid, judge)
 
@@ -225,6 +243,88 @@ def _back_project(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Calla
             assert ((least <= weight) & (weight <= greatest)).all(), "W is not the stochastic rounding of anything within its bounds"
         else:
             assert_within(weight, expected, bound, "W")
+
+    return judge
+
+
+def _residual(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    """W' = … − lr·α·([P, I]·[N − s·R, s·G'])."""
+    weight, basis, grad = bucket.weights[0], bucket.bases[0].double(), bucket.grads[0].double()
+    normalised, projected = (torch.randn(1, case.rank, case.n).to(DTYPES[case.normalised]) for _ in range(2))
+    factors, before = torch.rand(1, case.n), weight.double()
+    residual.launch(bucket, hyper, rows, normalised, projected, factors)
+    n, r, s = normalised[0].double(), projected[0].double(), factors[0].double()
+    g = grad.mT if case.right else grad
+    directions = torch.cat([basis, torch.eye(case.m, dtype=torch.float64)], 1)
+    of_x = 3 * UNIT[torch.float32] * (n.abs() + s * r.abs())
+    units = dict(operand_unit=(0.0 if weight.dtype == torch.float32 else 2 * UNIT[weight.dtype]) + _tf32(case), basis_unit=_tf32(case))
+    return _judge_weights(case, bucket, hyper, before, directions, torch.cat([n - s * r, s * g]), torch.cat([of_x, 0 * g]), units)
+
+
+def _residual_norm(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    basis, grad = bucket.bases[0].double(), bucket.grads[0].double()
+    projected = torch.randn(1, case.rank, case.n).to(DTYPES[case.dtype])
+    squares = residual.launch(bucket, hyper, rows, None, projected, None).fill_(float("nan"))
+
+    def judge() -> None:
+        g, r = grad.mT if case.right else grad, projected[0].double()
+        inside = basis.abs() @ r.abs()
+        error = ((case.rank + 1) * 2.0**-23 + 2 * _tf32(case)) * inside + UNIT[torch.float32] * g.abs()
+        outside = (g - basis @ r).abs()
+        tiles = torch.arange(case.m).div(case.config.BLOCK_M, rounding_mode="floor")
+        for tile, found in enumerate(squares[0]):
+            x, e = outside[tiles == tile], error[tiles == tile]
+            bound = (2 * x * e + e**2 + (len(x) + 2) * UNIT[torch.float32] * (x + e) ** 2).sum(0)
+            assert_within(found, (x**2).sum(0), bound, "Σ S²")
+
+    return judge
+
+
+def _limiter(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    sums, squares, last = torch.rand(1, 2, 3, case.n), torch.rand(1, 3, case.n), torch.tensor([0.5])
+    factors = limiter.launch(sums, squares, last, bucket.found_inf, whole=case.has("whole"))
+
+    def judge() -> None:
+        of_n, of_r = sums.double().sum(1)[0, :2]
+        ratio = (of_n.sum() / of_r.sum()).sqrt() if case.has("whole") else (of_n / of_r).sqrt()
+        norm = (ratio**2 * squares.double().sum(1)[0]).sum().sqrt()
+        exact = (0.505 / norm * ratio).expand(case.n)
+        assert_within(factors[0], exact, (case.n + 10) * UNIT[torch.float32] * exact, "f·s")
+        assert_within(last, torch.tensor([0.505], dtype=torch.float64), torch.tensor([1e-6]), "last")
+
+    return judge
+
+
+def _scaling(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
+    weight, grad, factors = bucket.weights[0], bucket.grads[0].double(), torch.rand(1, case.n)
+    before = weight.double()
+    scaling.launch(bucket, hyper, rows, factors)
+    g = grad.mT if case.right else grad
+    directions = torch.eye(case.m, dtype=torch.float64)
+    return _judge_weights(case, bucket, hyper, before, directions, factors[0].double() * g, 0 * g, {})
+
+
+def _judge_weights(
+    case: Case, bucket: Bucket, hyper: Hyper, before: Tensor, directions: Tensor, factors: Tensor, error: Tensor, units: dict[str, float]
+) -> Callable[[], None]:
+    """W' = (1 − lr·wd)·W' − lr·α·directions·factors, with factors known to `error`."""
+    weight, seed, on_device = bucket.weights[0], bucket.rounding_seeds, case.has("lr on device")
+    numbers = dict(lr=float(hyper.lr), scale=hyper.scale, weight_decay=hyper.weight_decay)
+
+    def judge() -> None:
+        old = before.mT if case.right else before
+        bound = back_project_error(
+            old.to(weight.dtype), directions, factors, **numbers, store=0.0 if seed is not None else UNIT[weight.dtype],
+            normalised_error=error, device_lr=on_device, **units,
+        )  # fmt: skip
+        expected = (1 - numbers["lr"] * hyper.weight_decay) * old - numbers["lr"] * hyper.scale * (directions @ factors)
+        found = weight.mT if case.right else weight
+        if seed is None:
+            assert_within(found, expected, bound, "W")
+            return
+        stored = [matrix.mT if case.right else matrix for matrix in (expected, bound)]
+        least, greatest = rounded_between(*stored, seed, SCALARS["step"])
+        assert ((least <= weight) & (weight <= greatest)).all(), "W is not the stochastic rounding of anything within its bounds"
 
     return judge
 

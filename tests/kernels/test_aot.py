@@ -279,8 +279,8 @@ def expected_narrow_accesses(report):
 
 
 def test_wide_accesses_of_lifts(reports):
-    """Tiles of W, G, P, R and N move 16 bytes an access. Narrow are numbers of a matrix, and those of columns:
-    factors, and sums of squares, in fp32."""
+    """Tiles of W, G, P, R and N move 16 bytes an access. Narrow are numbers of a matrix, and those of
+    columns: factors, and sums of squares, in fp32."""
 
     def wrong(report):
         if report.kernel == "project_moments":

@@ -69,6 +69,8 @@ def _limit_kernel(
     last = pointers.matrix_at(last_at, matrix, tl.float32)
     most = GAMMA * tl.load(last)
     limited = tl.where((most > 0) & (norm > most), tl.div_rn(most, tl.where(norm > 0, norm, 1.0)), 1.0)
+    # All warps must have loaded the norm of before when one of them stores the new one.
+    tl.debug_barrier()
     tl.store(last, norm * limited)
     for first in range(0, n, BLOCK):
         ratio = _ratio_of_columns(sums, rank_tiles, first + offs, n, of_matrix, WHOLE)
