@@ -14,6 +14,7 @@ MULTIPROCESSOR = {80: (164 << 10, 2048), 90: (228 << 10, 2048), 100: (228 << 10,
 RESERVED more than it asks for."""
 RESERVED = 1 << 10
 _BARRIER = re.compile(r"^\s*(gpu|ttg)\.barrier\b", re.MULTILINE)
+_LOAD = re.compile(r"(?:tt\.load|ttg\.async_copy_global_to_local)\b.*tensor<\d+x\d+x!tt\.ptr")
 _EVICTION = re.compile(r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local)\b.*(?:evict_(first|last)|evictionPolicy = ([23]) : i32)")
 
 
@@ -40,8 +41,8 @@ class Report:
     hot_spills: accesses to local memory in loops; cold_spills: all others. programs: how many fit a
     multiprocessor. loops: those with a product. loads_after_loops: 16-byte loads behind the last of them.
     reciprocals: approximate ones, of which each division takes one. scale_stores: stores of scales of 8-bit
-    moments; unguarded: those without a barrier since the last load of one. moments_at_once: elements of a
-    store of moments. evictions: operations on tiles with a cache hint.
+    moments; unguarded: those without a barrier since the last load of one. evictions: operations on tiles
+    with a cache hint; loads_without: loads without one.
     """
 
     kernel: str
@@ -71,6 +72,7 @@ class Report:
     scale_stores: int
     unguarded_scale_stores: int
     evictions: dict
+    loads_without: int
 
     @property
     def name(self) -> str:
@@ -97,6 +99,7 @@ def of(case: Case) -> Report:
         shape=case.shape, options=list(case.options), normalised=case.normalised,
         wanted_config=case.config.launch_options(), config=options, shared_bytes=kernel.metadata.shared,
         scale_stores=scale_stores, unguarded_scale_stores=unguarded, evictions=_evictions(kernel.asm["ttgir"]),
+        loads_without=sum(bool(_LOAD.search(line) and not _EVICTION.search(line)) for line in kernel.asm["ttgir"].splitlines()),
     )  # fmt: skip
     return Report(**common, **(_of_nvidia(kernel, case.arch) if isinstance(case.arch, int) else _of_amd(kernel.asm["amdgcn"])))
 
