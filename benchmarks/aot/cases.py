@@ -112,12 +112,17 @@ def cases() -> list[Case]:
 
 def sample() -> list[Case]:
     """Of the cases for sm_90, and one for gfx942: one for each kernel and kind of dot, for narrow and ragged
-    shapes, for 8-bit moments, and for R from memory. Each is the case with the most options and the smallest
-    tile. Sides take turns."""
+    shapes, for 8-bit moments, for R from and to memory, and for sums of squares. Each is the case with the
+    most options and the smallest tile. Sides take turns."""
     groups: dict[tuple, list[Case]] = {}
     for case in cases():
         if case.arch == 90:
-            key = case.kernel, case.kind if case.shape == "wide" else case.shape, case.has("8-bit"), case.has("R from memory")
+            key = (
+                case.kernel,
+                case.kind if case.shape == "wide" else case.shape,
+                case.has("8-bit"),
+                *(case.has(option) for option in OPTIONS[3:]),
+            )
             groups.setdefault(key, []).append(case)
     found = []
     for group in groups.values():

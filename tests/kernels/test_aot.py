@@ -95,7 +95,7 @@ def test_every_case_has_a_report(reports, complete):
 def test_the_sample_has_what_each_kernel_can_do():
     for kernel in KERNELS:
         every, sample = ([case for case in found if case.kernel == kernel] for found in (cases.cases(), cases.sample()))
-        assert 3 <= len(sample) <= 11 and set(sample) < set(every)
+        assert 3 <= len(sample) <= 14 and set(sample) < set(every)
         for what in ("kind", "shape", "right"):
             found = {getattr(case, what) for case in sample}
             assert found == {getattr(case, what) for case in every if case.arch == 90}, (kernel, what)
@@ -255,7 +255,7 @@ def test_barrier_before_scales(reports):
 def expected_narrow_accesses(report):
     """What a wide shape loads and stores in less than 16 bytes a thread: numbers of a matrix, scales of 8-bit
     moments, and what a slice has less than 16 bytes of for each thread. Names are those of instructions."""
-    coded, stochastic, on_device, from_memory = (option in report.options for option in cases.OPTIONS)
+    coded, stochastic, on_device, from_memory = (option in report.options for option in cases.OPTIONS[:4])
     counted = report.kernel in ("single_pass", "project_moments", "moments")
     again = stochastic and report.kernel == "back_project"  # the count, for the rounding
     addresses = {"single_pass": 6, "project_moments": 5, "moments": 4, "back_project": 2, "project": 2}[report.kernel]
