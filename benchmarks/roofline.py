@@ -152,8 +152,9 @@ def split(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> W
 
 
 def residual(m: int, n: int, r: int, dtype: torch.dtype, state_bits: int = 32) -> Work:
-    """Fira's step, in three launches and one that is not counted, of a few numbers a column. R goes through
-    memory too. Two launches more read G, P and R: one for the residual's norm, one that moves W."""
+    """Fira's step, in three launches; a sum and the limiter, of m / 64 numbers a column and fewer, are not
+    counted. R goes through memory too. Two launches more read G, P and R: one for the residual's norm, one
+    that moves W."""
     matrix, basis, projected = (size * dtype.itemsize for size in (m * n, m * r, r * n))
     (first,) = project_moments(m, n, r, dtype, state_bits)
     again = _again(n, TILE) * basis + _again(m, TILE) * projected

@@ -84,7 +84,7 @@ def _launch_of_a_lift(case: Case, bucket: Bucket, hyper: Hyper, rows: table.Rows
     elif case.kernel == "scaling":
         scaling.launch(bucket, hyper, rows, factors)
     else:
-        sums, squares, last_at = torch.empty(1, 2, 3, n), torch.empty(1, 64, n), torch.empty(1, dtype=torch.int64)
+        sums, squares, last_at = torch.empty(1, 2, 3, n), torch.empty(1, n), torch.empty(1, dtype=torch.int64)
         limiter.launch(sums, squares, last_at, bucket.found_inf, whole=case.has("whole"))
 
 

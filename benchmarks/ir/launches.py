@@ -281,13 +281,13 @@ def _residual_norm(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Call
 
 
 def _limiter(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Callable[[], None]:
-    sums, squares, last = torch.rand(1, 2, 3, case.n), torch.rand(1, 3, case.n), torch.tensor([0.5])
+    sums, squares, last = torch.rand(1, 2, 3, case.n), torch.rand(1, case.n), torch.tensor([0.5])
     factors = limiter.launch(sums, squares, last, bucket.found_inf, whole=case.has("whole"))
 
     def judge() -> None:
         of_n, of_r = sums.double().sum(1)[0, :2]
         ratio = (of_n.sum() / of_r.sum()).sqrt() if case.has("whole") else (of_n / of_r).sqrt()
-        norm = (ratio**2 * squares.double().sum(1)[0]).sum().sqrt()
+        norm = (ratio**2 * squares.double()[0]).sum().sqrt()
         exact = (0.505 / norm * ratio).expand(case.n)
         assert_within(factors[0], exact, (case.n + 10) * UNIT[torch.float32] * exact, "f·s")
         assert_within(last, torch.tensor([0.505], dtype=torch.float64), torch.tensor([1e-6]), "last")

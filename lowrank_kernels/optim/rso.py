@@ -235,12 +235,14 @@ class RSOAdamW(LowRankOptimizer):
         capturing: bool,
     ) -> None:
         hyper = self._hyper(group)
-        copies = group["proximal"] or grad_scale is not None
+        copies = group["proximal"] or grad_scale is not None or group["inner"] != "adamw"
         for members in low_rank:
             members.states = [
                 self._state_of(param, layer, group, hyper) for param, layer in zip(members.params, members.layers, strict=True)
             ]
-            for part in _parts(members) if copies else [members]:
+            whole = not copies and all(grad.is_contiguous() for grad in members.grads)
+            whole = whole and not any("displacement" in state for state in members.states)
+            for part in [members] if whole else _parts(members):
                 self._move_layers(group, part, hyper, grad_scale, found_inf)
 
     def _move_layers(
@@ -441,6 +443,6 @@ def _buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
 
 def _parts(members: LayerMembers) -> list[LayerMembers]:
     """The bucket in parts whose gradients have at most PART_ELEMENTS elements."""
-    at_once = max(1, PART_ELEMENTS // members.params[0].numel())
+    at_once = max(1, PART_ELEMENTS // max(1, members.params[0].numel()))
     cuts = [slice(start, start + at_once) for start in range(0, len(members.params), at_once)]
     return [replace(members, **{name: getattr(members, name)[cut] for name in LISTS}) for cut in cuts]

@@ -90,7 +90,7 @@ def encode_(
 def fractions(shape: Sequence[int], step: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """u, (r, n) in `dtype`, for the update of number t = `step`. It is the same in fp32 and fp64."""
     rows, columns = (torch.arange(extent, device=device) for extent in shape)
-    step = torch.as_tensor(step, device=device).to(torch.int64)
+    step = step.to(device, torch.int64) if isinstance(step, Tensor) else int(step)
     of_row, of_column = ((part % UNITS).to(dtype) / UNITS for part in (ROW * rows + STEP * step, COLUMN * columns))
     return (of_row[:, None] + of_column).frac_()
 

@@ -43,7 +43,7 @@ def _ratio_of_columns(sums, rank_tiles, offs, n, of_matrix, WHOLE: tl.constexpr)
 
 @triton.jit(do_not_specialize_on_alignment=["last_at", "found_inf"])
 def _limit_kernel(
-    column_sums, squares, last_at, factors, found_inf, n, rank_tiles, square_tiles, stride_sb, stride_st,
+    column_sums, squares, last_at, factors, found_inf, n, rank_tiles, stride_sb,
     GAMMA: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if found_inf is not None:
@@ -64,7 +64,7 @@ def _limit_kernel(
     norm = tl.zeros((BLOCK,), dtype=tl.float32)
     for first in range(0, n, BLOCK):
         ratio = _ratio_of_columns(sums, rank_tiles, first + offs, n, of_matrix, WHOLE)
-        norm += ratio * ratio * _sum_over_tiles(squares, square_tiles, stride_st, first + offs, n)
+        norm += ratio * ratio * tl.load(squares + first + offs, mask=first + offs < n, other=0.0)
     norm = tl.sqrt_rn(tl.sum(norm))
     last = pointers.matrix_at(last_at, matrix, tl.float32)
     most = GAMMA * tl.load(last)
@@ -80,15 +80,15 @@ def _limit_kernel(
 def launch(column_sums: Tensor, squares: Tensor, last_at: Tensor, found_inf: Tensor | None, whole: bool) -> Tensor:
     """f·s of the columns of each matrix, (B, n) in fp32.
 
-    column_sums: (B, tiles, 3, n) of project_moments.launch. squares: (B, tiles, n), Σ X² of the columns, with
-    any strides but along n. last_at: addresses of the norms before this step, which the launch brings up to
-    date. whole: one ratio for a matrix.
+    column_sums: (B, tiles, 3, n) of project_moments.launch. squares: (B, n), Σ X² of the columns. last_at:
+    addresses of the norms before this step, which the launch brings up to date. whole: one ratio for a
+    matrix.
     """
     count, rank_tiles, _, n = column_sums.shape
     factors = torch.empty((count, n), dtype=torch.float32, device=column_sums.device)
     if n:
         _limit_kernel[(count,)](
-            column_sums, squares, last_at, factors, found_inf, n, rank_tiles, squares.shape[1], squares.stride(0), squares.stride(1),
+            column_sums, squares, last_at, factors, found_inf, n, rank_tiles, squares.stride(0),
             GAMMA, whole, **choose.limiter().launch_options(),
         )  # fmt: skip
     return factors

@@ -1,7 +1,8 @@
 """Fira's step: W' = (1 − lr·wd)·W' − lr·α·(P·N + s·(G' − P·R)), where s has φ and the limiter in it
 (limiter.py).
 
-    project_moments.py    R and N through memory in the dtype of the bases; Σ N², Σ R² of the columns
+    project_moments.py    R and N through memory in the dtype of the bases (fp32 for fp16); Σ N², Σ R² of the
+                          columns
     the residual's norm   Σ (G' − P·R)² of the columns, tile by tile
     limiter.py            s
     the weights           D = P·(N − s·R) + s·G': one product, and G is read once more
@@ -28,7 +29,7 @@ from .dots import TRITON_DTYPES, dot_of, round_operand
 def _residual_kernel(
     weights_at, grads_at, bases_at, steps_at, normalised, projected, factors, squares, found_inf, device_lr, rounding_seeds,
     m, n, rank, stride_wm, stride_wn, stride_gm, stride_gn, stride_pm, stride_pr, decay, step_size,
-    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr, RIGHT: tl.constexpr,
+    W_DTYPE: tl.constexpr, G_DTYPE: tl.constexpr, P_DTYPE: tl.constexpr, R_DTYPE: tl.constexpr, RIGHT: tl.constexpr,
     DOT_DTYPE: tl.constexpr, PRECISION: tl.constexpr, ROUNDING: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +69,7 @@ def _residual_kernel(
         if squares is None:
             norm = tl.load(normalised + at, mask=in_k[:, None] & in_n, other=0.0).to(tl.float32)
             x = norm - scale[None, :] * x.to(tl.float32)
-        x = round_operand(x.to(P_DTYPE).to(DOT_DTYPE), ROUNDING)
+        x = round_operand(x.to(R_DTYPE).to(DOT_DTYPE), ROUNDING)
         p = round_operand(p, ROUNDING)
         if RIGHT:
             inner = tl.dot(x.T, p.T, inner, input_precision=PRECISION)
@@ -95,18 +96,21 @@ def _residual_kernel(
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
-    """One step of Fira on AdamW, in place on the weights and states of a bucket, in four launches. R and N
-    take 4·r·n bytes a matrix in 16 bits. No step synchronises with the device."""
-    m, n, rank = bucket.extents
-    bytes_each = rank * n * 2 * bucket.bases[0].itemsize
+    """One step of Fira on AdamW, in place on the weights and states of a bucket, in four launches and a sum.
+    R and N take 4·r·n bytes a matrix for bf16 bases. No step synchronises with the device."""
+    (m, n, rank), dtype = bucket.extents, bucket.bases[0].dtype
+    # Gradients of fp16 weights may be so small that R would be subnormal in fp16.
+    of_r = torch.float32 if dtype == torch.float16 else dtype
+    bytes_each = rank * n * 2 * of_r.itemsize + 4 * n * triton.cdiv(m, 64) + 12 * n
     for part in table.launchable(bucket, bytes_each):
         with table.on_device(part.device):
             rows = table.rows_of(part)
-            normalised, projected = (torch.empty((len(part), rank, n), dtype=part.bases[0].dtype, device=part.device) for _ in range(2))
+            normalised, projected = (torch.empty((len(part), rank, n), dtype=of_r, device=part.device) for _ in range(2))
             sums = project_moments.launch(part, hyper, rows, normalised, projected=projected, sums=True)
-            squares = launch(part, hyper, rows, None, projected, None)
+            squares = launch(part, hyper, rows, None, projected, None).sum(1)
             factors = limiter.launch(sums, squares, rows.norms, part.found_inf, whole=False)
             launch(part, hyper, rows, normalised, projected, factors)
+            del normalised, projected, sums, squares, factors  # so that the next part gets their memory
 
 
 def launch(
@@ -117,7 +121,7 @@ def launch(
     weight, grad = (matrix.mT if right else matrix for matrix in (bucket.weights[0], bucket.grads[0]))
     m, n, rank = bucket.extents
     arch = choose.architecture(basis.device)
-    dot = dot_of(basis.dtype, basis.dtype, arch)
+    dot = dot_of(basis.dtype, projected.dtype, arch)
     config = choose.residual(arch, dot.kind, rank, rows.aligned and table.wide(weight, grad, basis) and n % 16 == 0)
     row_tiles, column_tiles = triton.cdiv(m, config.BLOCK_M), triton.cdiv(n, config.BLOCK_N)
     squares = None
@@ -130,7 +134,7 @@ def launch(
             rows.weights, rows.grads, rows.bases, None if seeds is None else rows.steps, normalised, projected, factors, squares,
             bucket.found_inf, device_lr if factors is not None else None, seeds,
             m, n, rank, *weight.stride(), *grad.stride(), *basis.stride(), decay, step_size,
-            TRITON_DTYPES[weight.dtype], TRITON_DTYPES[grad.dtype], TRITON_DTYPES[basis.dtype], right,
+            TRITON_DTYPES[weight.dtype], TRITON_DTYPES[grad.dtype], TRITON_DTYPES[basis.dtype], TRITON_DTYPES[projected.dtype], right,
             dot.DOT_DTYPE, dot.PRECISION, dot.ROUNDING, rows.aligned, **config.launch_options(),
         )  # fmt: skip
     return squares

@@ -59,7 +59,7 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
             rows = table.rows_of(part)
             sums = project_moments.launch(part, hyper, rows, None, sums=True, of_grad=True)
             # Every tile of directions has summed the same squares of G.
-            factors = limiter.launch(sums, sums[:, :1, 2], rows.norms, part.found_inf, whole=hyper.lift.name == "tensor_scaling")
+            factors = limiter.launch(sums, sums[:, 0, 2], rows.norms, part.found_inf, whole=hyper.lift.name == "tensor_scaling")
             launch(part, hyper, rows, factors)
 
 

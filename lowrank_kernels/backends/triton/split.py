@@ -27,3 +27,4 @@ def step(bucket: Bucket, hyper: Hyper, rows: table.Rows, row: configs.SplitConfi
         else:
             moments.launch(part, hyper, part_rows, normalised)
         back_project.launch(part, hyper, part_rows, normalised, row and row.back_project)
+        del normalised  # so that the next part gets its memory

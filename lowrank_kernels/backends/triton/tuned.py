@@ -85,7 +85,7 @@ def file_name(device: str) -> str:
 
 
 def user_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lowrank_kernels" / "tuned"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "lowrank_kernels" / "tuned"
 
 
 def folders() -> list[Path]:
@@ -98,7 +98,14 @@ def folders() -> list[Path]:
 
 def find(device: str) -> Path | None:
     """The file that serves a device."""
-    return next((path for folder in folders() if (path := folder / file_name(device)).is_file()), None)
+    return next((path for folder in folders() if _is_file(path := folder / file_name(device))), None)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a folder that may not be looked into
+        return False
 
 
 def target(device: str) -> Path:
@@ -232,6 +239,10 @@ def _config(config: type[Config], record: object, least_columns: int) -> Config:
             raise ValueError(f"{name} must be a power of two from {least} on, got {value}")
     if record.get("SLICES", 1) > record.get("BLOCK_R", 1):
         raise ValueError(f"SLICES must be {record['BLOCK_R']} at most, the BLOCK_R, got {record['SLICES']}")
+    # Threads that share an element of a slice would race: all load it, and one stores it.
+    of_tile = record["BLOCK_N"] * record.get("BLOCK_R", record.get("BLOCK_M", 1)) // record.get("SLICES", 1)
+    if record["num_warps"] > min(32, of_tile // 32):
+        raise ValueError(f"num_warps must be {min(32, of_tile // 32)} at most for {of_tile} elements, got {record['num_warps']}")
     return config(**record)
 
 
