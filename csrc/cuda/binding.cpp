@@ -84,7 +84,7 @@ std::tuple<at::Tensor, at::Tensor> eigh_by_jacobi(const at::Tensor& gram, int64_
 std::tuple<at::Tensor, at::Tensor> eigh(const at::Tensor& gram, int64_t terms, std::optional<Eigensolver> solver) {
     const c10::cuda::CUDAGuard guard(gram.device());
     const int64_t l = gram.size(-1);
-    TORCH_CHECK_VALUE(l > 0, "eigh takes matrices of one row or more, got ", gram.sizes());
+    TORCH_CHECK(l > 0, "eigh takes matrices of one row or more, got ", gram.sizes());
     if (!solver) solver = eigensolver_for(l, gram.numel() / (l * l), cusolver_serves());
     return *solver == Eigensolver::CUSOLVER ? eigh_by_cusolver(gram) : eigh_by_jacobi(gram, terms);
 }
