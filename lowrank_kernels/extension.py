@@ -65,7 +65,7 @@ def load(*, reference_forced: bool) -> None:
     found = find(_PACKAGE, torch.__version__, os.environ)
     if found.library is not None:
         try:
-            _load_what_the_cuda_part_links()
+            _load_what_the_cuda_part_links(found.library)
             torch.ops.load_library(found.library)
         except OSError as error:
             if os.environ.get(_OVERRIDE):
@@ -76,12 +76,14 @@ def load(*, reference_forced: bool) -> None:
     _finding = found
 
 
-def _load_what_the_cuda_part_links() -> None:
+def _load_what_the_cuda_part_links(library: Path) -> None:
     """torch keeps its linear algebra for CUDA in a library of its own and loads that with the first call. The
-    handles of cuSOLVER are in it. It lies where the loader does not look by itself."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cuda_linalg.so"
-    if torch.version.cuda and library.is_file():
-        ctypes.CDLL(str(library))
+    handles of cuSOLVER are in it. It lies where the loader does not look by itself. It is large, so only an
+    extension that was built with cuSOLVER, or that brings no facts, has it loaded."""
+    facts = _facts_of(library)
+    linked = Path(torch.__file__).parent / "lib" / "libtorch_cuda_linalg.so"
+    if torch.version.cuda and linked.is_file() and (facts is None or facts.get("cusolver")):
+        ctypes.CDLL(str(linked))
 
 
 def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Finding:
@@ -109,12 +111,17 @@ def find(package: Path, torch_version: str, environ: Mapping[str, str]) -> Findi
     return Finding(f"{built}, loaded from {library}", library)
 
 
-def _facts_beside(library: Path) -> str:
+def _facts_of(library: Path) -> dict | None:
+    """What setup.py wrote beside a library."""
     try:
-        facts = json.loads(library.with_name("_build.json").read_text(encoding="utf-8"))
+        return json.loads(library.with_name("_build.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return ""
-    return f", built for torch {facts['torch']} ({_parts(facts)})"
+        return None
+
+
+def _facts_beside(library: Path) -> str:
+    facts = _facts_of(library)
+    return "" if facts is None else f", built for torch {facts['torch']} ({_parts(facts)})"
 
 
 def _parts(facts: dict) -> str:

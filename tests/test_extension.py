@@ -110,19 +110,31 @@ def test_nvcc_behind_a_script_names_its_own_toolkit(build, toolkit, tmp_path):
     assert build.find_nvcc({"PATH": str(wrapper.parent)}) == (str(wrapper), str(toolkit))
 
 
-@pytest.mark.parametrize(("cuda", "loads"), [("13.0", True), (None, False)])
-def test_torchs_linear_algebra_is_loaded_before_the_extension(tmp_path, monkeypatch, cuda, loads):
-    """The extension links to it, and it lies where the loader does not look."""
+@pytest.mark.parametrize(
+    ("cuda", "facts", "loads"),
+    [
+        ("13.0", {"cusolver": "12.0.4"}, True),
+        ("13.0", {"cusolver": None}, False),
+        ("13.0", {}, False),
+        ("13.0", None, True),
+        (None, None, False),
+    ],
+)
+def test_torchs_linear_algebra_is_loaded_before_the_extension(tmp_path, monkeypatch, cuda, facts, loads):
+    """The extension links to it where it was built with cuSOLVER, and it lies where the loader does not look.
+    Another extension does not pay for it."""
+    if facts is not None:
+        (tmp_path / "_build.json").write_text(json.dumps(facts))
     loaded = []
     torch = types.SimpleNamespace(__file__=str(tmp_path / "__init__.py"), version=types.SimpleNamespace(cuda=cuda))
     monkeypatch.setattr(extension, "torch", torch)
     monkeypatch.setattr(extension.ctypes, "CDLL", loaded.append)
-    extension._load_what_the_cuda_part_links()
+    extension._load_what_the_cuda_part_links(tmp_path / "_C.so")
     assert not loaded, "torch for Windows has it in its other libraries"
     library = tmp_path / "lib/libtorch_cuda_linalg.so"
     library.parent.mkdir()
     library.touch()
-    extension._load_what_the_cuda_part_links()
+    extension._load_what_the_cuda_part_links(tmp_path / "_C.so")
     assert loaded == ([str(library)] if loads else [])
 
 

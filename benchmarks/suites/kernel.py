@@ -136,13 +136,15 @@ def cpu_runs(bucket: Bucket) -> Run:
 def triton_runs(bucket: Bucket) -> Run:
     """The launches of backends/triton/, with a pointer table made beforehand."""
     from lowrank_kernels.backends.triton import back_project, moments, project, single_pass, split, table
+    from lowrank_kernels.backends.triton.configs import SinglePassConfig
 
     made, hyper = bucket.inputs(0.0)
     if bucket.case.op == "moments":
         made = replace(made, grads=None, projected=list(bucket.projected.unbind()))
     rows, out = table.rows_of(made), torch.empty_like(bucket.normalised)
     row = single_pass.row_for(made, rows.aligned)
-    if bucket.case.op == "single_pass" and row is None:
+    of_split = None if isinstance(row, SinglePassConfig) else row
+    if bucket.case.op == "single_pass" and not isinstance(row, SinglePassConfig):
         raise Unavailable("no tiles for this bucket, or too few programs to fill the device: the optimizer splits the step")
 
     def launched_moments(lr: float) -> Tensor:
@@ -153,7 +155,7 @@ def triton_runs(bucket: Bucket) -> Run:
         "project": lambda lr: project.launch(made, rows),
         "moments": launched_moments,
         "back_project": lambda lr: back_project.launch(made, replace(hyper, lr=lr), rows, bucket.normalised),
-        "split": lambda lr: split.step(made, replace(hyper, lr=lr), rows),
+        "split": lambda lr: split.step(made, replace(hyper, lr=lr), rows, of_split),
         "single_pass": lambda lr: single_pass.step(made, replace(hyper, lr=lr), rows, row),
     }[bucket.case.op]
 

@@ -44,14 +44,15 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
     if ONEDNN_LINEAR is not None and left.dtype == torch.float32 and flops >= ONEDNN_FROM_FLOPS:
         return ONEDNN_LINEAR(left, right.mT, None, "none", [], "")
-    return (_left(left) if left.dtype == torch.bfloat16 else left) @ right
+    return _left(left) @ right
 
 
 def _left(matrix: Tensor) -> Tensor:
-    """The left operand of a product in bf16. oneDNN's AMX kernels read past the end of a row there, and
-    multiply what they find by zero, so that a NaN in the gap between two rows becomes one of the product
-    (torch 2.13). Without a gap there is none to find."""
-    return matrix.contiguous() if matrix.stride(1) == 1 and matrix.stride(0) > matrix.shape[1] else matrix
+    """The left operand of a product; in bf16 without a gap between its rows. oneDNN's AMX kernels read past
+    the end of a row and multiply what they find by zero, so a NaN in the gap becomes one of the product
+    (torch 2.13)."""
+    gap = matrix.stride(1) == 1 and matrix.stride(0) > matrix.shape[1]
+    return matrix.contiguous() if matrix.dtype == torch.bfloat16 and gap else matrix
 
 
 def _product_dtype(*matrices: Tensor) -> torch.dtype:
@@ -189,7 +190,7 @@ def back_project_(
                 weight.mul_(decay)
             weight.add_(_product(left, right_factor), alpha=rate)
         else:
-            weight.addmm_(_left(left) if dtype == torch.bfloat16 else left, right_factor, beta=decay, alpha=rate)
+            weight.addmm_(_left(left), right_factor, beta=decay, alpha=rate)
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:

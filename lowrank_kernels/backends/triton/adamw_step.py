@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ..bucket import Bucket, Hyper
 from . import single_pass, split, table
+from .configs import SinglePassConfig
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
@@ -21,7 +22,7 @@ def step(bucket: Bucket, hyper: Hyper) -> None:
         with table.on_device(part.device):
             rows = table.rows_of(part)
             row = single_pass.row_for(part, rows.aligned)
-            if row is not None:
+            if isinstance(row, SinglePassConfig):
                 single_pass.step(part, hyper, rows, row)
             else:
-                split.step(part, hyper, rows)
+                split.step(part, hyper, rows, row)

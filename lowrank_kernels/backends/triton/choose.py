@@ -70,11 +70,6 @@ def _measured(name: str, kind: str, moments: str, side: str, rank: int, waves: s
     return row and row.config
 
 
-def measured_split(bucket: Bucket, aligned: bool) -> SplitConfig | None:
-    row = measured(bucket, aligned)
-    return row if isinstance(row, SplitConfig) else None
-
-
 def _first_that_covers(rows, rank: int):
     return next((row for row in rows if row.rank_covered >= rank), rows[-1])
 

@@ -87,11 +87,7 @@ def _residual_kernel(
         _, scale = pointers.as_stored(offs_m, scale, RIGHT)
         decay, step_size = adam.coefficients(device_lr, decay, step_size)
         new = decay * w.to(tl.float32) - step_size * (inner + scale * g.to(tl.float32))
-        if rounding_seeds is not None:
-            t = adam.step_number(steps_at, matrix)
-            first_row = first_n if RIGHT else first_m
-            first_column = first_m if RIGHT else first_n
-            new = rounding.round_stochastically(new, first_row, first_column, tl.load(rounding_seeds + matrix), t)
+        new = rounding.round_weights(new, rounding_seeds, steps_at, matrix, first_m, first_n, RIGHT)
         tl.store(w_at, new.to(W_DTYPE), mask=inside, eviction_policy="evict_first")
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ... import philox
+from . import adam
 
 ROUNDING = tl.constexpr(philox.ROUNDING)
 
@@ -34,3 +35,14 @@ def round_stochastically(w, first_row, first_column, seed, t):
     bits = w.to(tl.uint32, bitcast=True)
     rounded = ((bits + tl.reshape(halves, (ROWS, COLUMNS))) >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     return tl.where((bits & 0x7F800000) != 0x7F800000, rounded, w.to(tl.bfloat16))
+
+
+@triton.jit
+def round_weights(w, seeds, steps_at, matrix, first_m, first_n, RIGHT: tl.constexpr):
+    """A tile of W as it is stored, in fp32, with its first element at (first_m, first_n) of W'. It is rounded
+    stochastically where there are seeds, (B,) int64; else it stays, and the store rounds to nearest."""
+    if seeds is not None:
+        first_row = first_n if RIGHT else first_m
+        first_column = first_m if RIGHT else first_n
+        w = round_stochastically(w, first_row, first_column, tl.load(seeds + matrix), adam.step_number(steps_at, matrix))
+    return w

@@ -128,12 +128,13 @@ def _adamw_step_kernel(
         w_at += block_m * stride_wm
 
 
-def row_for(bucket: Bucket, aligned: bool) -> configs.SinglePassConfig | None:
-    """The row for a bucket. None leaves it to the split: there is no row, the split was measured to be
-    faster, the dtypes are mixed, or the bucket has too few programs to fill the device."""
+def row_for(bucket: Bucket, aligned: bool) -> configs.SinglePassConfig | configs.SplitConfig | None:
+    """The row for a bucket: the measured one, of a single pass or of the split, else a built-in one of the
+    single pass. None leaves the bucket to the built-in rows of the split: no row covers the rank, the dtypes
+    are mixed, or the bucket has too few programs to fill the device."""
     measured = choose.measured(bucket, aligned)
     if measured is not None:
-        return measured if isinstance(measured, configs.SinglePassConfig) else None
+        return measured
     weight, basis = bucket.weights[0], bucket.bases[0]
     source = bucket.grads[0] if bucket.projected is None else None
     if not weight.dtype == basis.dtype or (source is not None and source.dtype != basis.dtype):

@@ -11,13 +11,12 @@ from __future__ import annotations
 import torch
 
 from ..bucket import Bucket, Hyper
-from . import back_project, choose, configs, moments, project_moments, table
+from . import back_project, configs, moments, project_moments, table
 
 
 def step(bucket: Bucket, hyper: Hyper, rows: table.Rows, row: configs.SplitConfig | None = None) -> None:
-    """Two launches for each part of a bucket, given the bucket's table. row: None takes the measured row, or
-    the built-in row of each launch."""
-    row = row or choose.measured_split(bucket, rows.aligned)
+    """Two launches for each part of a bucket, given the bucket's table. row: None takes the built-in row of
+    each launch."""
     (_, n, rank), dtype = bucket.extents, bucket.bases[0].dtype
     for part in table.launchable(bucket, rank * n * dtype.itemsize):
         part_rows = rows if part is bucket else table.rows_of(part)
