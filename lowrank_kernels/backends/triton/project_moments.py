@@ -14,7 +14,8 @@ from torch import Tensor
 from ..bucket import Bucket, Hyper
 from . import adam, choose, configs, pointers, table
 from .advance import advance_and_store
-from .dots import TRITON_DTYPES, dot_of, round_operand
+from .dots import TRITON_DTYPES, dot_of
+from .project import sum_over_m
 
 
 @triton.jit(
@@ -41,9 +42,6 @@ def _project_moments_kernel(
     first_n = tl.program_id(0) // rank_tiles * BLOCK_N
     offs_r = first_r + tl.arange(0, BLOCK_R)
     offs_n = first_n + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    in_r = (offs_r < rank)[None, :]
-    in_n = (offs_n < n)[None, :]
     grad = pointers.matrix_at(grads_at, matrix, G_DTYPE, ALIGNED)
     basis = pointers.matrix_at(bases_at, matrix, P_DTYPE, ALIGNED)
     exp_avg = pointers.matrix_at(exp_avgs_at, matrix, M_DTYPE, ALIGNED)
@@ -53,21 +51,10 @@ def _project_moments_kernel(
     if exp_avg_scales_at is not None:
         exp_avg_scale = pointers.matrix_at(exp_avg_scales_at, matrix, tl.float32)
         exp_avg_sq_scale = pointers.matrix_at(exp_avg_sq_scales_at, matrix, tl.float32)
-    p_at = basis + offs_k[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
-    g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
-    block_k = tl.full((), BLOCK_K, tl.int64)
-    r = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-    of_grad = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for k in range(0, m, BLOCK_K):
-        in_k = (offs_k < m - k)[:, None]
-        p = tl.load(p_at, mask=in_k & in_r, other=0.0, eviction_policy="evict_last").to(DOT_DTYPE)
-        g = tl.load(g_at, mask=in_k & in_n, other=0.0).to(DOT_DTYPE)
-        if OF_GRAD:
-            of_grad += tl.sum(g.to(tl.float32) * g.to(tl.float32), axis=0)
-        r = tl.dot(round_operand(g, ROUNDING).T, round_operand(p, ROUNDING), r, input_precision=PRECISION)
-        p_at += block_k * stride_pm
-        g_at += block_k * stride_gm
-
+    r, of_grad = sum_over_m(
+        grad, basis, offs_n, offs_r, m, n, rank, stride_gm, stride_gn, stride_pm, stride_pr,
+        DOT_DTYPE, PRECISION, ROUNDING, BLOCK_R, BLOCK_N, BLOCK_K, "evict_last", "", OF_GRAD,
+    )  # fmt: skip
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, log_beta1, log_beta2)
     t = None
     if exp_avg_scales_at is not None:

@@ -23,6 +23,7 @@ from ..bucket import Bucket, Hyper
 from . import adam, choose, configs, pointers, rounding, table
 from .advance import advance_and_keep
 from .dots import TRITON_DTYPES, dot_of, round_operand
+from .project import sum_over_m
 
 
 @triton.jit(
@@ -59,7 +60,6 @@ def _adamw_step_kernel(
     first_n = tl.program_id(0) * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
-    in_n = (offs_n < n)[None, :]
     in_r = (offs_r < rank)[None, :]
 
     r = None
@@ -68,20 +68,10 @@ def _adamw_step_kernel(
         projected = pointers.matrix_at(projected_at, matrix, G_DTYPE, ALIGNED)
     else:
         grad = pointers.matrix_at(grads_at, matrix, G_DTYPE, ALIGNED)
-        offs_k = tl.arange(0, BLOCK_K)
-        p_at = basis + offs_k[:, None].to(tl.int64) * stride_pm + offs_r[None, :].to(tl.int64) * stride_pr
-        g_at = grad + offs_k[:, None].to(tl.int64) * stride_gm + offs_n[None, :].to(tl.int64) * stride_gn
-        block_k = tl.full((), BLOCK_K, tl.int64)
-        # The tile is accumulated as Rᵀ (see advance.py). n is also the long side of the dot then, which wgmma
-        # wants to be at least 64, whatever the rank.
-        r = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-        for k in range(0, m, BLOCK_K):
-            in_k = (offs_k < m - k)[:, None]
-            p = tl.load(p_at, mask=in_k & in_r, other=0.0, eviction_policy="evict_last").to(DOT_DTYPE)
-            g = tl.load(g_at, mask=in_k & in_n, other=0.0, eviction_policy="evict_first").to(DOT_DTYPE)
-            r = tl.dot(round_operand(g, ROUNDING).T, round_operand(p, ROUNDING), r, input_precision=PRECISION)
-            p_at += block_k * stride_pm
-            g_at += block_k * stride_gm
+        r, _ = sum_over_m(
+            grad, basis, offs_n, offs_r, m, n, rank, stride_gm, stride_gn, stride_pm, stride_pr,
+            DOT_DTYPE, PRECISION, ROUNDING, BLOCK_R, BLOCK_N, BLOCK_K, "evict_last", "evict_first", False,
+        )  # fmt: skip
 
     correction1, correction2 = adam.bias_corrections(steps_at, matrix, log_beta1, log_beta2)
     t = None
