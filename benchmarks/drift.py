@@ -1,6 +1,6 @@
 """Whether 8-bit moments follow gradients whose size changes.
 
-    python -m benchmarks.drift            # the table of benchmarks/NOTES.md
+    python -m benchmarks.drift    # the figures of benchmarks/NOTES.md, appended to results/drift/
 
 It takes 200 blocks of 64 elements over 8000 steps. Gradients are normal, and all of the same size, or each
 element of a size of its own, log-uniform over `decades`. At step 1000 the gradients of every second element
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowrank_kernels.storage import eight_bit
+
+from . import provenance
 
 BLOCKS, STEPS, CHANGE_AT = 200, 8000, 1000
 PERCENTILES = (0.05, 0.5, 0.95)
@@ -79,16 +82,28 @@ def percentiles(values: Tensor) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Whether 8-bit moments follow gradients whose size changes.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drift", description="Whether 8-bit moments follow gradients that change.")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--factors", type=float, nargs="+", default=[1, 2, 1 / 2, 4, 1 / 4, 10, 1 / 10])
-    arguments = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=provenance.RESULTS / "drift", help="folder of results, or '-' to write none")
+    options = parser.parse_args()
+    origin = provenance.provenance(on_gpu=False)
     for beta2, decades in ((0.999, 0.0), (0.999, 1.0), (0.99, 0.0)):
-        for nearest, factor in itertools.product((True, False), arguments.factors):
-            of_v, of_m = ratios(factor, beta2=beta2, decades=decades, nearest=nearest, steps=arguments.steps)
-            row = ", ".join(f"{value:.2f}" for value in percentiles(of_v))
-            what = f"β2 = {beta2}, {decades:g} decades, {'nearest' if nearest else 'between'}, gradients × {factor:g}"
-            print(f"{what}: {row}, mean {of_v.mean():.3f}; M off by {of_m.mean():.1%}", flush=True)
+        for nearest, factor in itertools.product((True, False), options.factors):
+            of_v, of_m = ratios(factor, beta2=beta2, decades=decades, nearest=nearest, steps=options.steps)
+            low, middle, high = percentiles(of_v)
+            row = {
+                "beta2": beta2, "decades": decades, "codes": "nearest" if nearest else "between", "factor": factor, "steps": options.steps,
+                "v_ratio_p5": low, "v_ratio_p50": middle, "v_ratio_p95": high, "v_ratio_mean": of_v.mean().item(),
+                "m_error": of_m.mean().item(),
+            }  # fmt: skip
+            print(
+                f"β2 = {beta2}, {decades:g} decades, {row['codes']}, gradients × {factor:g}: {low:.2f}, {middle:.2f}, {high:.2f}, "
+                f"mean {row['v_ratio_mean']:.3f}; M off by {row['m_error']:.1%}",
+                flush=True,
+            )
+            if str(options.out) != "-":
+                provenance.append(provenance.results_file(options.out, origin), [origin | row])
 
 
 if __name__ == "__main__":
