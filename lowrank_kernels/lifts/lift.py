@@ -12,6 +12,9 @@ class Lift:
     takes_gradient = False
     """Whether D needs G'. A step that is given R instead of a gradient has no G'."""
 
+    needs_orthonormal = True
+    """Whether P must have orthonormal columns."""
+
     def state(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors that are kept between steps, in fp32. They start as zeros."""
         return {}

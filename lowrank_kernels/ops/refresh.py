@@ -171,7 +171,7 @@ def choose_bases(
     refresh, in one call.
 
     A gradient that is all zero chooses no basis. The old basis stays; at the first refresh the result is
-    zeros ("random" needs no gradient and still draws).
+    zeros ("random" and "gaussian" need no gradient and still draw).
 
     Args:
         grads: matrices as stored, of equal shape and device. The right side works on their transposes.

@@ -185,8 +185,8 @@ def _check_state(state: dict[str, Any], expected: Expected, group: dict[str, Any
     for name, (shape, dtype) in expected.items():
         if name not in state:
             raise ValueError(
-                f"the state has no {name}, which lift={group['lift']!r} needs ({where}); it cannot change after the first step: restore "
-                "it, or delete optimizer.state[param] to restart it"
+                f"the state has no {name}, which the group's method needs, with lift={group['lift']!r} ({where}); that cannot change "
+                "after the first step: restore it, or delete optimizer.state[param] to restart it"
             )
         if name == "step":
             continue

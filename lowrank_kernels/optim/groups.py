@@ -77,21 +77,21 @@ def last_refresh(group: dict[str, Any], place: int, calls: int) -> tuple[int, in
     return number * gap + offset, number + (offset > 0)
 
 
-def complete(group: dict[str, Any], group_index: int, fixed: dict[str, Any], preferred: dict[str, Any]) -> None:
+def complete(group: dict[str, Any], group_index: int, own: tuple[keys.Key, ...], fixed: dict[str, Any], preferred: dict[str, Any]) -> None:
     """Fills a low-rank group's missing keys with their defaults. Raises ValueError or TypeError for keys,
     values and parameters that cannot work.
 
-    fixed: values that the optimizer's class prescribes. preferred: the class's own defaults. A group without
-    `rank` gets only AdamW's checks.
+    own: keys that only this class has. fixed: values that it prescribes. preferred: its own defaults. A group
+    without `rank` gets only the checks of AdamW's keys and of `own`.
     """
     where = describe(group, group_index)
-    check_names(group, group_index)
+    check_names(group, group_index, keys.names((*ALL_KEYS, *own)))
     if is_low_rank(group):
         for name, value in (keys.defaults((*keys.LOW_RANK, keys.CALLS)) | preferred | fixed).items():
             group.setdefault(name, value)
     elif stray := [name for name in keys.names(keys.LOW_RANK) if name in group]:
         raise ValueError(f"{stray[0]} is set but rank is not ({where}); add rank to project this group, or remove {stray}")
-    check_values(group, group_index, fixed)
+    check_values(group, group_index, own, fixed)
     for param_index in range(len(group["params"]) if is_low_rank(group) else 0):
         check_param(group, group_index, param_index)
 
@@ -101,20 +101,21 @@ def missing_in_older(group: dict[str, Any]) -> dict[str, Any]:
     return keys.defaults((keys.CAPTURABLE, *(keys.LOW_RANK if is_low_rank(group) else ())))
 
 
-def check_names(group: dict[str, Any], group_index: int, own: Iterable[str] = keys.names(ALL_KEYS)) -> None:
+def check_names(group: dict[str, Any], group_index: int, known: Iterable[str]) -> None:
     """Raises ValueError for unsupported or mistyped keys, and where the number of `param_names` is not the
     number of parameters."""
     where = describe(group, group_index)
-    keys.check_names(group, own, where)
+    keys.check_names(group, known, where)
     if (given := group.get("param_names")) is not None and len(given) != len(group["params"]):
         raise ValueError(f"{where} has {len(group['params'])} parameters and {len(given)} param_names; give each its own, or remove them")
 
 
-def check_values(group: dict[str, Any], group_index: int, fixed: dict[str, Any]) -> None:
+def check_values(group: dict[str, Any], group_index: int, own: tuple[keys.Key, ...], fixed: dict[str, Any]) -> None:
     """Checks every value of a complete group. The group may have been loaded or changed since `complete`,
-    which says what `fixed` is."""
+    which says what `own` and `fixed` are."""
     where = describe(group, group_index)
-    keys.check_values(group, (keys.CAPTURABLE, *keys.ADAMW, *((*keys.LOW_RANK, keys.CALLS) if is_low_rank(group) else ())), where)
+    of_low_rank = (*keys.LOW_RANK, keys.CALLS) if is_low_rank(group) else ()
+    keys.check_values(group, (keys.CAPTURABLE, *keys.ADAMW, *own, *of_low_rank), where)
     for name, value in fixed.items() if is_low_rank(group) else ():
         if group[name] != value:
             raise ValueError(
@@ -132,7 +133,7 @@ def warn_if_clamped(group: dict[str, Any], group_index: int, warned: set[tuple[i
                 f"rank {group['rank']} is more than the shorter side of {describe(group, group_index, param_index)}; "
                 f"rank {min(shape)} is used for this shape, which saves no memory there",
                 UserWarning,
-                stacklevel=9,
+                stacklevel=10,
             )
 
 

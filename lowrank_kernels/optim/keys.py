@@ -155,12 +155,18 @@ LOW_RANK = (
         "side: `std` projects the shorter one; `reverse_std`, `left`, `right`",
         choices=("std", "reverse_std", "left", "right"),
     ),
-    Choice("selection", "importance", 'how the basis is chosen: I3S, GaLore (`"dominant"`), or `"random"`', choices=tuple(SELECTIONS)),
+    Choice(
+        "selection",
+        "importance",
+        'how the basis is chosen: I3S, GaLore (`"dominant"`), `"random"`; or `"gaussian"`, which is not orthonormal, for APOLLO',
+        choices=tuple(SELECTIONS),
+    ),
     Choice(
         "lift",
         "back_projection",
-        'how N moves the weight: by P·N; `"residual"` adds what the subspace leaves out of the gradient, scaled like N (Fira)',
-        choices=("back_projection", "residual"),
+        'how N moves the weight: by P·N; `"residual"` adds what the subspace leaves out of the gradient, scaled like N (Fira); '
+        '`"channel_scaling"` and `"tensor_scaling"` move it by the gradient, scaled by ‖N‖ / ‖R‖ (APOLLO)',
+        choices=("back_projection", "residual", "channel_scaling", "tensor_scaling"),
     ),
     Choice(
         "moments",
@@ -193,6 +199,12 @@ ADAMW = (
     Number("eps", 1e-8, "ε, added to the root of the bias-corrected second moment", least=0.0),
     Number("weight_decay", 0.0, "decoupled, applied before the update", least=0.0),
 )
+ADAFACTOR = (
+    Number("beta2_decay", -0.8, "γ of β2ₜ = 1 − t^γ", below=0.0),
+    Number("clip_threshold", 1.0, "d, the largest root mean square of an update", least=0.0),
+    Flag("first_moment", True, "`False`: no M, so that a matrix keeps r + n numbers"),
+)
+"""Keys of LowRankAdafactor's groups, in addition to AdamW's."""
 CAPTURABLE = Flag("capturable", False, "whether step() may be a part of a CUDA graph")
 RSO = (
     Whole("inner_steps", 200, "steps in one subspace", least=1),

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from ..lifts.back_projection import BackProjection
 from ..lifts.residual import Residual
+from ..lifts.scaling import ChannelScaling, TensorScaling
+from ..rules import Rule
+from ..rules.adafactor import Adafactor, Factored
+from ..rules.adam_mini import AdamMini
 from ..rules.adamw import AdamW
 from ..storage import EightBit, Plain
-from . import keys
-from .optimizer import LowRankOptimizer, warn_without_rank
+from . import groups, keys
+from .optimizer import LowRankOptimizer
 
-__all__ = ["FiraAdamW", "GaLoreAdamW", "I3SAdamW", "LowRankAdamW"]
-LIFTS = {lift.name: lift for lift in (BackProjection(), Residual())}
+__all__ = [
+    "ApolloAdamW",
+    "ApolloMiniAdamW",
+    "FiraAdamW",
+    "GaLoreAdamW",
+    "I3SAdamW",
+    "LowRankAdafactor",
+    "LowRankAdamMini",
+    "LowRankAdamW",
+]
+LIFTS = {lift.name: lift for lift in (BackProjection(), Residual(), ChannelScaling(), TensorScaling())}
 STORAGES = {32: Plain(), 8: EightBit()}
 
 
@@ -77,15 +92,24 @@ class LowRankAdamW(LowRankOptimizer):
         capturable: bool = False,
         **unsupported: Any,
     ) -> None:
+        self._begin(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable), unsupported)
+
+    def _begin(self, params: Iterable[Any], arguments: dict[str, Any], unsupported: dict[str, Any]) -> None:
         keys.check_arguments(
             type(self).__name__,
             unsupported,
-            own=keys.names((*keys.ADAMW, keys.CAPTURABLE)),
+            own=tuple(arguments),
             of_groups=keys.names(keys.LOW_RANK),
             remedy=f"a group: {type(self).__name__}(lowrank_kernels.param_groups(model, rank=…, …))",
         )
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable))
-        warn_without_rank(self)
+        super().__init__(params, arguments)
+        if type(self) is not LowRankAdamW and not any(map(groups.is_low_rank, self.param_groups)):
+            warnings.warn(
+                f"{type(self).__name__} has no group with rank and trains every parameter with AdamW; "
+                "lowrank_kernels.param_groups(model, rank=…) makes groups that are projected",
+                UserWarning,
+                stacklevel=4,
+            )
 
 
 class GaLoreAdamW(LowRankAdamW):
@@ -118,3 +142,90 @@ class FiraAdamW(LowRankAdamW):
 
     fixed = {"lift": "residual"}
     preferred = {"selection": "dominant"}
+
+
+class ApolloAdamW(LowRankAdamW):
+    """LowRankAdamW with lift="channel_scaling": the subspace says by how much each column of the gradient is
+    scaled, and the gradient itself moves the weight (APOLLO, arXiv 2412.05270).
+
+        W' = (1 − lr·wd)·W' − lr·α·s·G',     s = ‖N‖ / ‖R‖ of each column
+
+    A limiter keeps the norm of s·G' from growing by more than a factor of 1.01 a step; see lifts/scaling.py.
+
+    selection is "gaussian" unless the group sets another one: P of N(0, 1/r), a new one every
+    `update_proj_gap` steps. α, the group's `scale`, is 1 unless it sets another one. ‖N‖ is about √r where
+    AdamW's is about √m, so α = √(m/r) gives updates of AdamW's size. The state keeps the basis, and
+    `scaled_norm`, one fp32 for each matrix. On a GPU a step takes three launches a bucket.
+    """
+
+    fixed = {"lift": "channel_scaling"}
+    preferred = {"selection": "gaussian", "scale": 1.0}
+
+
+class ApolloMiniAdamW(LowRankAdamW):
+    """LowRankAdamW with lift="tensor_scaling", for rank 1: one ratio scales the whole gradient (APOLLO-Mini,
+    arXiv 2412.05270).
+
+        W' = (1 − lr·wd)·W' − lr·α·s·G',     s = ‖N‖ / ‖R‖ of the whole matrix
+
+    As ApolloAdamW. `scale` is √128 unless the group sets another one, as in the paper.
+    """
+
+    fixed = {"lift": "tensor_scaling"}
+    preferred = {"selection": "gaussian", "scale": math.sqrt(128)}
+
+
+class LowRankAdamMini(LowRankAdamW):
+    """Adam-mini on the projected gradient: one second moment for each direction of the basis
+    (arXiv 2406.16793; in a subspace, I3S, arXiv 2502.05790).
+
+        R = PᵀG';  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·(mean of R² over each row)
+        N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε);  W' = (1 − lr·wd)·W' − lr·α·P·N
+
+    M is (r, n), V is (r, 1), which is `row_var` in the state: half of AdamW's moments. Every key of
+    LowRankAdamW's groups works here. state_bits=8 codes M. Groups without rank are trained by AdamW. On a GPU
+    a step is composed of project, rule and lift.
+    """
+
+    rule = AdamMini()
+
+
+@keys.documented("Keys that only this optimizer has", keys.ADAFACTOR)
+class LowRankAdafactor(LowRankAdamW):
+    """Adafactor on the projected gradient: the second moment is the product of a column and a row
+    (arXiv 1804.04235; in a subspace, GaLore, arXiv 2403.03507, and I3S, arXiv 2502.05790).
+
+        R = PᵀG';  A = β2ₜ·A + (1−β2ₜ)·(mean of R² + 1e-30 over each row);  C likewise over each column
+        U = R / sqrt(A·C / mean(A));  U = U / max(1, RMS(U) / d);  M = β1·M + (1−β1)·U
+        W' = (1 − lr·wd)·W' − lr·α·P·M          β2ₜ = 1 − t^γ
+
+    A is (r, 1) and C (1, n): `row_var` and `col_var` in the state. M is (r, n); without it the state of a
+    matrix is r + n numbers and its basis. M is not corrected for its start from zero, as in the paper. The
+    paper's relative steps and its scaling by the size of the weight are off: lr is the step size, decay is
+    decoupled. Every key of LowRankAdamW's groups works here. state_bits=8 codes M. Groups without rank are
+    trained by AdamW, with all of `betas` and with `eps`. On a GPU a step is composed of project, rule and
+    lift.
+    """
+
+    own_keys = keys.ADAFACTOR
+    rules = {True: Adafactor(), False: Factored()}
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        beta2_decay: float = -0.8,
+        clip_threshold: float = 1.0,
+        first_moment: bool = True,
+        capturable: bool = False,
+        **unsupported: Any,
+    ) -> None:
+        arguments = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, capturable=capturable)
+        own = dict(beta2_decay=beta2_decay, clip_threshold=clip_threshold, first_moment=first_moment)
+        self._begin(params, arguments | own, unsupported)
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return self.rules[group["first_moment"]]

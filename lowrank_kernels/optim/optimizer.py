@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -63,6 +62,8 @@ class LowRankOptimizer(Optimizer):
     lifts: dict[str, Lift]
     storages: dict[int, Storage]
     """The storages by state_bits."""
+    own_keys: tuple[keys.Key, ...] = ()
+    """Keys of groups that only this class has. They are arguments of its constructor too."""
     fixed: dict[str, Any] = {}
     """Values of group keys that the class prescribes. A group with another value is refused."""
     preferred: dict[str, Any] = {}
@@ -98,29 +99,44 @@ class LowRankOptimizer(Optimizer):
     def _complete(self, group: dict[str, Any], index: int) -> None:
         """Fills the group's missing keys with their defaults. Raises ValueError or TypeError for keys, values
         and parameters that cannot work."""
-        groups.complete(group, index, self.fixed, self.preferred)
-        self._check_rule(group, index)
+        groups.complete(group, index, self.own_keys, self.fixed, self.preferred)
+        self._check_method(group, index)
         if groups.is_low_rank(group):
             groups.warn_if_clamped(group, index, self._clamp_warned)
 
-    def _check_rule(self, group: dict[str, Any], index: int) -> None:
-        if group.get("moments") == "rotate" and type(self.rule).rotate is Rule.rotate:
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return self.rule
+
+    def _check_method(self, group: dict[str, Any], index: int) -> None:
+        """Raises ValueError where a low-rank group's keys do not go together."""
+        if not groups.is_low_rank(group):
+            return
+        rule, lift, where = self._rule(group), self.lifts[group["lift"]], groups.describe(group, index)
+        if group["moments"] == "rotate" and type(rule).rotate is Rule.rotate:
             raise ValueError(
-                f"moments='rotate' needs a rule that says what its state is in another basis, which {self.rule.name!r} does not "
-                f"({groups.describe(group, index)}); use 'keep' or 'reset'"
+                f"moments='rotate' needs a rule that says what its state is in another basis, which {rule.name!r} does not ({where}); "
+                "use 'keep' or 'reset'"
             )
+        if group["selection"] == "gaussian" and (lift.needs_orthonormal or group["moments"] == "rotate"):
+            wants = "moments='rotate'" if not lift.needs_orthonormal else f"lift={lift.name!r}"
+            raise ValueError(f"{wants} needs orthonormal bases, which selection='gaussian' does not draw ({where}); use 'random'")
+        try:
+            self.storages[group["state_bits"]].layout(rule.state(1, 1), torch.float32)
+        except ValueError as error:
+            raise ValueError(f"{error} ({where})") from None
 
     def _hyper(self, group: dict[str, Any]) -> Hyper:
         lr = group["lr"]
         lr = lr if isinstance(lr, Tensor) and lr.is_cuda else float(lr)
+        rule = self._rule(group)
         return Hyper(
-            rule=self.rule,
+            rule=rule,
             lift=self.lifts[group["lift"]],
             storage=self.storages[group["state_bits"]],
             lr=lr,
             scale=group["scale"],
             weight_decay=group["weight_decay"],
-            options={key: group[key] for key in self.rule.keys},
+            options={key: group[key] for key in rule.keys},
         )
 
     # The step.
@@ -167,8 +183,8 @@ class LowRankOptimizer(Optimizer):
 
     def _sorted(self, group: dict[str, Any], index: int, capturing: bool) -> tuple[list[Tensor], list[Members]]:
         """Runs every check of a group. Returns its dense parameters and its low-rank buckets."""
-        groups.check_values(group, index, self.fixed)
-        self._check_rule(group, index)
+        groups.check_values(group, index, self.own_keys, self.fixed)
+        self._check_method(group, index)
         if not groups.is_low_rank(group):
             for place, param in enumerate(group["params"]):
                 if param.grad is not None:
@@ -336,7 +352,7 @@ class LowRankOptimizer(Optimizer):
                 carry(group["moments"], state, basis, hyper.rule, hyper.storage)
                 state["refreshed_at"] = group["calls"]
             state["basis"].copy_(basis)
-        if group["selection"] != "random":  # a random basis needs no gradient
+        if group["selection"] not in subspaces.BLIND:
             self._waiting.note([members.params[slot] for slot in first], [members.states[slot]["basis"] for slot in first])
 
     def _new_state(self, group: dict[str, Any], members: Members, slot: int, basis: Tensor, hyper: Hyper) -> dict[str, Any]:
@@ -396,7 +412,7 @@ class LowRankOptimizer(Optimizer):
         would differ. A process without low-rank parameters takes part in the all-gather as well."""
         held, settings = [], []
         for group in filter(groups.is_low_rank, self.param_groups):
-            settings.append(tuple(group[key] for key in keys.names(keys.LOW_RANK)))
+            settings.append(tuple(group[key] for key in keys.names((*keys.LOW_RANK, *self.own_keys))))
             first = self._first_index(group)
             for place, param in enumerate(group["params"]):
                 name = groups.draw_key(group, place)
@@ -474,14 +490,16 @@ class LowRankOptimizer(Optimizer):
                 f"group {index} is {kinds[groups.is_low_rank(group)]} here but {kinds[groups.is_low_rank(saved)]} in the checkpoint; "
                 "build the groups as they were when it was saved (a checkpoint of another optimizer does not fit)"
             )
-        groups.check_names({**saved, "param_names": None}, index)
-        groups.check_values(saved, index, self.fixed)
+        if missing := [key for key in keys.names(self.own_keys) if key not in saved]:
+            raise ValueError(f"the checkpoint's group {index} has no {missing[0]!r}; it was saved for another optimizer")
+        groups.check_names({**saved, "param_names": None}, index, keys.names((*groups.ALL_KEYS, *self.own_keys)))
+        groups.check_values(saved, index, self.own_keys, self.fixed)
         if not groups.is_low_rank(group) or len(group["params"]) != len(saved["params"]):
             return []
         final = {**group, **saved, "params": group["params"]}
         for place in range(len(group["params"])):
             groups.check_param(final, index, place)
-        return loading.changes(group, saved, keys.LOW_RANK, index)
+        return loading.changes(group, saved, (*keys.LOW_RANK, *self.own_keys), index)
 
     def _check_loaded_state(
         self, state: dict[str, Any], param: Tensor, saved: dict[str, Any], group: dict[str, Any], index: int, place: int
@@ -505,14 +523,3 @@ class LowRankOptimizer(Optimizer):
                     loading.restore_low_rank(self.state.get(param, {}), saved, param)
                 else:
                     loading.restore_dense(self.state.get(param, {}), saved, param)
-
-
-def warn_without_rank(optimizer: LowRankOptimizer) -> None:
-    """Warns where the optimizer's class prescribes a projection and no group has a `rank`."""
-    if (optimizer.fixed or optimizer.preferred) and not any(map(groups.is_low_rank, optimizer.param_groups)):
-        warnings.warn(
-            f"{type(optimizer).__name__} has no group with rank and trains every parameter with AdamW; "
-            "lowrank_kernels.param_groups(model, rank=…) makes groups that are projected",
-            UserWarning,
-            stacklevel=3,
-        )

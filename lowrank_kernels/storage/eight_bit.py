@@ -62,11 +62,17 @@ def decode(
     exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor, exp_avg_sq_scale: Tensor, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """M and V, (…, r, n) in `dtype`."""
+    return decode_m(exp_avg, exp_avg_scale, dtype), decode_v(exp_avg_sq, exp_avg_sq_scale, dtype)
+
+
+def decode_m(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     # In place where it can be, here and below: fresh memory takes half of the time otherwise.
-    root = exp_avg.to(dtype).sub_(128).div_(127)
-    m = root.abs().mul_(root).mul_(_spread(exp_avg_scale, exp_avg))
-    v = exp_avg_sq.to(dtype).div_(255).square_().square_().mul_(_spread(exp_avg_sq_scale, exp_avg_sq))
-    return m, v
+    root = codes.to(dtype).sub_(128).div_(127)
+    return root.abs().mul_(root).mul_(_spread(scale, codes))
+
+
+def decode_v(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.to(dtype).div_(255).square_().square_().mul_(_spread(scale, codes))
 
 
 def encode_(
@@ -80,11 +86,19 @@ def encode_(
 ) -> None:
     """Writes the codes and scales of M and V in place. m, v: (…, r, n) in fp32 or fp64. step: t, the
     number of the update that they come from."""
-    exp_avg_scale.copy_(_peak(m))
-    exp_avg_sq_scale.copy_(_peak(v))
-    exp_avg.copy_(_share(m, exp_avg_scale).sqrt_().mul_(127).copysign_(m).add_(0.5).floor_().add_(128).nan_to_num_(128))
-    codes = codes_of_v(_share(v, exp_avg_sq_scale), fractions(v.shape[-2:], step, v.dtype, v.device))
-    exp_avg_sq.copy_(codes.clamp_min_(1).masked_fill_(v <= 0, 0).nan_to_num_(0))
+    encode_m_(m, exp_avg, exp_avg_scale)
+    encode_v_(v, exp_avg_sq, exp_avg_sq_scale, step)
+
+
+def encode_m_(m: Tensor, codes: Tensor, scale: Tensor) -> None:
+    scale.copy_(_peak(m))
+    codes.copy_(_share(m, scale).sqrt_().mul_(127).copysign_(m).add_(0.5).floor_().add_(128).nan_to_num_(128))
+
+
+def encode_v_(v: Tensor, codes: Tensor, scale: Tensor, step: float | Tensor) -> None:
+    scale.copy_(_peak(v))
+    chosen = codes_of_v(_share(v, scale), fractions(v.shape[-2:], step, v.dtype, v.device))
+    codes.copy_(chosen.clamp_min_(1).masked_fill_(v <= 0, 0).nan_to_num_(0))
 
 
 def fractions(shape: Sequence[int], step: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -127,19 +141,27 @@ def _spread(scale: Tensor, like: Tensor) -> Tensor:
 
 
 class EightBit(Storage):
-    """Stores AdamW's M and V as codes, each with its scales: exp_avg and exp_avg_scale, exp_avg_sq and
-    exp_avg_sq_scale."""
+    """Stores a rule's `exp_avg` as M and its `exp_avg_sq` as V, in codes, each with its scales
+    (exp_avg_scale, exp_avg_sq_scale). What else a rule keeps is small, and stays as it is."""
 
     name = "eight_bit"
 
     def layout(self, shapes: dict[str, tuple[int, int]], state_dtype: torch.dtype) -> Layout:
-        if set(shapes) != set(MOMENTS):
-            raise ValueError(f"state_bits=8 codes AdamW's moments, and this rule keeps {', '.join(shapes)}; use state_bits=32")
-        codes = {name: (shape, torch.uint8) for name, shape in shapes.items()}
-        return codes | {f"{name}_scale": (scales_shape(shape), torch.float32) for name, shape in shapes.items()}
+        coded = [name for name in MOMENTS if name in shapes]
+        if not coded:
+            raise ValueError(f"state_bits=8 codes {' and '.join(MOMENTS)}, and this rule keeps {', '.join(shapes)}; use state_bits=32")
+        layout = {name: (shape, torch.uint8 if name in coded else state_dtype) for name, shape in shapes.items()}
+        return layout | {f"{name}_scale": (scales_shape(shapes[name]), torch.float32) for name in coded}
 
     def load(self, stored: dict[str, Tensor], state_dtype: torch.dtype) -> dict[str, Tensor]:
-        return dict(zip(MOMENTS, decode(*(stored[name] for name in (*MOMENTS, *SCALES)), state_dtype), strict=True))
+        values = {name: tensor for name, tensor in stored.items() if name not in SCALES}
+        for name, decode_one in zip(MOMENTS, (decode_m, decode_v), strict=True):
+            if name in values:
+                values[name] = decode_one(stored[name], stored[f"{name}_scale"], state_dtype)
+        return values
 
     def store_(self, values: dict[str, Tensor], stored: dict[str, Tensor], step: float | Tensor) -> None:
-        encode_(*(values[name] for name in MOMENTS), *(stored[name] for name in (*MOMENTS, *SCALES)), step)
+        if "exp_avg" in values:
+            encode_m_(values["exp_avg"], stored["exp_avg"], stored["exp_avg_scale"])
+        if "exp_avg_sq" in values:
+            encode_v_(values["exp_avg_sq"], stored["exp_avg_sq"], stored["exp_avg_sq_scale"], step)

@@ -4,6 +4,6 @@ no gradient."""
 
 from .distributions import DISTRIBUTIONS, draw_projection
 from .overlap import subspace_overlap
-from .refresh import SELECTIONS, SVDS, choose_bases, own_memory
+from .refresh import BLIND, SELECTIONS, SVDS, choose_bases, own_memory
 
-__all__ = ["DISTRIBUTIONS", "SELECTIONS", "SVDS", "choose_bases", "draw_projection", "own_memory", "subspace_overlap"]
+__all__ = ["BLIND", "DISTRIBUTIONS", "SELECTIONS", "SVDS", "choose_bases", "draw_projection", "own_memory", "subspace_overlap"]

@@ -12,14 +12,17 @@ from .. import range_finder as algorithms
 from ..ops import parts
 from .dominant import dominant
 from .importance import importance
-from .random import random
+from .random import gaussian, random
 from .spectrum import Spectrum
 
 SELECTIONS: dict[str, Callable[[Spectrum, int, Sequence[int]], Tensor]] = {
     "importance": importance,
     "dominant": dominant,
     "random": random,
+    "gaussian": gaussian,
 }
+BLIND = ("random", "gaussian")
+"""Selections that need no gradient. Even a gradient that is all zero gets a basis from them."""
 SVDS = ("randomized", "exact")
 
 CHUNK_ELEMENTS = {"cpu": 2**22, "cuda": 2**27}
@@ -46,7 +49,7 @@ def choose_bases(
 ) -> list[Tensor]:
     """The implementation of ops.choose_bases; see there. `seed` draws the shared sketch, `seeds` draw what
     each matrix draws for itself."""
-    choose, method = SELECTIONS[selection], (svd, oversample, power_iters, seed)
+    method = (svd, oversample, power_iters, seed)
     grads = [grad.mT if right else grad for grad in grads]
     m, n = grads[0].shape
     columns = min(2 * rank + oversample, m, n)
@@ -55,7 +58,7 @@ def choose_bases(
     bases: list[Tensor] = []
     for start in range(0, len(grads), chunk):
         part = slice(start, start + chunk)
-        chosen = _choose_chunk(grads[part], previous[part], rank, choose, method, seeds[part], dtype, found_inf)
+        chosen = _choose_chunk(grads[part], previous[part], rank, selection, method, seeds[part], dtype, found_inf)
         bases.extend(map(own_memory, chosen))
     return bases
 
@@ -64,7 +67,7 @@ def _choose_chunk(
     grads: Sequence[Tensor],
     previous: Sequence[Tensor],
     rank: int,
-    choose: Callable[[Spectrum, int, Sequence[int]], Tensor],
+    selection: str,
     method: tuple[str, int, int, int],
     seeds: Sequence[int],
     dtype: torch.dtype,
@@ -72,13 +75,14 @@ def _choose_chunk(
 ) -> Sequence[Tensor]:
     """A basis (m, r) of `dtype` for each of a few oriented gradients. The bases may share memory with each
     other or with `previous`."""
+    choose = SELECTIONS[selection]
     matrices = [algorithms.multipliable(grad) for grad in grads]
     look = algorithms.may_look(grads[0])
     if not look and matrices[0].numel() < APART_FROM_ELEMENTS:
         matrices = [torch.stack(matrices)]
     peak = parts.peaks(matrices)
     if not look:
-        taken = torch.ones_like(peak, dtype=torch.bool) if choose is random else peak != 0
+        taken = torch.ones_like(peak, dtype=torch.bool) if selection in BLIND else peak != 0
         if previous:
             taken = taken & torch.isfinite(peak)
             if found_inf is not None:
@@ -92,7 +96,7 @@ def _choose_chunk(
     wanted = [
         number
         for number, value in enumerate(peak.tolist())
-        if (value != 0 or choose is random) and not (skipped or (previous and not math.isfinite(value)))
+        if (value != 0 or selection in BLIND) and not (skipped or (previous and not math.isfinite(value)))
     ]
     if wanted:
         if len(wanted) < len(grads):

@@ -1,9 +1,12 @@
-"""A small network with one parameter of every kind, and the loop that trains it."""
+"""A small network with one parameter of every kind, the methods, and the loop that trains it."""
+
+import functools
 
 import torch
 from torch import nn
 
 import lowrank_kernels as lrk
+from lowrank_kernels.optim import methods
 
 
 class Net(nn.Module):
@@ -28,6 +31,14 @@ def build(dtype=torch.float32, optimizer=lrk.LowRankAdamW, lr=1e-2, weight_decay
     model = Net(dtype).to(device)
     groups = lrk.param_groups(model, **({"rank": 6, "update_proj_gap": 4} | options))
     return model, optimizer(groups, lr=lr, weight_decay=weight_decay, capturable=capturable)
+
+
+OF_A_METHOD = {"ApolloMiniAdamW": {"rank": 1}}
+METHODS = {name: functools.partial(build, optimizer=getattr(lrk, name), **OF_A_METHOD.get(name, {})) for name in methods.__all__} | {
+    "LowRankAdafactor without M": functools.partial(build, optimizer=functools.partial(lrk.LowRankAdafactor, first_moment=False)),
+    "FiraAdamW with I3S": functools.partial(build, optimizer=lrk.FiraAdamW, selection="importance"),
+}
+"""Builds of every method that projects gradients. What all methods share is tested on all of them."""
 
 
 def batch(step, dtype=torch.float32, device="cpu"):

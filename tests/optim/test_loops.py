@@ -5,11 +5,11 @@ import functools
 
 import pytest
 import torch
-from optim import models, rso_runs
-from optim.models import batch, same_bits, train
+from optim import rso_runs
+from optim.models import METHODS, batch, same_bits, train
 from optim.rso_runs import everything, random_gradients
 
-BUILDS = {"LowRankAdamW": models.build, "RSOAdamW": functools.partial(rso_runs.build, proximal=0.1)}
+BUILDS = METHODS | {"RSOAdamW": functools.partial(rso_runs.build, proximal=0.1)}
 pytestmark = pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
 
 
