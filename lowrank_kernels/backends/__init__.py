@@ -33,6 +33,8 @@ class Backend:
     """Whole steps, by the names of rule, lift and storage."""
     rules: dict[tuple[str, str], Callable[[Bucket, Hyper, list[Tensor]], Tensor]] = field(default_factory=dict)
     """Functions from R to N, by the names of rule and storage."""
+    any_rule: Callable[[Bucket, Hyper, list[Tensor]], Tensor] = reference.update
+    """For the rules that are not in `rules`."""
     lifts: dict[str, Callable[[Bucket, Hyper, Tensor], None]] = field(default_factory=dict)
     """Lifts that take N alone, by name."""
 
@@ -54,6 +56,7 @@ BACKENDS = {
         project=cuda.project,
         fused=dict.fromkeys(ADAMW, cuda.step) | dict.fromkeys(FIRA, cuda.residual_step) | dict.fromkeys(APOLLO, cuda.scaling_step),
         rules={("adamw", "plain"): cuda.update, ("sgd", "plain"): foreach.sgd},
+        any_rule=foreach.batched,
         lifts={"back_projection": cuda.lift},
     ),
 }
@@ -87,8 +90,8 @@ def project(bucket: Bucket) -> list[Tensor]:
 
 def update(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
     """Computes N (B, r, n) from R and updates the rule's states in place."""
-    own = backend_of(bucket).rules.get((hyper.rule.name, hyper.storage.name))
-    return reference.update(bucket, hyper, projected) if own is None else own(bucket, hyper, projected)
+    backend = backend_of(bucket)
+    return backend.rules.get((hyper.rule.name, hyper.storage.name), backend.any_rule)(bucket, hyper, projected)
 
 
 def lift(bucket: Bucket, hyper: Hyper, projected: list[Tensor], normalised: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Rules for all matrices of a bucket at once, in torch._foreach, on any device."""
+"""Rules for all matrices of a bucket at once, in plain PyTorch, on any device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from .bucket import Bucket, Hyper
-from .reference import kept_where
+from .reference import compute_dtype, kept_where
+
+CHUNK_ELEMENTS = 2**26
+"""Elements of R that are updated together. In fp32 they take 256 MiB, and about six tensors of that size exist
+at a time."""
 
 
 def sgd(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
@@ -16,3 +20,28 @@ def sgd(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
         torch._foreach_mul_(buffers, hyper.options["momentum"])
         torch._foreach_add_(buffers, [r.to(buffers[0].dtype) for r in projected])
     return torch.stack(buffers)
+
+
+def batched(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
+    """N (B, r, n) by any rule, on copies of the states as batches. The number of launches does not grow with
+    the number of matrices."""
+    dtype = compute_dtype(bucket.weights[0], bucket.bases[0], projected[0])
+    normalised = torch.empty((len(bucket), *projected[0].shape), dtype=dtype, device=bucket.device)
+    count = max(1, CHUNK_ELEMENTS // projected[0].numel())
+    for start in range(0, len(bucket), count):
+        part = bucket.part(start, start + count)
+        normalised[start : start + count] = _batch(part, hyper, torch.stack(projected[start : start + count]).to(dtype))
+    return normalised
+
+
+def _batch(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:
+    names = hyper.storage.layout(hyper.rule.state(1, 1), projected.dtype)
+    stored = {name: torch.stack(bucket.states[name]) for name in names}
+    values = hyper.storage.load(stored, projected.dtype)
+    step = torch.stack(bucket.steps).double().view(-1, 1, 1) + 1
+    normalised = hyper.rule.update(projected, values, step, **hyper.options)
+    hyper.storage.store_(values, stored, step)
+    for name, batch in stored.items():
+        with kept_where(bucket.found_inf, bucket.states[name]):
+            torch._foreach_copy_(bucket.states[name], list(batch.unbind()))
+    return normalised

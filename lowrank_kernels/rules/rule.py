@@ -21,7 +21,7 @@ class Rule:
 
     def update(self, projected: Tensor, state: dict[str, Tensor], step: float | Tensor, **options: Any) -> Tensor:
         """N (…, r, n) from R (…, r, n), both in fp32 (fp64 for fp64). Updates `state` in place. step: the
-        number of this update, from 1."""
+        number of this update, from 1: one for all, or (…, 1, 1) in fp64, where N may come out in fp64."""
         raise NotImplementedError
 
     def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:

@@ -102,11 +102,12 @@ def encode_v_(v: Tensor, codes: Tensor, scale: Tensor, step: float | Tensor) -> 
 
 
 def fractions(shape: Sequence[int], step: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """u, (r, n) in `dtype`, for the update of number t = `step`. It is the same in fp32 and fp64."""
-    rows, columns = (torch.arange(extent, device=device) for extent in shape)
+    """u, (…, r, n) in `dtype`, for the update of number t = `step`, a number or (…, 1, 1). It is the same in
+    fp32 and fp64."""
+    rows, columns = torch.arange(shape[0], device=device)[:, None], torch.arange(shape[1], device=device)
     step = step.to(device, torch.int64) if isinstance(step, Tensor) else int(step)
     of_row, of_column = ((part % UNITS).to(dtype) / UNITS for part in (ROW * rows + STEP * step, COLUMN * columns))
-    return (of_row[:, None] + of_column).frac_()
+    return (of_row + of_column).frac_()
 
 
 def codes_of_v(share: Tensor, fraction: Tensor) -> Tensor:

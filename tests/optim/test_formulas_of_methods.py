@@ -50,7 +50,7 @@ def back_project(p, n, r, g, kept):
 
 
 def apollo(p, n, r, g, kept, *, whole=False):
-    """D (arXiv 2412.05270, algorithm 1): the gradient times the ratio of norms. The norm of D grows by at most
+    """D (arXiv 2412.05270, algorithm 1): the gradient times the ratio of norms. Its norm grows by at most
     1 %."""
     if whole:
         d = g * (n.norm() / r.norm())
