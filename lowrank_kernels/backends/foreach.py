@@ -9,8 +9,8 @@ from .bucket import Bucket, Hyper
 from .reference import compute_dtype, kept_where
 
 CHUNK_ELEMENTS = 2**26
-"""Elements of R that are updated together. In fp32 they take 256 MiB, and about six tensors of that size exist
-at a time."""
+"""Elements of R that are updated together. In fp32 they take 256 MiB, and about six tensors of that size
+exist at a time."""
 
 
 def sgd(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:

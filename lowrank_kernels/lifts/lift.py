@@ -12,7 +12,7 @@ class Lift:
     takes_gradient = False
     """Whether D needs G'. A step that is given R instead of a gradient has no G'."""
 
-    needs_orthonormal = True
+    needs_orthonormal = False
     """Whether P must have orthonormal columns."""
 
     def state(self) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ class Residual(Lift):
 
     name = "residual"
     takes_gradient = True
+    needs_orthonormal = True
 
     def state(self) -> dict[str, tuple[int, ...]]:
         return {"residual_norm": ()}

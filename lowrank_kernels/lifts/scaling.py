@@ -17,7 +17,6 @@ class ChannelScaling(Lift):
 
     name = "channel_scaling"
     takes_gradient = True
-    needs_orthonormal = False
     dim: int | None = 0
 
     def state(self) -> dict[str, tuple[int, ...]]:

@@ -136,6 +136,14 @@ ROUNDING = Choice(
 LOW_RANK = (
     Whole("rank", REQUIRED, "r; clamped to the shorter side, with a warning", least=1),
     Whole("update_proj_gap", 200, "steps between refreshes of P", least=1),
+    Number(
+        "refresh_threshold",
+        1.0,
+        "below 1: a matrix whose new basis overlaps the old one by more than this doubles its gap (Q-GaLore)",
+        least=0.0,
+    ),
+    Whole("max_update_proj_gap", 1600, "the longest gap that `refresh_threshold` makes", least=1),
+    Flag("diagnostics", False, "`True`: each refresh is measured, for `optimizer.diagnostics()`"),
     Flag(
         "stagger",
         False,
@@ -158,7 +166,7 @@ LOW_RANK = (
     Choice(
         "selection",
         "importance",
-        'how the basis is chosen: I3S, GaLore (`"dominant"`), `"random"`; or `"gaussian"`, which is not orthonormal, for APOLLO',
+        'how the basis is chosen: I3S, GaLore (`"dominant"`), `"random"`; or `"gaussian"`, N(0, 1/r), which is not orthonormal (APOLLO)',
         choices=tuple(SELECTIONS),
     ),
     Choice(

@@ -19,10 +19,11 @@ from ..lifts import Lift
 from ..ops.dispatch import outside_training
 from ..rules import Rule
 from ..storage import Storage
-from . import groups, keys, loading, ranks, refreshes
+from . import diagnosis, groups, keys, loading, ranks, refreshes
 from .buckets import Members, buckets, check_grad, matrices_of
 from .carry import carry
 from .dense import dense_adamw_step_
+from .periods import Periods
 from .refreshes import Due
 from .scaler import Skips, unscaled
 from .waiting import Waiting
@@ -80,6 +81,7 @@ class LowRankOptimizer(Optimizer):
         """Drop everything known about the states; they may have been replaced."""
         self._skips = Skips()
         self._waiting = Waiting()
+        self._periods = Periods()
         self._compared = False
 
     # Groups.
@@ -315,10 +317,10 @@ class LowRankOptimizer(Optimizer):
         may still be zero, because no gradient other than zero has come yet.
         """
         self._waiting.settle(self.state)
-        due = [refreshes.due(group, members, self._waiting.params) for members in low_rank]
+        due = [refreshes.due(group, members, self._waiting.params, self._periods) for members in low_rank]
         if refreshes.is_refresh(due) and (skipped := self._skips.ask(group)):
             group["calls"] -= skipped
-            due = [refreshes.due(group, members, self._waiting.params) for members in low_rank]
+            due = [refreshes.due(group, members, self._waiting.params, self._periods) for members in low_rank]
         return due if any(due) else []
 
     def _chosen(self, group: dict[str, Any], members: Members, due: Due, found_inf: Tensor | None) -> list[Fresh]:
@@ -339,21 +341,43 @@ class LowRankOptimizer(Optimizer):
         """Writes new bases into the states. An existing basis keeps its memory, since a CUDA graph may hold
         its address."""
         first = []
+        if group["refresh_threshold"] < 1 and (again := [(slot, basis) for slot, kind, basis in fresh if kind == "next"]):
+            slots, bases = zip(*again, strict=True)
+            self._periods.lengthen(group, [members.params[slot] for slot in slots], [members.states[slot] for slot in slots], bases)
         for slot, kind, basis in fresh:
             param, state = members.params[slot], members.states[slot]
+            measured = diagnosis.of_member(members, slot, basis) if group["diagnostics"] else None
             if kind == "first" or param in self._waiting.params:
                 first.append(slot)
             if kind == "first":
                 with torch.inference_mode(False):  # the states outlive a step in inference mode
                     state |= self._new_state(group, members, slot, subspaces.own_memory(basis), hyper)
+                    if measured is not None:
+                        state[diagnosis.KEY] = measured
                 self.state[param] = state
                 continue
+            if measured is not None:
+                state[diagnosis.KEY] = measured if kind == "next" else diagnosis.where_new(state, measured)
             if kind == "next":
                 carry(group["moments"], state, basis, hyper.rule, hyper.storage)
                 state["refreshed_at"] = group["calls"]
             state["basis"].copy_(basis)
         if group["selection"] not in subspaces.BLIND:
             self._waiting.note([members.params[slot] for slot in first], [members.states[slot]["basis"] for slot in first])
+
+    @torch._disable_dynamo
+    def diagnostics(self) -> list[dict[str, Any]]:
+        """What the last refresh of each matrix has found, in groups with diagnostics=True. This call waits
+        for a GPU; the refresh itself does not.
+
+        A row has `param` (the parameter's name, or its index in the optimizer where none is known), `expert`
+        (None for a parameter that is one matrix), `refreshed_at` (the group's count of steps then), and:
+
+            overlap           ‖P_newᵀ·P_old‖²_F / r with the basis before, NaN for the first one
+            captured_energy   ‖PᵀG‖²_F / ‖G‖²_F of the gradient that the basis was chosen from
+            effective_rank    (Σσ²)² / Σσ⁴ of that gradient, between 1 and its shorter side
+        """
+        return diagnosis.rows(self)
 
     def _new_state(self, group: dict[str, Any], members: Members, slot: int, basis: Tensor, hyper: Hyper) -> dict[str, Any]:
         param, key = members.params[slot], self._draw_key(group, members.places[slot], {})

@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import ops
 from . import groups
 from .buckets import Members, matrices_of
+from .periods import Periods
 
 Due = dict[tuple[int, str], list[int]]
 """(number of the refresh, kind) → slots of the members.
@@ -19,7 +20,7 @@ be zero, because no gradient other than zero has come yet.
 """
 
 
-def due(group: dict[str, Any], members: Members, waiting: set[Tensor]) -> Due:
+def due(group: dict[str, Any], members: Members, waiting: set[Tensor], periods: Periods) -> Due:
     """The members that need a basis before the group's next update. waiting: parameters that may wait."""
     last, number = groups.last_refresh(group, 0, group["calls"])
     slots: Due = {}
@@ -28,11 +29,21 @@ def due(group: dict[str, Any], members: Members, waiting: set[Tensor]) -> Due:
             last, number = groups.last_refresh(group, members.places[slot], group["calls"])
         if not state:
             slots.setdefault((number, "first"), []).append(slot)
-        elif not last <= state["refreshed_at"] <= group["calls"]:  # a later refreshed_at is of another group's count
+        elif not last <= state["refreshed_at"] <= group["calls"] and _is_over(group, members, slot, number, periods):
             slots.setdefault((number, "next"), []).append(slot)
         elif waiting and members.params[slot] in waiting:
             slots.setdefault((number, "waits"), []).append(slot)
     return slots
+
+
+def _is_over(group: dict[str, Any], members: Members, slot: int, number: int, periods: Periods) -> bool:
+    """Whether the basis of a member, which is of an earlier period, has been in use for as many periods as it
+    should be."""
+    refreshed_at = members.states[slot]["refreshed_at"]
+    if group["refresh_threshold"] >= 1 or refreshed_at > group["calls"]:  # a later one is of another group's count
+        return True
+    _, chosen_in = groups.last_refresh(group, members.places[slot], refreshed_at)
+    return number - chosen_in >= periods.of(members.params[slot], members.states[slot])
 
 
 def is_refresh(each: list[Due]) -> bool:

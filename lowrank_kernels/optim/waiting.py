@@ -8,12 +8,12 @@ parameter, and the device discards them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arriving import Arriving
 from .buckets import split
 
 
@@ -24,7 +24,7 @@ class Waiting:
         self.params: set[Tensor] = set()
         """All parameters that may still be waiting."""
         self._examined = False
-        self._unknown: list[tuple[Callable[[], bool], Tensor, list[Tensor]]] = []
+        self._unknown: list[tuple[Arriving, list[Tensor]]] = []
 
     def note(self, params: list[Tensor], bases: list[Tensor]) -> None:
         """Records parameters that a basis was just chosen for. The basis, or that of some experts, is zero
@@ -33,7 +33,7 @@ class Waiting:
             return
         chosen = torch.stack([_is_chosen(basis) for basis in bases])
         self.params.update(params)
-        self._unknown.append((*_on_its_way(chosen), params))
+        self._unknown.append((Arriving(chosen), params))
         self._take_in()
 
     def settle(self, states: dict[Tensor, dict[str, Any]]) -> None:
@@ -46,21 +46,9 @@ class Waiting:
         self._take_in()
 
     def _take_in(self) -> None:
-        while self._unknown and self._unknown[0][0]():
-            _, chosen, params = self._unknown.pop(0)
-            self.params.difference_update(param for param, is_chosen in zip(params, chosen.tolist(), strict=True) if is_chosen)
-
-
-def _on_its_way(flags: Tensor) -> tuple[Callable[[], bool], Tensor]:
-    """Starts copying the flags to the host. Returns a function that tells whether they have arrived, and the
-    tensor that they arrive in."""
-    if not flags.is_cuda:
-        return lambda: True, flags
-    on_host = torch.empty(flags.shape, dtype=flags.dtype, device="cpu", pin_memory=True)
-    on_host.copy_(flags, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(flags.device))
-    return event.query, on_host
+        while self._unknown and self._unknown[0][0].has_arrived():
+            chosen, params = self._unknown.pop(0)
+            self.params.difference_update(param for param, is_chosen in zip(params, chosen.values().tolist(), strict=True) if is_chosen)
 
 
 def _is_chosen(basis: Tensor) -> Tensor:

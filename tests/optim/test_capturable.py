@@ -342,7 +342,6 @@ def test_a_cuda_graph_of_the_whole_iteration():
 
 def test_a_matrix_that_waits_makes_no_step_wait(asked, monkeypatch):
     """An expert without a gradient looks for a basis at each step; nobody asks whether steps were skipped."""
-    monkeypatch.setattr(lrk.optim.waiting, "_on_its_way", lambda flags: (lambda: True, flags))
     experts = torch.nn.Parameter(torch.ones(2, 8, 12))
     optimizer = lrk.LowRankAdamW([{"params": [experts], "rank": 2, "update_proj_gap": 100}])
     for step in range(8):

@@ -8,6 +8,7 @@ from models import same_bits
 from torch import nn
 
 import lowrank_kernels as lrk
+from lowrank_kernels.optim.arriving import Arriving
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = {"matrix": (12, 20), "experts": (3, 12, 20)}
@@ -133,16 +134,16 @@ def test_how_late_the_host_learns_of_it_changes_nothing(monkeypatch, kind, delay
     at_once = outcome()
     asked = []
 
-    def late(flags):
-        questions = []
-        asked.append(questions)
+    class Late(Arriving):
+        def __init__(self, values):
+            super().__init__(values)
+            self.questions = []
+            asked.append(self.questions)
 
-        def arrived():
-            questions.append(None)
-            return len(questions) > delay
+        def has_arrived(self):
+            self.questions.append(None)
+            return len(self.questions) > delay
 
-        return arrived, flags
-
-    monkeypatch.setattr(lrk.optim.waiting, "_on_its_way", late)
+    monkeypatch.setattr(lrk.optim.waiting, "Arriving", Late)
     monkeypatch.setattr(lrk.optim.optimizer, "HOST", ())
     assert same_bits(outcome(), at_once) and len(asked[0]) > 1

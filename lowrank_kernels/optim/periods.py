@@ -1,0 +1,57 @@
+"""Longer gaps for matrices whose bases hardly change, after Q-GaLore (arXiv 2407.08296).
+
+A matrix keeps its basis for p periods of update_proj_gap steps. p starts at 1. It doubles where the new basis
+overlaps the old one by more than `refresh_threshold`, as long as p·update_proj_gap stays within
+`max_update_proj_gap`. Unlike Q-GaLore, which looks at several refreshes, this looks at one.
+
+The device decides, and writes p into the state. The host needs p only where the next period ends, and by then
+the number has long arrived.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..subspaces import subspace_overlap
+from .arriving import Arriving
+
+KEY = "periods"
+"""p in a parameter's state, one fp32; 1 where it is missing."""
+
+
+class Periods:
+    """What the host knows of p."""
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, Any] = {}
+        """A number, or a function that waits for it."""
+
+    def of(self, param: Tensor, state: dict[str, Any]) -> int:
+        """p of a parameter. It may wait for a GPU where p comes from a checkpoint."""
+        if KEY not in state:
+            return 1
+        known = self._known.get(param)
+        if known is None:
+            known = int(state[KEY].item())
+        elif not isinstance(known, int):
+            known = int(known())
+        self._known[param] = known
+        return known
+
+    def lengthen(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]], fresh: list[Tensor]) -> None:
+        """Doubles p where the new bases are like the old ones, which are still in the states. A basis that
+        has not changed at all says nothing: its gradient was not finite."""
+        most = max(1, group["max_update_proj_gap"] // group["update_proj_gap"])
+        lengthened = []
+        for state, basis in zip(states, fresh, strict=True):
+            old = state["basis"]
+            p = state.setdefault(KEY, torch.ones((), dtype=torch.float32, device=old.device)).to(old.device)
+            alike = (subspace_overlap(basis, old) > group["refresh_threshold"]) & (basis != old).flatten(-2).any(-1)
+            state[KEY] = p.copy_(torch.where(alike.all() & (2 * p <= most), 2 * p, p))
+            lengthened.append(state[KEY])
+        arriving = Arriving(torch.stack(lengthened))
+        for place, param in enumerate(params):
+            self._known[param] = lambda place=place: arriving.values()[place].item()
