@@ -216,6 +216,13 @@ ADAFACTOR = (
 CAPTURABLE = Flag("capturable", False, "whether step() may be a part of a CUDA graph")
 RSO = (
     Whole("inner_steps", 200, "steps in one subspace", least=1),
+    Number("scale", 1.0, "α, factor on the update of the layers"),
+    Choice(
+        "moments",
+        "reset",
+        'what the next P does to them: they start anew; with `"carry"` V becomes the mean of its rows and M starts anew',
+        choices=("reset", "carry"),
+    ),
     Number("proximal", 0.0, "adds proximal·B to dB", least=0.0),
     Choice("inner", "adamw", 'the inner optimizer; or `"sgd"`', choices=("adamw", "sgd")),
     Number("momentum", 0.9, 'of `"sgd"`', least=0.0, below=1.0),

@@ -34,10 +34,14 @@ class RSOAdamW(LowRankOptimizer):
     steps: randomized subspace optimization (arXiv 2502.07222).
 
         R = dB + proximal·B;  M = β1·M + (1−β1)·R;  V = β2·V + (1−β2)·R²
-        N = (M / (1−β1ᵗ)) / (sqrt(V / (1−β2ᵗ)) + ε)
-        B = (1 − lr·wd)·B − lr·N
-        Wᵀ = (1 − lr·wd)·Wᵀ − lr·P·N,      which keeps Wᵀ = W₀ᵀ + P·B, where W₀ decays as well
+        N = (M / (1−β1ˢ)) / (sqrt(V / (1−β2ᵗ)) + ε)          s = t, unless moments="carry"
+        B = (1 − lr·wd)·B − lr·α·N
+        Wᵀ = (1 − lr·wd)·Wᵀ − lr·α·P·N,      which keeps Wᵀ = W₀ᵀ + P·B, where W₀ decays as well
         after `inner_steps` steps: the next P from the seed, and B = M = V = t = 0
+
+    With moments="carry" each row of V becomes the mean of its rows, and t goes on; M starts from zero, and s
+    counts the steps since. The expectation of R² is the same in all rows, for any random P, and so is that
+    mean. Short inner loops then need not find the size of the gradients again.
 
     The weights of the layers (`SubspaceLinear`, `to_subspace`) are up to date at all times. The model can be
     evaluated or saved without any merging. All other parameters are trained by torch's own fused AdamW. With
@@ -59,6 +63,9 @@ class RSOAdamW(LowRankOptimizer):
         eps: ε ≥ 0, added to the root of the bias-corrected second moment.
         weight_decay: wd ≥ 0, decoupled, applied to the whole weight.
         inner_steps: steps in one subspace (200).
+        scale: α, a factor on the update of the layers (1). It lets one rate serve them and the other
+            parameters.
+        moments: "reset" (default), or "carry" for inner="adamw".
         proximal: weight of ½·proximal·‖B‖² in the inner problem (0).
         inner: "adamw", or "sgd" with momentum.
         momentum: momentum of "sgd", in [0, 1) (0.9).
@@ -99,6 +106,8 @@ class RSOAdamW(LowRankOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         inner_steps: int = 200,
+        scale: float = 1.0,
+        moments: str = "reset",
         proximal: float = 0.0,
         inner: str = "adamw",
         momentum: float = 0.9,
@@ -116,7 +125,9 @@ class RSOAdamW(LowRankOptimizer):
         """Coordinates that had a gradient in the first outer step, even if a GradScaler skipped all of its
         steps."""
         adamw = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        own = dict(inner_steps=inner_steps, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding)
+        own = dict(
+            inner_steps=inner_steps, scale=scale, moments=moments, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding
+        )
         super().__init__(params, adamw | own | keys.defaults(keys.POSITION))
         if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
             raise TypeError("params are sharded (DTensor), which RSOAdamW does not support yet; replicate the model, as with DDP")
@@ -192,6 +203,7 @@ class RSOAdamW(LowRankOptimizer):
             lift=self.lifts["back_projection"],
             storage=self.storages[32],
             lr=float(group["lr"]),
+            scale=group["scale"],
             weight_decay=group["weight_decay"],
             options={key: group[key] for key in rule.keys},
         )
@@ -242,8 +254,10 @@ class RSOAdamW(LowRankOptimizer):
             ]
             whole = not copies and all(grad.is_contiguous() for grad in members.grads)
             whole = whole and not any("displacement" in state for state in members.states)
-            for part in [members] if whole else _parts(members):
-                self._move_layers(group, part, hyper, grad_scale, found_inf)
+            for alike in _alike(members, [rso_groups.correction(state, group["betas"][0]) for state in members.states]):
+                corrected = replace(hyper, scale=hyper.scale * alike.correction)
+                for part in [alike] if whole else _parts(alike):
+                    self._move_layers(group, part, corrected, grad_scale, found_inf)
 
     def _move_layers(
         self, group: dict[str, Any], members: LayerMembers, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
@@ -264,8 +278,11 @@ class RSOAdamW(LowRankOptimizer):
             displacements, updates = (list(tensors) for tensors in zip(*moved, strict=True))
             with kept_where(found_inf, displacements):
                 torch._foreach_mul_(displacements, 1 - hyper.lr * hyper.weight_decay)
-                torch._foreach_add_(displacements, updates, alpha=-hyper.lr)
+                torch._foreach_add_(displacements, updates, alpha=-hyper.lr * hyper.scale)
         self._count(members, found_inf)
+        for state in states:
+            if "carried" in state:
+                state["since"] += 1
 
     def _projected(self, group: dict[str, Any], members: LayerMembers, grad_scale: Tensor | None) -> list[Tensor]:
         """R of each layer: the gradient of its coordinates, unscaled, and with the proximal term."""
@@ -295,6 +312,7 @@ class RSOAdamW(LowRankOptimizer):
         if any(key not in state for key in needed):
             for key in (key for names in rso_groups.INNER.values() for key in names):
                 state.pop(key, None)
+            rso_groups.forget_carried(state)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer.subspace.fingerprint
             state |= {key: torch.zeros(param.shape, dtype=state_dtype, device=param.device) for key in needed}
@@ -327,10 +345,11 @@ class RSOAdamW(LowRankOptimizer):
             raise
         group["inner_step"] = 0
         group["outer_step"] += 1
-        for param in layers:
-            for value in self.state.get(param, {}).values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        states = [self.state[param] for param in layers if param in self.state]
+        if group["moments"] == "carry":
+            rso_groups.carry(states)
+        else:
+            rso_groups.reset(states)
 
     def refresh(self) -> None:
         """Always raises RuntimeError, because this optimizer cannot be a part of a CUDA graph."""
@@ -339,7 +358,10 @@ class RSOAdamW(LowRankOptimizer):
     def _compare_ranks(self) -> None:
         """Raises RuntimeError where processes would draw different subspaces."""
         layers = [pair for group in self.param_groups for pair in layers_of(group).items()]
-        settings = [tuple(group[key] for key in ("inner_steps", "rounding", *keys.names(keys.POSITION))) for group in self.param_groups]
+        settings = [
+            tuple(group[key] for key in ("inner_steps", "scale", "moments", "rounding", *keys.names(keys.POSITION)))
+            for group in self.param_groups
+        ]
         if layers:
             ranks.check_equal(
                 [tuple(param.shape) for param, _ in layers],
@@ -364,7 +386,7 @@ class RSOAdamW(LowRankOptimizer):
         self._built, self._met = True, set()
 
     def _missing_in_older(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {}
+        return rso_groups.missing_in_older(group)
 
     def _check_loaded_group(self, group: dict[str, Any], saved: dict[str, Any], index: int) -> list[str]:
         if missing := [key for key in keys.names((*keys.RSO, *keys.POSITION)) if key not in saved]:
@@ -417,6 +439,8 @@ class LayerMembers(Members):
     """Coordinates whose layers' weights are alike. layers: one for each of them."""
 
     layers: list[SubspaceLayer] = field(default_factory=list)
+    correction: float = 1.0
+    """See rso_groups.correction."""
 
 
 LISTS = ("params", "places", "states", "grads", "layers")
@@ -439,6 +463,19 @@ def _buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
         grads = [param.grad for param in params]
         result.append(LayerMembers(not transposed, params[0].shape[0], 1, params, places, [], grads, [layers[param] for param in params]))
     return result
+
+
+def _alike(members: LayerMembers, corrections: list[float]) -> list[LayerMembers]:
+    """The bucket, in parts of equal corrections."""
+    if all(correction == corrections[0] for correction in corrections):
+        return [replace(members, correction=corrections[0])]
+    slots: dict[float, list[int]] = {}
+    for slot, correction in enumerate(corrections):
+        slots.setdefault(correction, []).append(slot)
+    return [
+        replace(members, correction=correction, **{name: [getattr(members, name)[slot] for slot in mine] for name in LISTS})
+        for correction, mine in slots.items()
+    ]
 
 
 def _parts(members: LayerMembers) -> list[LayerMembers]:

@@ -34,7 +34,55 @@ def describe(group: dict[str, Any], index: int, param: Tensor) -> str:
 
 def check_values(group: dict[str, Any], index: int) -> None:
     """Checks every value of a group. The group may have been loaded or changed since its construction."""
-    keys.check_values(group, ALL_KEYS, groups.describe(group, index))
+    where = groups.describe(group, index)
+    keys.check_values(group, ALL_KEYS, where)
+    if group["moments"] == "carry" and group["inner"] != "adamw":
+        raise ValueError(f"moments='carry' is for inner='adamw', whose V it carries over, got inner={group['inner']!r} ({where})")
+
+
+def missing_in_older(group: dict[str, Any]) -> dict[str, Any]:
+    """Keys that a group saved by an older version may lack, with the values that they had in that version."""
+    return {"scale": 1.0, "moments": "reset"}
+
+
+# What the next P does to the states of layers.
+
+
+def reset(states: list[dict[str, Any]]) -> None:
+    """Everything starts anew, from zero."""
+    for state in states:
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+        forget_carried(state)
+
+
+def carry(states: list[dict[str, Any]]) -> None:
+    """Each row of V becomes the mean of its rows, t goes on, and all else starts from zero.
+
+    `carried` is t at that moment, for which the host waits here, and `since` counts the layer's steps from
+    then on."""
+    counts = torch.stack([state["step"].double() for state in states]).tolist() if states else []
+    for state, count in zip(states, counts, strict=True):
+        state["exp_avg_sq"].copy_(state["exp_avg_sq"].mean(0, keepdim=True))
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key not in ("exp_avg_sq", "step"):
+                value.zero_()
+        state |= {"carried": int(count), "since": 0}
+
+
+def forget_carried(state: dict[str, Any]) -> None:
+    state.pop("carried", None)
+    state.pop("since", None)
+
+
+def correction(state: dict[str, Any], beta1: float) -> float:
+    """(1 − β1ᵗ) / (1 − β1ˢ) for the next step. The rule corrects M's bias as if M had as many steps behind it
+    as V, t of them. After a `carry` it has s. A step that a GradScaler skips is counted in both."""
+    if "carried" not in state:
+        return 1.0
+    s = state["since"] + 1
+    return (1 - beta1 ** (state["carried"] + s)) / (1 - beta1**s)
 
 
 def check_rounding(group: dict[str, Any], index: int, layers: Layers) -> None:
