@@ -33,6 +33,7 @@ def to_subspace(
     distribution: str = "gaussian",
     seed: int = 0,
     share: Sequence[Sequence[str]] | str | None = "auto",
+    principal_rank: int | None = None,
 ) -> nn.Module:
     """Turns linear layers into SubspaceLinear (a Conv1D of transformers into SubspaceConv1D), in place, and
     returns the model. `to_dense` is the inverse.
@@ -47,7 +48,8 @@ def to_subspace(
         target_modules: as in `param_groups`: "all-linear" (all but the output head and layers tied to an
             embedding), a list of strings that names contain or match, or a regular expression for whole
             names. Only nn.Linear and Conv1D themselves are converted, not their subclasses.
-        distribution: the distribution of P: "gaussian", "haar" or "rademacher"; see SubspaceLinear.
+        distribution: the distribution of P: "gaussian", "haar", "rademacher" or "principal"; see
+            SubspaceLinear.
         seed: P is a function of (seed, the layer's name, outer step). It is the same on every rank of a
             data-parallel run. Two layers of the same name and seed have the same P, even in two models, or in
             parts of a model that are converted separately.
@@ -57,6 +59,7 @@ def to_subspace(
             tensors. A tensor counts as the same if it was changed between two layers in a way that autograd
             cannot see (`x.data`, memory shared with NumPy). "auto" (default): the names that the usual
             decoders use. None: no sharing.
+        principal_rank: of "principal"; see SubspaceLinear.
 
     Raises:
         ValueError: a rank under 1 or above the in_features of all layers; an unknown distribution;
@@ -79,7 +82,7 @@ def to_subspace(
         first = members[0]
         place = int.from_bytes(hashlib.blake2b(first.encode(), digest_size=8).digest(), "little")
         try:
-            planned.append((members, Subspace(_in_features(layers[first]), rank, distribution, seed, place)))
+            planned.append((members, Subspace(_in_features(layers[first]), rank, distribution, seed, place, principal_rank=principal_rank)))
         except ValueError as error:
             shape = tuple(layers[first].weight.shape)
             raise ValueError(f"{error} (layer {first!r} of shape {shape}; target_modules may leave it out)") from None

@@ -140,12 +140,16 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
         in_features, out_features, bias, device, dtype: as in nn.Linear.
         rank: r, from 1 to in_features.
         distribution: the distribution of P, with E[P·Pᵀ] = I: "gaussian" N(0, 1/r) (default), "haar"
-            sqrt(in/r)·Q with orthonormal Q, "rademacher" ±1/√r.
+            sqrt(in/r)·Q with orthonormal Q, "rademacher" ±1/√r; "principal" [Q, sqrt((in − r₁)/r₂)·U], where
+            Q are the r₁ principal directions of the layer's inputs, and U are r₂ = r − r₁ random ones
+            orthogonal to them (PRAC, arXiv 2602.23111). Q comes from a sketch of the inputs of the last step
+            before P is redrawn; the first P has none.
+        principal_rank: r₁ of "principal", from 1 to r − 1 (r // 2).
         seed: P is a function of (seed, outer step) and its shape. Layers need different seeds to have
             different Ps; `to_subspace` sees to that.
 
     Raises:
-        ValueError: rank, distribution or dtype out of range.
+        ValueError: rank, distribution, principal_rank or dtype out of range.
         TypeError: a seed that is no int.
     """
 
@@ -160,8 +164,9 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
         rank: int,
         distribution: str = "gaussian",
         seed: int = 0,
+        principal_rank: int | None = None,
     ) -> None:
-        subspace = Subspace(in_features, rank, distribution, seed)
+        subspace = Subspace(in_features, rank, distribution, seed, principal_rank=principal_rank)
         super().__init__(in_features, out_features, bias, device, dtype)
         if not self.weight.is_floating_point():
             raise ValueError(f"dtype must be a real floating-point type, got {dtype}")

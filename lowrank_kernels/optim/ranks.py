@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 
 
-def check_equal(parameters: Iterable[object], settings: Iterable[object], device: torch.device) -> None:
+def check_equal(parameters: Iterable[object], settings: Iterable[object], device: torch.device) -> bool:
     """Raises RuntimeError, in all processes, where two of them have the same parameters but different
     settings. This takes one small all-gather.
 
     parameters, settings: numbers, strings and tuples of them. Processes with different parameters are not
-    compared, such as the stages of a pipeline or the processes of ZeroRedundancyOptimizer.
+    compared, such as the stages of a pipeline or the processes of ZeroRedundancyOptimizer. Returns whether
+    all processes have the same ones.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
+        return True
     if device.type != "cuda" and "nccl" in dist.get_backend() and "gloo" not in dist.get_backend():
         device = torch.device("cuda")
     mine = torch.tensor([_digest(parameters), _digest(settings)], device=device)
@@ -31,6 +32,7 @@ def check_equal(parameters: Iterable[object], settings: Iterable[object], device
                 f"processes {other} and {rank} have the same parameters, but their seeds or other settings of subspaces differ, by which "
                 "their weights would drift apart; give every process the same ones"
             )
+    return len(first) == 1
 
 
 def _digest(values: Iterable[object]) -> int:

@@ -17,7 +17,8 @@ from ..backends import Hyper
 from ..backends.reference import kept_where
 from ..backends.upload import pack, upload
 from ..lifts.back_projection import BackProjection
-from ..nn import SubspaceLayer, layer_of
+from ..nn import Subspace, SubspaceLayer, layer_of
+from ..nn.sketch import principal_directions
 from ..storage import Plain
 from . import groups, keys, loading, ranks, rso_groups
 from .buckets import Members, check_grad
@@ -139,6 +140,7 @@ class RSOAdamW(LowRankOptimizer):
         self._built = True
         for group in self.param_groups:  # last, after every check: a refused optimizer must not disturb another one on these layers
             _move_subspaces(layers_of(group), group["outer_step"])
+            _watch_inputs(group, layers_of(group))
 
     def _why_no_coordinates(self) -> str:
         if any(layer_of(param) is not None for group in self.param_groups for param in group["params"]):
@@ -163,6 +165,7 @@ class RSOAdamW(LowRankOptimizer):
         if self._built:
             group = self.param_groups[-1]
             _move_subspaces(layers_of(group), group["outer_step"])
+            _watch_inputs(group, layers_of(group))
 
     def _complete(self, group: dict[str, Any], index: int) -> None:
         if "rank" in group:
@@ -317,11 +320,14 @@ class RSOAdamW(LowRankOptimizer):
             state["subspace"] = layer.subspace.fingerprint
             state |= {key: torch.zeros(param.shape, dtype=state_dtype, device=param.device) for key in needed}
         elif any(
-            isinstance(value, Tensor) and value.dtype != state_dtype for key, value in state.items() if key != "step"
+            isinstance(value, Tensor) and value.dtype != state_dtype for key, value in state.items() if key not in rso_groups.UNCAST
         ):  # the model was cast
-            state |= {key: value.to(state_dtype) for key, value in state.items() if isinstance(value, Tensor) and key != "step"}
+            cast = (key for key, value in state.items() if isinstance(value, Tensor) and key not in rso_groups.UNCAST)
+            state |= {key: state[key].to(state_dtype) for key in list(cast)}
         if group["proximal"] and "displacement" not in state:
             state["displacement"] = torch.zeros(param.shape, dtype=state_dtype, device=param.device)
+        if layer.subspace.principal is not None:
+            state["principal"] = layer.subspace.principal
         return state
 
     # The refresh: the next P, for the next forward pass.
@@ -331,25 +337,32 @@ class RSOAdamW(LowRankOptimizer):
         for group in self.param_groups:
             group["inner_step"] += 1
         for index, group in enumerate(self.param_groups):
+            layers = layers_of(group)
             if group["inner_step"] >= group["inner_steps"]:
-                layers = layers_of(group)
                 self._next_outer_step(group, layers)
                 if group["outer_step"] == 1:
                     self._warn_of_unused(group, index, layers)
+            _watch_inputs(group, layers)
 
     def _next_outer_step(self, group: dict[str, Any], layers: Layers) -> None:
+        before = {layer.subspace: layer.subspace.principal for layer in layers.values()}
         try:
-            _move_subspaces(layers, group["outer_step"] + 1)
+            _move_subspaces(layers, group["outer_step"] + 1, _principals(layers))
         except BaseException:  # such as out of memory or Ctrl-C; the next call tries again
-            _move_subspaces(layers, group["outer_step"])
+            _move_subspaces(layers, group["outer_step"], before)
             raise
+        for layer in layers.values():
+            layer.subspace.sketch = None
         group["inner_step"] = 0
         group["outer_step"] += 1
-        states = [self.state[param] for param in layers if param in self.state]
+        held = [(self.state[param], layer) for param, layer in layers.items() if param in self.state]
         if group["moments"] == "carry":
-            rso_groups.carry(states)
+            rso_groups.carry(held)
         else:
-            rso_groups.reset(states)
+            rso_groups.reset(state for state, _ in held)
+        for state, layer in held:
+            if layer.subspace.principal is not None:
+                state["principal"] = layer.subspace.principal
 
     def refresh(self) -> None:
         """Always raises RuntimeError, because this optimizer cannot be a part of a CUDA graph."""
@@ -363,11 +376,16 @@ class RSOAdamW(LowRankOptimizer):
             for group in self.param_groups
         ]
         if layers:
-            ranks.check_equal(
+            same = ranks.check_equal(
                 [tuple(param.shape) for param, _ in layers],
                 [*settings, *(layer.subspace.fingerprint for _, layer in layers)],
                 layers[0][0].device,
             )
+            if not same and any(layer.subspace.principal_rank for _, layer in layers):
+                raise RuntimeError(
+                    "distribution='principal' adds up the sketches of all processes, and these hold different layers; use another "
+                    "distribution where a model is split over processes"
+                )
 
     def _warn_of_unused(self, group: dict[str, Any], index: int, layers: Layers) -> None:
         unused = [param for param in layers if param not in self.state and param not in self._met and param.requires_grad]
@@ -423,15 +441,44 @@ class RSOAdamW(LowRankOptimizer):
                 state_dtype = torch.promote_types(param.dtype, torch.float32)
                 for key, value in saved.items():
                     if isinstance(value, Tensor):
-                        dtype = torch.float32 if key == "step" else state_dtype
+                        dtype = torch.float32 if key in rso_groups.UNCAST else state_dtype
                         state[key] = value.detach().to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
-            _move_subspaces(layers, group["outer_step"])
+            held = {layer.subspace: self.state[param].get("principal") for param, layer in layers.items() if param in self.state}
+            _move_subspaces(layers, group["outer_step"], held)
+            for param, layer in layers.items():
+                layer.subspace.sketch = None
+                if "principal" in self.state.get(param, {}):  # one Q for layers that share P
+                    self.state[param]["principal"] = layer.subspace.principal
+            _watch_inputs(group, layers)
 
 
-def _move_subspaces(layers: Layers, outer_step: int) -> None:
+def _move_subspaces(layers: Layers, outer_step: int, principals: dict[Subspace, Tensor | None] | None = None) -> None:
+    """Draws the Ps of that outer step. principals: the principal directions of those that have other ones
+    than before."""
     for layer in layers.values():
-        layer.subspace.move_to(outer_step)
-        layer.subspace.has_optimizer = True
+        subspace = layer.subspace
+        subspace.move_to(outer_step, (principals or {}).get(subspace, subspace.principal))
+        subspace.has_optimizer = True
+
+
+def _principals(layers: Layers) -> dict[Subspace, Tensor | None]:
+    """The principal directions of the inputs in the last step. A subspace whose layers were not used keeps
+    its own."""
+    found = {}
+    for layer in layers.values():
+        subspace = layer.subspace
+        if subspace.sketch is not None and subspace not in found:
+            directions = principal_directions(subspace.sketch, subspace.principal_rank)
+            found[subspace] = subspace.principal if directions is None else directions
+    return found
+
+
+def _watch_inputs(group: dict[str, Any], layers: Layers) -> None:
+    """Before the last forward pass of an outer step, begins the sketches that principal directions come
+    from."""
+    if group["inner_step"] >= group["inner_steps"] - 1:
+        for layer in layers.values():
+            layer.subspace.watch_inputs(layer.weight.device)
 
 
 @dataclass

@@ -3,6 +3,7 @@ every check of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from .loading import check_step, check_tensors
 RULES: dict[str, Rule] = {"adamw": AdamW(), "sgd": SGD()}
 INNER = {inner: tuple(rule.state(1, 1)) for inner, rule in RULES.items()}
 """Inner optimizer → names of its state's tensors, each (r, out)."""
+UNCAST = ("step", "principal")
+"""Tensors of a layer's state that are fp32 whatever the layer's dtype, and not of the shape of its
+coordinates."""
 ALL_KEYS = (*keys.ADAMW, *keys.RSO, *keys.POSITION)
 Layers = dict[Tensor, SubspaceLayer]
 """Coordinates → the layer that they belong to."""
@@ -48,25 +52,40 @@ def missing_in_older(group: dict[str, Any]) -> dict[str, Any]:
 # What the next P does to the states of layers.
 
 
-def reset(states: list[dict[str, Any]]) -> None:
+def reset(states: Iterable[dict[str, Any]]) -> None:
     """Everything starts anew, from zero."""
     for state in states:
-        for value in state.values():
-            if isinstance(value, Tensor):
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "principal":
                 value.zero_()
         forget_carried(state)
 
 
-def carry(states: list[dict[str, Any]]) -> None:
-    """Each row of V becomes the mean of its rows, t goes on, and all else starts from zero.
+def carry(held: list[tuple[dict[str, Any], SubspaceLayer]]) -> None:
+    """V becomes what is expected of it in the new P, t goes on, and all else starts from zero.
+
+    The rows of V of a random P are alike, so each becomes their mean. Those of principal directions are
+    turned: the new direction i has C²ᵢⱼ of V in the old direction j, C = Q_newᵀ·Q_old, and what it has
+    outside of the old ones it has of the random rows, without the factor that those have in P. The first
+    principal directions have no V to come from, and everything starts anew.
 
     `carried` is t at that moment, for which the host waits here, and `since` counts the layer's steps from
     then on."""
-    counts = torch.stack([state["step"].double() for state in states]).tolist() if states else []
-    for state, count in zip(states, counts, strict=True):
-        state["exp_avg_sq"].copy_(state["exp_avg_sq"].mean(0, keepdim=True))
+    reset(state for state, layer in held if layer.subspace.principal is not None and "principal" not in state)
+    held = [(state, layer) for state, layer in held if layer.subspace.principal is None or "principal" in state]
+    counts = torch.stack([state["step"].double() for state, _ in held]).tolist() if held else []
+    for (state, layer), count in zip(held, counts, strict=True):
+        v, subspace = state["exp_avg_sq"], layer.subspace
+        principal, others = v.split([known := subspace.principal_rank * ("principal" in state), len(v) - known])
+        mean = others.mean(0, keepdim=True)
+        if known:
+            shares = (subspace.principal.to(v).mT @ state["principal"].to(v)).square()
+            outside = (1 - shares.sum(1, keepdim=True)).clamp_min(0)
+            gain = (subspace.in_features - known) / (len(v) - known)
+            principal.copy_(shares @ principal + outside * (mean / gain))
+        others.copy_(mean)
         for key, value in state.items():
-            if isinstance(value, Tensor) and key not in ("exp_avg_sq", "step"):
+            if isinstance(value, Tensor) and key not in ("exp_avg_sq", *UNCAST):
                 value.zero_()
         state |= {"carried": int(count), "since": 0}
 
@@ -127,6 +146,10 @@ def check_loaded_state(state: dict[str, Any], layer: SubspaceLayer, where: str) 
     check_tensors(state, next(needed for needed in INNER.values() if all(key in state for key in needed)), where)
     for key, value in state.items():
         if key == "step" or not isinstance(value, Tensor) or value.shape == wanted:
+            continue
+        if key == "principal":
+            if value.shape != (of_layer := (layer.subspace.in_features, layer.subspace.principal_rank)):
+                raise ValueError(f"the checkpoint's principal directions are {tuple(value.shape)}, expected {of_layer} ({where})")
             continue
         if value.dim() == 2 and value.shape[1] == out:
             raise ValueError(

@@ -62,6 +62,27 @@ DISTRIBUTIONS: dict[str, Callable[[Tensor, int, int, torch.dtype], Tensor]] = {
 }
 
 
+PRINCIPAL = "principal"
+
+
+def draw_principal(principal: Tensor | None, m: int, rank: int, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+    """P (m, r) = [Q, sqrt((m − r₁)/r₂)·U]: computed in fp32 (fp64 for fp64) and rounded once to `dtype`.
+
+    Q (m, r₁) has the principal directions of a layer's inputs, and U (m, r₂) is uniform among the matrices
+    with orthonormal columns in the complement of Q. So E[P·Pᵀ] = I, and P·Pᵀ = I on the span of Q (PRAC,
+    arXiv 2602.23111). principal: Q, or None for r₁ = 0.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    taken = 0 if principal is None else principal.shape[1]
+    others = _in_pieces(_normals, philox.seed_tensor([seed], device), m, rank - taken, wide)
+    columns = others if principal is None else torch.cat((principal.to(device, wide), others), dim=1)
+    columns = orthonormalise(columns[None])[0]
+    columns[:, taken:] *= math.sqrt((m - taken) / (rank - taken))
+    if principal is not None:
+        columns[:, :taken] = principal
+    return columns.to(dtype)
+
+
 def draw_projection(distribution: str, m: int, rank: int, *, seed: int, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """P (m, r), r ≤ m: computed in fp32 (fp64 for fp64) and rounded once to `dtype`. CPU and GPU agree up to
     rounding."""

@@ -152,7 +152,7 @@ def with_own_parameter():
         (Block, dict(rank=True), ValueError, "got True"),
         (Block, dict(rank=2.0), ValueError, r"got 2\.0"),
         (lambda: nn.Sequential(nn.Linear(9, 9), nn.Linear(3, 9)), dict(rank=10), ValueError, r"9, got 10 \(layer '0' of shape \(9, 9\)"),
-        (Block, dict(distribution="normal"), ValueError, "one of 'gaussian', 'haar', 'rademacher', got 'normal'"),
+        (Block, dict(distribution="normal"), ValueError, "one of 'gaussian', 'haar', 'rademacher', 'principal', got 'normal'"),
         (Block, dict(seed="0"), TypeError, "seed must be an int, got '0'"),
         (Block, dict(seed=True), TypeError, "seed must be an int, got True"),
         (Block, dict(target_modules="w_proj"), ValueError, "matches no module of Block; its linear layers have names like 'q_proj'"),

@@ -245,7 +245,7 @@ def test_construction_on_meta_and_without_initialisation():
         (dict(rank=9), ValueError, "got 9"),
         (dict(rank=True), ValueError, "got True"),
         (dict(rank=2.0), ValueError, "got 2.0"),
-        (dict(rank=2, distribution="uniform"), ValueError, "must be one of 'gaussian', 'haar', 'rademacher', got 'uniform'"),
+        (dict(rank=2, distribution="uniform"), ValueError, "must be one of 'gaussian', 'haar', 'rademacher', 'principal', got 'uniform'"),
         (dict(rank=2, seed="a"), TypeError, "seed must be an int, got 'a'"),
         (dict(rank=2, seed=1.0), TypeError, "seed must be an int, got 1.0"),
         (dict(rank=2, dtype=torch.complex64), ValueError, "dtype must be a real floating-point type, got torch.complex64"),

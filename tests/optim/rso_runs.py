@@ -45,11 +45,14 @@ def build(
     distribution="gaussian",
     seed=0,
     targets="all-linear",
+    principal_rank=None,
     **options,
 ):
     torch.manual_seed(0)
     model = net(dtype).to(device)
-    lrk.to_subspace(model, rank=rank, target_modules=targets, share=share, distribution=distribution, seed=seed)
+    lrk.to_subspace(
+        model, rank=rank, target_modules=targets, share=share, distribution=distribution, seed=seed, principal_rank=principal_rank
+    )
     return model, lrk.RSOAdamW(model.parameters(), lr=lr, **({"inner_steps": 4} | options))
 
 
