@@ -22,9 +22,9 @@ def low_rank(seed=0, **options):
     return model, lrk.LowRankAdamW(lrk.param_groups(model, seed=seed, **(OPTIONS | options)), lr=1e-2)
 
 
-def rso(seed=0, inner_steps=3, **options):
+def rso(seed=0, inner_steps=3, distribution="gaussian"):
     torch.manual_seed(0)
-    model = lrk.to_subspace(Net(), rank=3, seed=seed)
+    model = lrk.to_subspace(Net(), rank=3, seed=seed, distribution=distribution)
     return model, lrk.RSOAdamW(model.parameters(), lr=1e-2, inner_steps=inner_steps)
 
 
@@ -63,6 +63,32 @@ def raised(function):
     except Exception as error:
         return type(error).__name__, str(error)
     return None, "nothing"
+
+
+def halves(step):
+    """What each of two processes reads."""
+    x, y = batch(step)
+    return list(zip(x.chunk(RANKS), y.chunk(RANKS), strict=True))
+
+
+def principal(rank):
+    """The weights, and the principal directions of one layer, after redraws whose inputs both processes
+    saw."""
+    model, optimizer = rso(distribution="principal", inner_steps=2)
+    parallel = DistributedDataParallel(model)
+    for step in range(7):
+        x, y = halves(step)[rank]
+        (parallel(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict(), model.up.subspace.principal
+
+
+def principal_of_other_layers(rank):
+    layer = lrk.SubspaceLinear(6, 5 + rank, rank=2, distribution="principal")
+    optimizer = lrk.RSOAdamW(layer.parameters())
+    layer(torch.randn(3, 6)).sum().backward()
+    return raised(optimizer.step)
 
 
 def rso_under_zero():
@@ -122,6 +148,8 @@ def process(rank):
         "rso, other inner steps": outcome(rso, inner_steps=3 + rank),
         "zero": under_zero(),
         "uneven": uneven(rank),
+        "principal": principal(rank),
+        "principal, other layers": principal_of_other_layers(rank),
         "rso under zero": raised(rso_under_zero),
         "low-rank under FSDP": under_fsdp("low-rank"),
         "rso under FSDP": under_fsdp("rso"),
@@ -145,6 +173,24 @@ def test_equal_settings_train_as_one_process(found, case):
     for rank in range(RANKS):
         assert all(torch.allclose(found[rank][case][0][name], value, atol=1e-5) for name, value in model.state_dict().items())
     assert all(torch.equal(found[0][case][0][name], found[1][case][0][name]) for name in model.state_dict())
+
+
+def test_principal_directions_are_those_of_all_processes_inputs(found):
+    model, optimizer = rso(distribution="principal", inner_steps=2)
+    for step in range(7):
+        for x, y in halves(step):
+            ((model(x) - y).square().mean() / RANKS).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for rank in range(RANKS):
+        weights, directions = found[rank]["principal"]
+        assert (
+            torch.equal(directions, found[0]["principal"][1]) and lrk.subspace_overlap(directions, model.up.subspace.principal) > 1 - 1e-4
+        )
+        for name, value in model.state_dict().items():
+            assert torch.allclose(weights[name], value, atol=1e-4) and torch.equal(weights[name], found[0]["principal"][0][name]), name
+        kind, message = found[rank]["principal, other layers"]
+        assert kind == "RuntimeError" and "distribution='principal' adds up the sketches of all processes" in message
 
 
 @pytest.mark.parametrize("case", ["other seeds", "other gaps", "rso, other seeds", "rso, other inner steps"])
