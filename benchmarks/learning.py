@@ -42,14 +42,15 @@ import text  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
 from methods import METHODS, default_lr  # noqa: E402
+from settings import NEWER as NEWER_SETTINGS  # noqa: E402
 from settings import Settings, SettingsError, defaults, flag  # noqa: E402
 from stopping import stop_on_signal  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SCRATCH = ROOT / "runs" / "learning"
 METHODS_OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.reads))
-GRID = ("steps", "batch_size", "seq_len", "weight_decay", "clip", "dense_lr", *METHODS_OWN)
-NEWER = ("state_bits", "rounding")
+GRID = ("lean", "steps", "batch_size", "seq_len", "weight_decay", "clip", "dense_lr", *METHODS_OWN)
+NEWER = ("state_bits", "rounding", *NEWER_SETTINGS)
 """Settings that the first results do not have. A key names them only where they are not the default."""
 
 
@@ -64,9 +65,9 @@ class Run:
         bits, not what is learnt."""
         settings = dataclasses.asdict(self.settings)
         del settings["threads"]
-        for name in METHODS_OWN:
-            if name not in METHODS[self.method].reads or (name in NEWER and settings[name] == getattr(Settings(), name)):
-                del settings[name]
+        others = set(METHODS_OWN) - set(METHODS[self.method].reads)
+        for name in {*others, *(name for name in NEWER if settings[name] == getattr(Settings(), name))}:
+            del settings[name]
         return json.dumps([self.method, self.lr, settings], sort_keys=True)
 
     def __str__(self) -> str:
@@ -88,12 +89,17 @@ def parser() -> argparse.ArgumentParser:
     )
     for name in GRID:
         kind = type(getattr(Settings(), name))
+        kind = _on_or_off if kind is bool else kind
         result.add_argument(flag(name), dest=name, nargs="+", type=kind, help="one or more values (the model's default)")
     result.add_argument("--eval-sequences", type=int, default=512)
     result.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     result.add_argument("--device", default="cpu")
     result.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads; 1 leaves the other cores alone")
     return result
+
+
+def _on_or_off(value: str) -> bool:
+    return {"off": False, "on": True}[value]
 
 
 def grid(args: argparse.Namespace, digest: str) -> Iterator[Run]:

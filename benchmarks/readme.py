@@ -253,6 +253,7 @@ PAGES: dict[str, dict[str, Callable[[Path], str]]] = {
     "docs/rso.md": {"methods": methods, "keys": lambda _: keys.table(keys.RSO)},
     "docs/group-keys.md": {
         "low-rank keys": lambda _: keys.table(keys.LOW_RANK),
+        "adafactor keys": lambda _: keys.table(keys.ADAFACTOR),
         "adamw keys": lambda _: keys.table((*keys.ADAMW, keys.CAPTURABLE)),
     },
 }

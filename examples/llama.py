@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import lean
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,14 +38,16 @@ def parameter_count(size: Size, vocab_size: int, tie_head: bool) -> int:
 
 
 class RMSNorm(nn.Module):
-    """y = w · x / sqrt(mean(x²) + ε) over the last dimension, computed in fp32."""
+    """y = w · x / sqrt(mean(x²) + ε) over the last dimension, computed in fp32. lean: see lean.py."""
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    def __init__(self, width: int, eps: float = 1e-6, lean: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.eps, self.lean = eps, lean
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.lean:
+            return lean.RMSNorm.apply(x, self.weight, self.eps)
         x32 = x.float()
         return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
@@ -66,9 +69,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, size: Size):
+    def __init__(self, size: Size, lean: bool = False):
         super().__init__()
-        self.heads = size.heads
+        self.heads, self.lean = size.heads, lean
         self.q_proj = nn.Linear(size.hidden, size.hidden, bias=False)
         self.k_proj = nn.Linear(size.hidden, size.hidden, bias=False)
         self.v_proj = nn.Linear(size.hidden, size.hidden, bias=False)
@@ -76,28 +79,33 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
+        if self.lean:
+            y = lean.Attention.apply(q, k, v, cos, sin, rotate)
+        else:
+            y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
-    def __init__(self, size: Size):
+    def __init__(self, size: Size, lean: bool = False):
         super().__init__()
+        self.lean = lean
         self.gate_proj = nn.Linear(size.hidden, size.intermediate, bias=False)
         self.up_proj = nn.Linear(size.hidden, size.intermediate, bias=False)
         self.down_proj = nn.Linear(size.intermediate, size.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(lean.SwiGLU.apply(gate, up) if self.lean else F.silu(gate) * up)
 
 
 class Layer(nn.Module):
-    def __init__(self, size: Size):
+    def __init__(self, size: Size, lean: bool = False):
         super().__init__()
-        self.input_layernorm = RMSNorm(size.hidden)
-        self.self_attn = Attention(size)
-        self.post_attention_layernorm = RMSNorm(size.hidden)
-        self.mlp = MLP(size)
+        self.input_layernorm = RMSNorm(size.hidden, lean=lean)
+        self.self_attn = Attention(size, lean)
+        self.post_attention_layernorm = RMSNorm(size.hidden, lean=lean)
+        self.mlp = MLP(size, lean)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
@@ -105,13 +113,14 @@ class Layer(nn.Module):
 
 
 class Llama(nn.Module):
-    """tokens (batch, positions) int64 → logits (batch, positions, vocab_size) in the weights' dtype."""
+    """tokens (batch, positions) int64 → logits (batch, positions, vocab_size) in the weights' dtype. lean:
+    blocks that keep less for the backward pass, see lean.py."""
 
-    def __init__(self, size: Size, vocab_size: int, tie_head: bool = False):
+    def __init__(self, size: Size, vocab_size: int, tie_head: bool = False, lean: bool = False):
         super().__init__()
         self.head_dim = size.hidden // size.heads
         self.embed_tokens = nn.Embedding(vocab_size, size.hidden)
-        self.layers = nn.ModuleList(Layer(size) for _ in range(size.layers))
+        self.layers = nn.ModuleList(Layer(size, lean) for _ in range(size.layers))
         self.norm = RMSNorm(size.hidden)
         self.lm_head = nn.Linear(size.hidden, vocab_size, bias=False)
         if tie_head:

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 LOW_RANK = ("rank", "update_proj_gap", "scale", "svd", "state_bits", "rounding")
-RSO = ("rso_rank", "inner_steps", "distribution", "rounding")
+SCALING = ("rank", "update_proj_gap", "state_bits", "rounding")  # APOLLO has a scale of its own, and no singular vectors
+RSO = ("rso_rank", "inner_steps", "distribution", "principal_rank", "rso_scale", "rso_moments", "rounding")
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Method:
     color: str  # in pictures; from the palette of Okabe and Ito, which colour-blind readers can tell apart
     build: Callable[[nn.Module, float, Settings], torch.optim.Optimizer]  # may convert layers of the model, in place
     reads: tuple[str, ...] = ()  # settings that affect this method's runs but not every method's
+    dashed: bool = False  # the line in pictures
 
 
 def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
@@ -44,11 +46,16 @@ def _adamw(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optim
     return torch.optim.AdamW(_groups(model, settings), lr=lr, weight_decay=settings.weight_decay, fused=fused)
 
 
-def _low_rank(class_name: str) -> Callable[[nn.Module, float, Settings], torch.optim.Optimizer]:
+def _low_rank(
+    class_name: str, reads: tuple[str, ...] = LOW_RANK, **fixed: Any
+) -> Callable[[nn.Module, float, Settings], torch.optim.Optimizer]:
+    """fixed: keys of the group that the method itself prescribes."""
+
     def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
         import lowrank_kernels as lrk  # imported here, so that adamw alone needs nothing but torch
 
-        dense, projected = lrk.param_groups(model, **{key: getattr(settings, key) for key in (*LOW_RANK, "seed")})
+        keys = {key: getattr(settings, key) for key in (*reads, "seed")} | fixed
+        dense, projected = lrk.param_groups(model, **keys)
         groups = [dense | {"lr": settings.dense_lr}, projected]
         return getattr(lrk, class_name)(groups, lr=lr, weight_decay=settings.weight_decay)
 
@@ -58,17 +65,29 @@ def _low_rank(class_name: str) -> Callable[[nn.Module, float, Settings], torch.o
 def _rso(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
     import lowrank_kernels as lrk
 
-    lrk.to_subspace(model, rank=settings.rso_rank, distribution=settings.distribution, seed=settings.seed)
+    principal = {"principal_rank": settings.principal_rank or None} if settings.distribution == "principal" else {}
+    lrk.to_subspace(model, rank=settings.rso_rank, distribution=settings.distribution, seed=settings.seed, **principal)
     options = dict(weight_decay=settings.weight_decay, inner_steps=settings.inner_steps, rounding=settings.rounding)
+    options |= dict(scale=settings.rso_scale, moments=settings.rso_moments)
     return lrk.RSOAdamW(_groups(model, settings), lr=lr, **options)
 
 
+DOMINANT, IMPORTANCE = {"selection": "dominant"}, {"selection": "importance"}
 METHODS: dict[str, Method] = {
     "adamw": Method("AdamW", 2e-3, "#4d4d4d", _adamw),
     "galore": Method("GaLore", 2e-2, "#d55e00", _low_rank("GaLoreAdamW"), LOW_RANK),
     "i3s": Method("I3S", 2e-2, "#0072b2", _low_rank("I3SAdamW"), LOW_RANK),
     "rso": Method("RSO", 2e-3, "#009e73", _rso, RSO),
+    "fira": Method("Fira", 1e-2, "#cc79a7", _low_rank("FiraAdamW", **DOMINANT), LOW_RANK),
+    "fira-i3s": Method("Fira, I3S", 1e-2, "#cc79a7", _low_rank("FiraAdamW", **IMPORTANCE), LOW_RANK, dashed=True),
+    "adafactor": Method("Adafactor", 2e-2, "#b58900", _low_rank("LowRankAdafactor", **DOMINANT), LOW_RANK),
+    "adafactor-i3s": Method("Adafactor, I3S", 2e-2, "#b58900", _low_rank("LowRankAdafactor", **IMPORTANCE), LOW_RANK, dashed=True),
+    "adam-mini": Method("Adam-mini", 2e-2, "#56b4e9", _low_rank("LowRankAdamMini", **DOMINANT), LOW_RANK),
+    "adam-mini-i3s": Method("Adam-mini, I3S", 2e-2, "#56b4e9", _low_rank("LowRankAdamMini", **IMPORTANCE), LOW_RANK, dashed=True),
+    "apollo": Method("APOLLO", 4e-3, "#7f3c8d", _low_rank("ApolloAdamW", SCALING), SCALING),
+    "apollo-mini": Method("APOLLO-Mini", 4e-3, "#7f3c8d", _low_rank("ApolloMiniAdamW", SCALING[1:], rank=1), SCALING[1:], dashed=True),
 }
+DEFAULT = ("adamw", "galore", "i3s", "rso")  # what runs where no optimizer is named
 
 
 def default_lr(method: str, hidden: int) -> float:

@@ -29,6 +29,8 @@ STYLE = {
     "grid.color": "#ececec",
     "axes.axisbelow": True,
 }
+MANY = 6
+"""More curves than this get thinner lines, labels of one line, and a taller picture."""
 POINTS = {"linewidth": 1.7, "marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "clip_on": False}
 
 
@@ -42,8 +44,10 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]], *, title: str, subti
 
     overlaps = {method: points for method, rows in runs.items() if (points := _overlaps(rows))}
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2 if overlaps else 1, figsize=(11.5, 5.2), squeeze=False)
-        figure.subplots_adjust(left=0.055, right=0.925 if overlaps else 0.88, bottom=0.1, top=0.74, wspace=0.38)
+        many = len(runs) > MANY
+        figure, axes = plt.subplots(1, 2 if overlaps else 1, figsize=(13.5, 6.5) if many else (11.5, 5.2), squeeze=False)
+        right = 0.88 if many or not overlaps else 0.925
+        figure.subplots_adjust(left=0.055, right=right, bottom=0.1, top=0.74, wspace=0.62 if many else 0.38)
         figure.text(0.055, 0.945, title, fontsize=14, fontweight="bold", va="center")
         figure.text(0.055, 0.892, subtitle, color=SOFT, va="center")
         _draw_loss(axes[0][0], runs)
@@ -61,22 +65,25 @@ def _overlaps(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
 def _draw_loss(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
     ends, shown = [], []
     steps = max(row["step"] for rows in runs.values() for row in rows)
+    many = len(runs) > MANY
     for method, rows in runs.items():
         color, label = METHODS[method].color, METHODS[method].title
         train = [row["loss"] for row in rows if row["event"] == "step"]
         smooth = _running_mean(train, reach=steps // 30)
         val = [(row["step"], row["val_loss"]) for row in rows if row["event"] == "eval"]
-        axes.plot(range(1, len(smooth) + 1), smooth, color=color, linewidth=1, alpha=0.35)
-        axes.plot(*zip(*val, strict=True), color=color, **POINTS)
-        state = [f"\n{row['state_bytes'] / 1e6:.2f} MB" for row in rows if row["event"] == "end"]
+        if not many:
+            axes.plot(range(1, len(smooth) + 1), smooth, color=color, linewidth=1, alpha=0.35)
+        axes.plot(*zip(*val, strict=True), color=color, **_line(method, many))
+        state = [f"{', ' if many else chr(10)}{row['state_bytes'] / 1e6:.2f} MB" for row in rows if row["event"] == "end"]
         ends.append((val[-1][1], f"{label} {val[-1][1]:.3f}{''.join(state)}", color))
         shown += smooth[len(smooth) // 10 :] + [loss for _, loss in val]  # the plunge of the first steps would flatten all the rest
     margin = 0.06 * (max(shown) - min(shown)) or 0.1
     axes.set_ylim(min(shown) - margin, max(shown) + margin)
     axes.set_xlim(0, steps)
-    _title(axes, "Loss, nats per byte", "Points: held-out text, with optimizer state. Thin: training batches.")
+    thin = "" if many else " Thin: training batches."
+    _title(axes, "Loss, nats per byte", f"Points: held-out text, with optimizer state.{thin}")
     axes.set_xlabel("step")
-    _label_ends(axes, ends, lines=2)
+    _label_ends(axes, ends, lines=1 if many else 2)
 
 
 def _draw_overlap(axes: Axes, overlaps: dict[str, list[tuple[int, float]]], random_overlap: float) -> None:
@@ -93,13 +100,19 @@ def _draw_overlap(axes: Axes, overlaps: dict[str, list[tuple[int, float]]], rand
         fontsize=9,
     )
     for method, points in overlaps.items():
-        axes.plot(*zip(*points, strict=True), color=METHODS[method].color, **POINTS)
+        axes.plot(*zip(*points, strict=True), color=METHODS[method].color, **_line(method, len(overlaps) > MANY))
         ends.append((points[-1][1], METHODS[method].title, METHODS[method].color))
     axes.set_ylim(0, 1)
     axes.set_xlim(0, max(step for points in overlaps.values() for step, _ in points))
     _title(axes, "Overlap of each new basis with the one it replaces", "‖PᵀQ‖²/r, mean over the projected matrices; 1 = the same subspace.")
     axes.set_xlabel("step of the refresh")
     _label_ends(axes, ends)
+
+
+def _line(method: str, many: bool) -> dict[str, Any]:
+    """How a method's curve is drawn: with I3S's bases dashed."""
+    style = POINTS | ({"linewidth": 1.3, "markersize": 3} if many else {})
+    return style | ({"linestyle": (0, (4, 2))} if METHODS[method].dashed else {})
 
 
 def _title(axes: Axes, title: str, explanation: str) -> None:

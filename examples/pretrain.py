@@ -35,7 +35,7 @@ import torch
 import training
 from checkpoints import Damaged, read_metrics, remove_partials, write_atomically
 from exclusive import exclusive
-from methods import METHODS, default_lr
+from methods import DEFAULT, METHODS, default_lr
 from settings import CHOICES, Plan, Settings, SettingsError, defaults, flag
 from stopping import stop_on_signal
 from training import Diverged, Files, Stopped
@@ -74,7 +74,11 @@ def parser() -> argparse.ArgumentParser:
 
     how = result.add_argument_group("how to optimize")
     how.add_argument(
-        "--optimizer", nargs="+", choices=list(METHODS), metavar="NAME", help=f"run one after the other: {', '.join(METHODS)} (all)"
+        "--optimizer",
+        nargs="+",
+        choices=list(METHODS),
+        metavar="NAME",
+        help=f"run one after the other: {', '.join(METHODS)} ({' '.join(DEFAULT)})",
     )
     how.add_argument(
         "--lr",
@@ -97,12 +101,16 @@ def parser() -> argparse.ArgumentParser:
     option(how, "rso_rank", int, "of RSO's random subspaces")
     option(how, "inner_steps", int, "steps that RSO takes in one of them")
     option(how, "distribution", str, "that RSO draws them from", choices=CHOICES["distribution"])
+    option(how, "principal_rank", int, "directions of the layers' inputs in them, with --distribution principal; 0: half of the rank")
+    option(how, "rso_scale", float, "factor on RSO's update")
+    option(how, "rso_moments", str, "what RSO's next subspace does to them", choices=CHOICES["rso_moments"])
 
     where = result.add_argument_group("where and how often")
     where.add_argument("--dtype", choices=CHOICES["dtype"], help="of the weights and their gradients (fp32)")
     where.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
     where.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     where.add_argument("--compile", action="store_true", help="torch.compile the model")
+    where.add_argument("--lean", action="store_true", help="keep less of norms, attention and SwiGLU for the backward pass (lean.py)")
     option(where, "eval_every", int, "steps between evaluations on the held-out text")
     option(where, "eval_sequences", int, "sequences of held-out text in an evaluation")
     where.add_argument("--checkpoint-every", type=int, default=100, help="steps between checkpoints (100)")
@@ -148,7 +156,7 @@ def new_plan(args: argparse.Namespace) -> tuple[Plan, text.Corpus]:
         given["data"] = str(given["data"].resolve())
     settings = dataclasses.replace(defaults(given.get("model", "tiny")), **given).check()
     _check_device(settings.device)
-    methods = list(dict.fromkeys(getattr(args, "optimizer", METHODS)))
+    methods = list(dict.fromkeys(getattr(args, "optimizer", DEFAULT)))
     chosen = learning_rates(getattr(args, "lr", []), methods)
     corpus = _load_text(settings)
     settings = dataclasses.replace(settings, data_digest=corpus.digest)

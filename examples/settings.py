@@ -25,7 +25,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "svd": ("randomized", "exact"),
     "state_bits": (32, 8),
     "rounding": ("nearest", "stochastic"),
-    "distribution": ("gaussian", "haar", "rademacher"),
+    "distribution": ("gaussian", "haar", "rademacher", "principal"),
+    "rso_moments": ("reset", "carry"),
     "dtype": ("fp32", "bf16"),
 }
 
@@ -59,11 +60,15 @@ class Settings:
     rso_rank: int = 64
     inner_steps: int = 100
     distribution: str = "gaussian"
+    principal_rank: int = 0  # of distribution="principal"; 0: half of rso_rank
+    rso_scale: float = 1.0
+    rso_moments: str = "reset"
 
     dtype: str = "fp32"
     device: str = "cpu"
     threads: int = 1  # CPU threads; the order of sums, and so the last bits, depend on it
     compile: bool = False
+    lean: bool = False  # keeps less of the norms, attention and SwiGLU for the backward pass
 
     eval_every: int = 50  # steps
     eval_sequences: int = 256
@@ -78,19 +83,21 @@ class Settings:
                 raise SettingsError(f"{flag(name)} must be a positive integer, got {getattr(self, name)}")
             if getattr(self, name) >= 2**31:
                 raise SettingsError(f"{flag(name)} must be less than 2³¹, got {getattr(self, name)}")
-        for name in ("clip", "weight_decay", "dense_lr", "scale"):
+        for name in ("clip", "weight_decay", "dense_lr", "scale", "rso_scale"):
             if not math.isfinite(getattr(self, name)):
                 raise SettingsError(f"{flag(name)} must be finite, got {getattr(self, name)}")
-        for name in ("warmup", "clip", "weight_decay", "seed"):
+        for name in ("warmup", "clip", "weight_decay", "seed", "principal_rank"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{flag(name)} must not be negative, got {getattr(self, name)}")
-        for name in ("scale", "dense_lr"):
+        for name in ("scale", "dense_lr", "rso_scale"):
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{flag(name)} must be positive, got {getattr(self, name)}")
         if self.seed >= 2**63:
             raise SettingsError(f"--seed must be less than 2⁶³, got {self.seed}")
         if self.rso_rank > (hidden := llama.SIZES[self.model].hidden):
             raise SettingsError(f"--rso-rank {self.rso_rank} is more than the width of {self.model}, {hidden}")
+        if self.principal_rank >= self.rso_rank:
+            raise SettingsError(f"--principal-rank {self.principal_rank} is not less than --rso-rank {self.rso_rank}")
         if self.batch_size % self.accumulate:
             raise SettingsError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         return self
@@ -163,6 +170,10 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+NEWER = ("lean", "principal_rank", "rso_scale", "rso_moments")
+"""Settings that runs of an earlier version do not have. Theirs are the defaults."""
+
+
 def flag(name: str) -> str:
     """The argument that sets a field."""
     return "--" + name.replace("_", "-")
@@ -192,6 +203,7 @@ class Plan:
             record = json.loads(path.read_bytes())
             given, lr = record["settings"], record["lr"]
             kinds = typing.get_type_hints(Settings)
+            given = {name: getattr(Settings(), name) for name in NEWER} | given
             if kinds.keys() - given.keys() == {"dense_lr"}:
                 raise SettingsError(
                     f"{path} is of an earlier version, in which embedding, head and norms had no learning rate of their own (--dense-lr); "

@@ -67,7 +67,7 @@ def learning_rate(step: int, peak: float, warmup: int, steps: int) -> float:
 
 
 def build_model(settings: Settings) -> nn.Module:
-    model = llama.Llama(llama.SIZES[settings.model], text.VOCAB_SIZE, settings.tie_head).initialize(settings.seed)
+    model = llama.Llama(llama.SIZES[settings.model], text.VOCAB_SIZE, settings.tie_head, settings.lean).initialize(settings.seed)
     model.to(device=settings.device, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.dtype])
     if settings.compile:
         model.compile()
@@ -108,14 +108,16 @@ def evaluate(model: nn.Module, windows: Tensor, batch_size: int) -> float:
 
 
 def bases(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
-    """Copies of the bases in use, on the CPU. On the device the copies would count towards the optimizer's
-    peak memory."""
-    return {p: state["basis"].to("cpu", copy=True) for p, state in optimizer.state.items() if "basis" in state}
+    """Copies of the orthonormal bases in use, on the CPU. On the device the copies would count towards the
+    optimizer's peak memory."""
+    orthonormal = (group["params"] for group in optimizer.param_groups if group.get("selection") != "gaussian")
+    held = (param for params in orthonormal for param in params if "basis" in optimizer.state.get(param, ()))
+    return {param: optimizer.state[param]["basis"].to("cpu", copy=True) for param in held}
 
 
 def mean_overlap(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, Tensor]) -> float | None:
     """Mean over the projected parameters of ‖PᵀQ‖²_F / r between a basis and its successor. None if there is
-    no earlier basis."""
+    no earlier basis, and none that is orthonormal."""
     if not before:
         return None
     import lowrank_kernels as lrk
@@ -252,10 +254,8 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, se
         "grad_norm": grad_norm,
         "optimizer_ms": (time.perf_counter() - start_s) * 1e3,
     }
-    if step % settings.update_proj_gap == 0:
-        after = bases(optimizer)
-        if after:
-            row |= {"refresh": True, "overlap": mean_overlap(before, after)}
+    if step % settings.update_proj_gap == 0 and "rank" in matrices:
+        row |= {"refresh": True, "overlap": mean_overlap(before, bases(optimizer))}
     if matrices.get("outer_step") != outer_step:
         row["refresh"] = True
     return row
