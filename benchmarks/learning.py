@@ -48,6 +48,8 @@ from stopping import stop_on_signal  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SCRATCH = ROOT / "runs" / "learning"
+PARTS = ("weight", "gradient", "state", "activation")
+"""Of the memory of a run."""
 METHODS_OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.reads))
 GRID = ("lean", "steps", "batch_size", "seq_len", "weight_decay", "clip", "dense_lr", *METHODS_OWN)
 NEWER = ("state_bits", "rounding", *NEWER_SETTINGS)
@@ -99,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _on_or_off(value: str) -> bool:
-    return {"off": False, "on": True}[value]
+    if value not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"on or off, got {value!r}")
+    return value == "on"
 
 
 def grid(args: argparse.Namespace, digest: str) -> Iterator[Run]:
@@ -146,6 +150,7 @@ def perform(run: Run, corpus: text.Corpus, scratch: Path, stopping: list[int]) -
         "overlap": mean(overlaps) if overlaps else None,
         "overlap_second_half": mean(overlaps[len(overlaps) // 2 :]) if overlaps else None,
         "wall_s": rows[-1]["wall_s"],
+        "bytes": {part: rows[-1][f"{part}_bytes"] for part in PARTS},
         "val_curve": val_curve,
         "overlaps": overlaps,
     }
@@ -206,7 +211,7 @@ def report(records: list[dict[str, Any]], name: str) -> None:
     columns = {key: {value for group in groups if (value := dict(group)[key]) is not None} for key, _ in next(iter(groups))}
     columns = [key for key, values in columns.items() if len(values) > 1 or key in ("optimizer", "lr")]
     result = Table(title=f"{name}: mean ± standard deviation over seeds")
-    for column in [*columns, "seeds", "held-out loss", "overlap", "overlap, 2nd half", "s a run"]:
+    for column in [*columns, "seeds", "held-out loss", "overlap", "overlap, 2nd half", "state MB", "MB in all", "s a run"]:
         result.add_column(column, justify="left" if column == "optimizer" else "right")
 
     def spread(group: list[dict[str, Any]], key: str, digits: int) -> str:
@@ -214,6 +219,10 @@ def report(records: list[dict[str, Any]], name: str) -> None:
         if not values:
             return "–"
         return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+    def megabytes(group: list[dict[str, Any]], parts: tuple[str, ...]) -> str:
+        held = next((record["bytes"] for record in group if "bytes" in record), None)
+        return "–" if held is None else f"{sum(held[part] for part in parts) / 1e6:.2f}"
 
     def order(group: tuple[tuple[str, Any], ...]) -> list[tuple[bool, Any]]:
         return [(value is not None, "" if value is None else value) for value in (dict(group)[column] for column in columns)]
@@ -228,6 +237,8 @@ def report(records: list[dict[str, Any]], name: str) -> None:
             spread(runs, "val_loss", 4),
             spread(runs, "overlap", 3),
             spread(runs, "overlap_second_half", 3),
+            megabytes(runs, ("state",)),
+            megabytes(runs, PARTS),
             spread(runs, "wall_s", 0),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(result)

@@ -19,10 +19,11 @@ class Size:
     heads: int
 
 
-# Widths and depths of the LLaMA configurations that GaLore's experiments use. Their names count a 32,000-word
-# vocabulary; over bytes the same decoder has fewer parameters (see `parameter_count`).
+# From "9m" on, the widths and depths of the LLaMA configurations that GaLore's experiments use. Their names
+# count a 32,000-word vocabulary; over bytes the same decoder has fewer parameters (see `parameter_count`).
 SIZES = {
     "tiny": Size(128, 352, 2, 4),
+    "small": Size(256, 704, 2, 4),
     "9m": Size(128, 352, 4, 4),
     "60m": Size(512, 1376, 8, 8),
     "130m": Size(768, 2048, 12, 12),

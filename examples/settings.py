@@ -96,6 +96,8 @@ class Settings:
             raise SettingsError(f"--seed must be less than 2⁶³, got {self.seed}")
         if self.rso_rank > (hidden := llama.SIZES[self.model].hidden):
             raise SettingsError(f"--rso-rank {self.rso_rank} is more than the width of {self.model}, {hidden}")
+        if self.distribution == "principal" and self.rso_rank < 2:
+            raise SettingsError(f"--distribution principal needs a --rso-rank of 2 at least, got {self.rso_rank}")
         if self.principal_rank >= self.rso_rank:
             raise SettingsError(f"--principal-rank {self.principal_rank} is not less than --rso-rank {self.rso_rank}")
         if self.batch_size % self.accumulate:
@@ -122,6 +124,7 @@ _POSITIVE = (
 # start for your own runs, not a tuned recipe.
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {},
+    "small": {"steps": 2000, "batch_size": 8, "rank": 64, "rso_rank": 128, "eval_every": 200},
     "9m": {"steps": 1000},
     "60m": {
         "dense_lr": 1e-2,

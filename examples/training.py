@@ -125,8 +125,12 @@ def mean_overlap(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, T
     return sum(lrk.subspace_overlap(before[p], after[p]).mean().item() for p in before) / len(before)
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+def state_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
+    """Of the states, and of RSO's projections, which its layers hold. What several share counts once."""
+    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    layers = [module for module in model.modules() if hasattr(module, "subspace")]
+    held += [layer.subspace.matrix(layer.weight.device, layer.weight.dtype) for layer in layers]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held}.values())
 
 
 def train(
@@ -146,8 +150,8 @@ def train(
 
     Rows are of three kinds. A "step" has the loss in nats a byte, lr and dense_lr of that step, grad_norm and
     optimizer_ms; at a refresh of bases also the overlap with the previous ones. An "eval" has val_loss. The
-    last row is "end", with state_bytes, activation_bytes, peak_bytes and wall_s. `step` counts finished
-    steps. The loss of a row is that of the weights before its step.
+    last row is "end", with weight_bytes, gradient_bytes, state_bytes, activation_bytes, peak_bytes and
+    wall_s. `step` counts finished steps. The loss of a row is that of the weights before its step.
 
     Raises Stopped once `should_stop()` holds and the current step is saved. Raises Diverged on a loss that is
     not finite.
@@ -206,7 +210,9 @@ def train(
             {
                 "event": "end",
                 "step": settings.steps,
-                "state_bytes": state_bytes(optimizer),
+                "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+                "gradient_bytes": sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None),
+                "state_bytes": state_bytes(optimizer, model),
                 "activation_bytes": activation_bytes,
                 "peak_bytes": highest_bytes(),
                 "wall_s": time.perf_counter() - started_s,

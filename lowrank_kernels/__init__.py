@@ -1,5 +1,5 @@
-"""Low-rank optimizers for PyTorch, fast: GaLore, I3S and RSO with fused kernels on a GPU and plain PyTorch on
-a CPU.
+"""Low-rank optimizers for PyTorch, fast: GaLore, I3S, Fira, APOLLO, RSO and more, with fused kernels on a GPU
+and plain PyTorch on a CPU.
 
 groups = lowrank_kernels.param_groups(model, rank=128)
 optimizer = lowrank_kernels.I3SAdamW(groups, lr=1e-2)

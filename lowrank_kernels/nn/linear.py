@@ -145,8 +145,8 @@ class SubspaceLinear(SubspaceLayer, nn.Linear):
             orthogonal to them (PRAC, arXiv 2602.23111). Q comes from a sketch of the inputs of the last step
             before P is redrawn; the first P has none.
         principal_rank: r₁ of "principal", from 1 to r − 1 (r // 2).
-        seed: P is a function of (seed, outer step) and its shape. Layers need different seeds to have
-            different Ps; `to_subspace` sees to that.
+        seed: P is a function of (seed, outer step), its shape and, of "principal", Q. Layers need different
+            seeds to have different Ps; `to_subspace` sees to that.
 
     Raises:
         ValueError: rank, distribution, principal_rank or dtype out of range.

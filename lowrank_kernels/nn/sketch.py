@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import philox
 from ..range_finder import orthonormalise
+from ..subspaces import draw_projection
 
 OVERSAMPLE = 8
 """Columns of the sketch beyond the directions that are wanted."""
@@ -20,12 +20,12 @@ class InputSketch:
     def __init__(self, in_features: int, rank: int, seed: int, device: torch.device) -> None:
         columns = min(in_features, rank + OVERSAMPLE)
         with torch.inference_mode(False):
-            self.omega = philox.normal(philox.seed_tensor([seed], device), (in_features, columns), philox.SKETCH, torch.float32)[0]
+            self.omega = draw_projection("gaussian", in_features, columns, seed=seed, device=device, dtype=torch.float32)
             self.columns = torch.zeros_like(self.omega)
 
     def add(self, x: Tensor) -> None:
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.detach().flatten(0, -2).float()
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
             self.columns.addmm_(rows.mT, rows @ self.omega)
 
 
@@ -36,7 +36,7 @@ def principal_directions(sketch: InputSketch, rank: int) -> Tensor | None:
     Where torch.distributed is initialised, all processes add up their sketches, and take the result of the
     first one.
     """
-    columns = sketch.columns
+    columns = sketch.columns.clone()  # a redraw that fails is tried again
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several:
         dist.all_reduce(columns)

@@ -14,6 +14,9 @@ from ..ops.dispatch import outside_training
 from ..subspaces import DISTRIBUTIONS, PRINCIPAL, draw_principal, draw_projection, own_memory
 from .sketch import InputSketch
 
+PRINCIPAL_KIND = 100
+"""The number of the distribution "principal" in fingerprints. Those of the others are their places."""
+
 
 @dataclass(frozen=True)
 class _Projected:
@@ -60,7 +63,7 @@ class Subspace:
     def fingerprint(self) -> int:
         """A signed 64-bit number made from seed, place and distribution. It differs where the Ps differ.
         Checkpoints hold it."""
-        kind = [list(DISTRIBUTIONS).index(self.distribution)] if not self.principal_rank else [len(DISTRIBUTIONS), self.principal_rank]
+        kind = (PRINCIPAL_KIND, self.principal_rank) if self.principal_rank else (list(DISTRIBUTIONS).index(self.distribution),)
         return philox.signed64(philox.derive_seed(self.seed, *kind, *self.place))
 
     def matrix(self, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -77,6 +80,9 @@ class Subspace:
         """Frees the Ps on other devices and in other dtypes than these, and Z."""
         self._projected = None
         self._matrices = {key: matrix for key, matrix in self._matrices.items() if key == (device, dtype)}
+        if self.sketch is not None and self.sketch.omega.device != device:
+            self.sketch = None
+            self.watch_inputs(device)
 
     @outside_training
     def _draw(self, device: torch.device, dtype: torch.dtype, outer_step: int, principal: Tensor | None) -> Tensor:
@@ -102,7 +108,7 @@ class Subspace:
     def watch_inputs(self, device: torch.device) -> None:
         """Begins a sketch of the inputs, where there are principal directions and none is under way."""
         if self.principal_rank and self.sketch is None:
-            seed = philox.derive_seed(self.fingerprint, self.outer_step)
+            seed = philox.derive_seed(self.fingerprint, self.outer_step, 1)  # P's own is the one without the 1
             self.sketch = InputSketch(self.in_features, self.principal_rank, seed, device)
 
     def project(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -137,7 +143,7 @@ class Subspace:
         return z
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_matrices": {}, "_projected": None, "sketch": None}
+        return {**self.__dict__, "_matrices": {}, "_projected": None}
 
     def __repr__(self) -> str:
         return f"Subspace(in_features={self.in_features}, rank={self.rank}, distribution={self.distribution!r}, seed={self.seed})"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..storage.eight_bit import MOMENTS, SCALES
 from ..storage.storage import Layout
 from ..subspaces import own_memory
 from .groups import check_param, describe, is_right, matrix_shape
@@ -150,6 +151,8 @@ def _all_fit(states: list[dict[str, Any]], expected: Expected, device: int) -> b
     """Whether the states fit. The first state is checked as a whole. The others are checked only for what
     kernels rely on, in loops that Python runs fast."""
     count = len(states)
+    if any(name in states[0] and name not in expected for name in MOMENTS):
+        return False
     try:
         for name, (shape, dtype) in expected.items():
             tensors = [state[name] for state in states]
@@ -177,17 +180,19 @@ def _check_state(state: dict[str, Any], expected: Expected, group: dict[str, Any
             f"{tuple(expected['basis'][0])} ({where}); they cannot change after the first step: restore them, or delete "
             "optimizer.state[param] to restart it"
         )
-    if ("exp_avg_scale" in state) != (group["state_bits"] == 8):
+    coded = any(name in state for name in SCALES)
+    if coded != (group["state_bits"] == 8):
         raise ValueError(
-            f"the state has {8 if 'exp_avg_scale' in state else 32}-bit moments but state_bits={group['state_bits']} ({where}); it cannot "
+            f"the state has {8 if coded else 32}-bit moments but state_bits={group['state_bits']} ({where}); it cannot "
             "change after the first step: restore it, or delete optimizer.state[param] to restart it"
         )
+    method = ", ".join(f"{key}={group[key]!r}" for key in ("lift", "first_moment") if key in group)
+    after = "that cannot change after the first step: restore it, or delete optimizer.state[param] to restart it"
+    if stray := [name for name in MOMENTS if name in state and name not in expected]:
+        raise ValueError(f"the state has {stray[0]}, which the group's method does not keep, with {method} ({where}); {after}")
     for name, (shape, dtype) in expected.items():
         if name not in state:
-            raise ValueError(
-                f"the state has no {name}, which the group's method needs, with lift={group['lift']!r} ({where}); that cannot change "
-                "after the first step: restore it, or delete optimizer.state[param] to restart it"
-            )
+            raise ValueError(f"the state has no {name}, which the group's method needs, with {method} ({where}); {after}")
         if name == "step":
             continue
         if state[name].shape != shape:

@@ -21,14 +21,17 @@ KEY = "refresh_diagnostics"
 FIGURES = ("overlap", "captured_energy", "effective_rank")
 
 
-def of_member(members: Members, slot: int, fresh: Tensor) -> Tensor:
+def of_member(group: dict[str, Any], members: Members, slot: int, fresh: Tensor) -> Tensor:
     """The figures of one parameter's new basis, (m, r) or (experts, m, r). Its state still holds the old
-    one."""
+    one. Without orthonormal bases only the effective rank has a meaning; the others are NaN."""
     grads = members.grads[slot * members.per_param : (slot + 1) * members.per_param]
     bases, old = split(fresh), members.states[slot].get("basis")
     each = zip(grads, bases, [None] * len(bases) if old is None else split(old), strict=True)
     figures = [_of_matrix(grad.mT if members.right else grad, basis, before) for grad, basis, before in each]
-    return torch.stack(figures) if fresh.dim() == 3 else figures[0]
+    found = torch.stack(figures) if fresh.dim() == 3 else figures[0]
+    if group["selection"] == "gaussian":
+        found[..., :2] = torch.nan
+    return found
 
 
 def _of_matrix(grad: Tensor, basis: Tensor, old: Tensor | None) -> Tensor:
@@ -38,16 +41,16 @@ def _of_matrix(grad: Tensor, basis: Tensor, old: Tensor | None) -> Tensor:
     energy = grad.square().sum()
     captured = (basis.mT.to(grad.dtype) @ grad).square().sum() / energy
     gram = grad @ grad.mT if grad.shape[0] <= grad.shape[1] else grad.mT @ grad
-    overlap = torch.full_like(captured, torch.nan) if old is None else subspace_overlap(basis, old).to(grad.dtype)
+    overlap = torch.full_like(captured, torch.nan)
+    if old is not None:  # a basis that is zero has waited for its first gradient
+        overlap = torch.where(old.any(), subspace_overlap(basis, old).to(grad.dtype), overlap)
     return torch.stack((overlap, captured, energy.square() / gram.square().sum())).float()
 
 
 def where_new(state: dict[str, Any], measured: Tensor) -> Tensor:
-    """The figures where a matrix had no basis before, with NaN for the overlap, and those that it had
-    elsewhere."""
+    """The figures where a matrix had no basis before, and those that it had elsewhere."""
     waited = ~state["basis"].flatten(-2).any(-1)[..., None]
-    of_first = torch.cat((torch.full_like(measured[..., :1], torch.nan), measured[..., 1:]), -1)
-    return torch.where(waited, of_first, state.get(KEY, torch.full_like(measured, torch.nan)))
+    return torch.where(waited, measured, state[KEY].to(measured.device) if KEY in state else torch.nan)
 
 
 def rows(optimizer: LowRankOptimizer) -> list[dict[str, Any]]:

@@ -59,15 +59,18 @@ class Whole(Key):
 
 @dataclass(frozen=True)
 class Number(Key):
-    """A finite float with least ≤ value < below."""
+    """A finite float with least ≤ value < below, or with value > 0."""
 
     least: float = -math.inf
     below: float = math.inf
+    positive: bool = False
 
     def checked(self, value: Any, where: str) -> float:
         if not _is_number(value):
             self.fail(TypeError, "be a float", value, where)
         value = float(value)
+        if self.positive and not 0 < value < math.inf:
+            self.fail(ValueError, "be finite and > 0", value, where)
         if not (self.least <= value < self.below and math.isfinite(value)):
             bound = {-math.inf: "be finite", 0.0: "be finite and ≥ 0"}[self.least]
             self.fail(ValueError, bound if math.isinf(self.below) else f"lie in [{self.least:g}, {self.below:g})", value, where)
@@ -209,7 +212,7 @@ ADAMW = (
 )
 ADAFACTOR = (
     Number("beta2_decay", -0.8, "γ of β2ₜ = 1 − t^γ", below=0.0),
-    Number("clip_threshold", 1.0, "d, the largest root mean square of an update", least=0.0),
+    Number("clip_threshold", 1.0, "d, the largest root mean square of an update", positive=True),
     Flag("first_moment", True, "`False`: no M, so that a matrix keeps r + n numbers"),
 )
 """Keys of LowRankAdafactor's groups, in addition to AdamW's."""

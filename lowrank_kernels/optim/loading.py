@@ -106,9 +106,9 @@ def check_low_rank(
     check_tensors(state, (key for key in expected if key in state), where)
     if isinstance(refreshed := state.get("refreshed_at"), bool) or not isinstance(refreshed, int) or refreshed < 0:
         raise ValueError(f"the checkpoint's refreshed_at must be an int ≥ 0, got {refreshed!r} ({where}); the checkpoint is damaged")
-    coded = "exp_avg" in state and state["exp_avg"].dtype == torch.uint8
-    if coded != (saved["state_bits"] == 8):
-        raise ValueError(f"the checkpoint's moments are {state['exp_avg'].dtype} but its state_bits are {saved['state_bits']} ({where})")
+    found = {state[name].dtype for name in MOMENTS if name in expected and name in state}
+    if found and (torch.uint8 in found) != (saved["state_bits"] == 8):
+        raise ValueError(f"the checkpoint's moments are {found.pop()} but its state_bits are {saved['state_bits']} ({where})")
     for key, matrix in expected.items():
         wanted = (*batch, *matrix)
         found = tuple(state[key].shape) if key in state else None

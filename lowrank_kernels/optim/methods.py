@@ -108,7 +108,7 @@ class LowRankAdamW(LowRankOptimizer):
                 f"{type(self).__name__} has no group with rank and trains every parameter with AdamW; "
                 "lowrank_kernels.param_groups(model, rank=…) makes groups that are projected",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 
@@ -199,8 +199,8 @@ class LowRankAdafactor(LowRankAdamW):
         U = R / sqrt(A·C / mean(A));  U = U / max(1, RMS(U) / d);  M = β1·M + (1−β1)·U
         W' = (1 − lr·wd)·W' − lr·α·P·M          β2ₜ = 1 − t^γ
 
-    A is (r, 1) and C (1, n): `row_var` and `col_var` in the state. M is (r, n); without it the state of a
-    matrix is r + n numbers and its basis. M is not corrected for its start from zero, as in the paper. The
+    A is (r, 1) and C (1, n): `row_var` and `col_var` in the state. M is (r, n), and is not corrected for its
+    start from zero; without it (first_moment=False) the state of a matrix is r + n numbers and its basis. The
     paper's relative steps and its scaling by the size of the weight are off: lr is the step size, decay is
     decoupled. Every key of LowRankAdamW's groups works here. state_bits=8 codes M. Groups without rank are
     trained by AdamW, with all of `betas` and with `eps`. On a GPU a step is composed of project, rule and

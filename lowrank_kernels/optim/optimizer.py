@@ -46,13 +46,16 @@ class LowRankOptimizer(Optimizer):
         refreshed_at    the group's `calls` when the basis was chosen
         draw_key        a number made from the parameter's name, which keys its random draws; only where the
                         parameter has a name
+        periods         for how many periods a basis lasts, fp32; only with `refresh_threshold`
+        refresh_diagnostics     what the last refresh found; only with `diagnostics`
 
     and the tensors of the rule and the lift. The state of a dense parameter is that of torch.optim.AdamW.
 
     A group counts its own steps in `calls`. A step that a GradScaler skipped does not count. A parameter gets
     its first basis before its first update. It gets a new one with the first gradient at or after each step
     where calls % update_proj_gap equals the parameter's offset. The offset is 0; in a group with `stagger`
-    the offsets spread over the period. All checks run before anything moves.
+    the offsets spread over the period. With `refresh_threshold` a basis may last several periods. All checks
+    run before anything moves.
 
     With a GradScaler the device skips the step. The host asks a GPU whether a step was skipped only where a
     refresh is due. Gradients that the scaler has not unscaled are unscaled here, in place, a bucket at a
@@ -122,6 +125,11 @@ class LowRankOptimizer(Optimizer):
         if group["selection"] == "gaussian" and (lift.needs_orthonormal or group["moments"] == "rotate"):
             wants = "moments='rotate'" if not lift.needs_orthonormal else f"lift={lift.name!r}"
             raise ValueError(f"{wants} needs orthonormal bases, which selection='gaussian' does not draw ({where}); use 'random'")
+        if group["refresh_threshold"] < 1 and group["selection"] in subspaces.BLIND:
+            raise ValueError(
+                f"refresh_threshold={group['refresh_threshold']:g} compares bases that follow the gradient, and "
+                f"selection={group['selection']!r} draws them at random ({where}); leave it at 1"
+            )
         try:
             self.storages[group["state_bits"]].layout(rule.state(1, 1), torch.float32)
         except ValueError as error:
@@ -346,7 +354,7 @@ class LowRankOptimizer(Optimizer):
             self._periods.lengthen(group, [members.params[slot] for slot in slots], [members.states[slot] for slot in slots], bases)
         for slot, kind, basis in fresh:
             param, state = members.params[slot], members.states[slot]
-            measured = diagnosis.of_member(members, slot, basis) if group["diagnostics"] else None
+            measured = diagnosis.of_member(group, members, slot, basis) if group["diagnostics"] else None
             if kind == "first" or param in self._waiting.params:
                 first.append(slot)
             if kind == "first":
@@ -436,7 +444,8 @@ class LowRankOptimizer(Optimizer):
         would differ. A process without low-rank parameters takes part in the all-gather as well."""
         held, settings = [], []
         for group in filter(groups.is_low_rank, self.param_groups):
-            settings.append(tuple(group[key] for key in keys.names((*keys.LOW_RANK, *self.own_keys))))
+            compared = (key for key in keys.names((*keys.LOW_RANK, *self.own_keys)) if key != "diagnostics")
+            settings.append(tuple(group[key] for key in compared))
             first = self._first_index(group)
             for place, param in enumerate(group["params"]):
                 name = groups.draw_key(group, place)

@@ -33,8 +33,9 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             - A regular expression: every module whose whole name it matches.
         options: any other key of a low-rank group (`update_proj_gap`, `stagger`, `scale`, `proj_type`,
             `selection`, `lift`, `moments`, `svd`, `oversample`, `power_iters`, `seed`, `state_bits`,
-            `rounding`; `lr`, `betas`, `eps`, `weight_decay`). They are set in the low-rank group only.
-            `capturable` is the optimizer's own argument, for both groups.
+            `rounding`, `refresh_threshold`, `max_update_proj_gap`, `diagnostics`; `lr`, `betas`, `eps`,
+            `weight_decay`; `beta2_decay`, `clip_threshold`, `first_moment` of LowRankAdafactor). They are set
+            in the low-rank group only. `capturable` is the optimizer's own argument, for both groups.
 
     Returns:
         [{"params": everything else}, {"params": projected weights, "rank": rank, **options}]. The parameters
@@ -47,7 +48,7 @@ def param_groups(model: nn.Module, rank: int, target_modules: str | Iterable[str
             converted layer.
         TypeError: a model that is no nn.Module.
     """
-    allowed = [name for name in keys.names(ALL_KEYS) if name != "rank"]
+    allowed = [name for name in keys.names((*ALL_KEYS, *keys.ADAFACTOR)) if name != "rank"]
     for key in options:
         if key not in allowed:
             nearest = difflib.get_close_matches(key, allowed, n=1)

@@ -22,6 +22,11 @@ KEY = "periods"
 """p in a parameter's state, one fp32; 1 where it is missing."""
 
 
+def most(group: dict[str, Any]) -> int:
+    """The largest p that `max_update_proj_gap` allows."""
+    return max(1, group["max_update_proj_gap"] // group["update_proj_gap"])
+
+
 class Periods:
     """What the host knows of p."""
 
@@ -44,14 +49,14 @@ class Periods:
     def lengthen(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]], fresh: list[Tensor]) -> None:
         """Doubles p where the new bases are like the old ones, which are still in the states. A basis that
         has not changed at all says nothing: its gradient was not finite."""
-        most = max(1, group["max_update_proj_gap"] // group["update_proj_gap"])
-        lengthened = []
-        for state, basis in zip(states, fresh, strict=True):
-            old = state["basis"]
-            p = state.setdefault(KEY, torch.ones((), dtype=torch.float32, device=old.device)).to(old.device)
-            alike = (subspace_overlap(basis, old) > group["refresh_threshold"]) & (basis != old).flatten(-2).any(-1)
-            state[KEY] = p.copy_(torch.where(alike.all() & (2 * p <= most), 2 * p, p))
-            lengthened.append(state[KEY])
+        longest, lengthened = most(group), []
+        with torch.inference_mode(False):  # the states outlive a step in inference mode
+            for state, basis in zip(states, fresh, strict=True):
+                old = state["basis"]
+                p = state[KEY].to(old.device) if KEY in state else torch.ones((), dtype=torch.float32, device=old.device)
+                alike = (subspace_overlap(basis, old) > group["refresh_threshold"]) & (basis != old).flatten(-2).any(-1)
+                state[KEY] = torch.where(alike.all() & (2 * p <= longest), 2 * p, p)
+                lengthened.append(state[KEY])
         arriving = Arriving(torch.stack(lengthened))
         for place, param in enumerate(params):
             self._known[param] = lambda place=place: arriving.values()[place].item()

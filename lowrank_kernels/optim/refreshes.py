@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import ops
 from . import groups
 from .buckets import Members, matrices_of
-from .periods import Periods
+from .periods import Periods, most
 
 Due = dict[tuple[int, str], list[int]]
 """(number of the refresh, kind) → slots of the members.
@@ -43,7 +43,7 @@ def _is_over(group: dict[str, Any], members: Members, slot: int, number: int, pe
     if group["refresh_threshold"] >= 1 or refreshed_at > group["calls"]:  # a later one is of another group's count
         return True
     _, chosen_in = groups.last_refresh(group, members.places[slot], refreshed_at)
-    return number - chosen_in >= periods.of(members.params[slot], members.states[slot])
+    return number - chosen_in >= min(most(group), periods.of(members.params[slot], members.states[slot]))
 
 
 def is_refresh(each: list[Due]) -> bool:

@@ -49,10 +49,11 @@ class RSOAdamW(LowRankOptimizer):
     inner="sgd" the layers use N = M = momentum·M + R; the other parameters keep AdamW.
 
     The state of a layer holds `step` (t); exp_avg and exp_avg_sq (or momentum_buffer), each (r, out) in fp32
-    (fp64 for fp64); where proximal is not 0, `displacement`, which is B; and `subspace`, a number by which
-    load_state_dict recognises P. The group holds `outer_step` and `inner_step`. No checkpoint holds P. A
-    resumed run continues bit for bit, even from the middle of an outer step, if the model is converted with
-    the same arguments.
+    (fp64 for fp64); where proximal is not 0, `displacement`, which is B; `subspace`, a number by which
+    load_state_dict recognises P; with moments="carry" the counts `carried` and `since`; and of the
+    distribution "principal" `principal`, the principal directions. The group holds `outer_step` and
+    `inner_step`. No checkpoint holds P. A resumed run continues bit for bit, even from the middle of an outer
+    step, if the model is converted with the same arguments.
 
     Every call of step() counts for `inner_steps`, even one that a GradScaler skips; t counts updates only.
     Layers that share P must be in one group.
@@ -81,7 +82,9 @@ class RSOAdamW(LowRankOptimizer):
     zero at that moment.
 
     Where torch.distributed is initialised, the first step compares the subspaces of all processes in one
-    small all-gather. It raises RuntimeError where they differ.
+    small all-gather. It raises RuntimeError where they differ, and for the distribution "principal" where the
+    processes hold different layers. Each redraw of "principal" then adds up the sketches of all processes,
+    and broadcasts the directions of the first one.
 
     Raises:
         ValueError, TypeError: at construction for a value out of range, a mistyped key, parameters of which
@@ -139,8 +142,7 @@ class RSOAdamW(LowRankOptimizer):
             raise ValueError(self._why_no_coordinates())
         self._built = True
         for group in self.param_groups:  # last, after every check: a refused optimizer must not disturb another one on these layers
-            _move_subspaces(layers_of(group), group["outer_step"])
-            _watch_inputs(group, layers_of(group))
+            self._begin(group)
 
     def _why_no_coordinates(self) -> str:
         if any(layer_of(param) is not None for group in self.param_groups for param in group["params"]):
@@ -163,9 +165,13 @@ class RSOAdamW(LowRankOptimizer):
         optimizer unchanged."""
         super().add_param_group(param_group)
         if self._built:
-            group = self.param_groups[-1]
-            _move_subspaces(layers_of(group), group["outer_step"])
-            _watch_inputs(group, layers_of(group))
+            self._begin(self.param_groups[-1])
+
+    def _begin(self, group: dict[str, Any]) -> None:
+        """Draws the Ps of a new group."""
+        layers = layers_of(group)
+        _move_subspaces(layers, group["outer_step"], {})
+        _watch_inputs(group, layers, anew=True)
 
     def _complete(self, group: dict[str, Any], index: int) -> None:
         if "rank" in group:
@@ -346,8 +352,11 @@ class RSOAdamW(LowRankOptimizer):
 
     def _next_outer_step(self, group: dict[str, Any], layers: Layers) -> None:
         before = {layer.subspace: layer.subspace.principal for layer in layers.values()}
+        # Only directions that a state will hold. Those of a layer that has no state yet would be in no
+        # checkpoint.
+        kept = {param: layer for param, layer in layers.items() if param in self.state}
         try:
-            _move_subspaces(layers, group["outer_step"] + 1, _principals(layers))
+            _move_subspaces(layers, group["outer_step"] + 1, before | _principals(kept))
         except BaseException:  # such as out of memory or Ctrl-C; the next call tries again
             _move_subspaces(layers, group["outer_step"], before)
             raise
@@ -443,22 +452,19 @@ class RSOAdamW(LowRankOptimizer):
                     if isinstance(value, Tensor):
                         dtype = torch.float32 if key in rso_groups.UNCAST else state_dtype
                         state[key] = value.detach().to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
-            held = {layer.subspace: self.state[param].get("principal") for param, layer in layers.items() if param in self.state}
-            _move_subspaces(layers, group["outer_step"], held)
-            for param, layer in layers.items():
-                layer.subspace.sketch = None
-                if "principal" in self.state.get(param, {}):  # one Q for layers that share P
-                    self.state[param]["principal"] = layer.subspace.principal
-            _watch_inputs(group, layers)
+            states = ((self.state.get(param, {}), layer) for param, layer in layers.items())
+            held = [(state, layer) for state, layer in states if "principal" in state]
+            _move_subspaces(layers, group["outer_step"], {layer.subspace: state["principal"] for state, layer in held})
+            for state, layer in held:  # one Q for layers that share P
+                state["principal"] = layer.subspace.principal
+            _watch_inputs(group, layers, anew=True)
 
 
-def _move_subspaces(layers: Layers, outer_step: int, principals: dict[Subspace, Tensor | None] | None = None) -> None:
-    """Draws the Ps of that outer step. principals: the principal directions of those that have other ones
-    than before."""
+def _move_subspaces(layers: Layers, outer_step: int, principals: dict[Subspace, Tensor | None]) -> None:
+    """Draws the Ps of that outer step. principals: the principal directions of those that have some."""
     for layer in layers.values():
-        subspace = layer.subspace
-        subspace.move_to(outer_step, (principals or {}).get(subspace, subspace.principal))
-        subspace.has_optimizer = True
+        layer.subspace.move_to(outer_step, principals.get(layer.subspace))
+        layer.subspace.has_optimizer = True
 
 
 def _principals(layers: Layers) -> dict[Subspace, Tensor | None]:
@@ -473,12 +479,15 @@ def _principals(layers: Layers) -> dict[Subspace, Tensor | None]:
     return found
 
 
-def _watch_inputs(group: dict[str, Any], layers: Layers) -> None:
+def _watch_inputs(group: dict[str, Any], layers: Layers, anew: bool = False) -> None:
     """Before the last forward pass of an outer step, begins the sketches that principal directions come
-    from."""
-    if group["inner_step"] >= group["inner_steps"] - 1:
-        for layer in layers.values():
-            layer.subspace.watch_inputs(layer.weight.device)
+    from. Before others there is none. anew: drops what has been seen before."""
+    last = group["inner_step"] >= group["inner_steps"] - 1
+    for layer in layers.values():
+        if anew or not last:
+            layer.subspace.sketch = None
+    for layer in layers.values() if last else ():
+        layer.subspace.watch_inputs(layer.weight.device)
 
 
 @dataclass

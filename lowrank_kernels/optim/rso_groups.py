@@ -71,23 +71,26 @@ def carry(held: list[tuple[dict[str, Any], SubspaceLayer]]) -> None:
 
     `carried` is t at that moment, for which the host waits here, and `since` counts the layer's steps from
     then on."""
-    reset(state for state, layer in held if layer.subspace.principal is not None and "principal" not in state)
-    held = [(state, layer) for state, layer in held if layer.subspace.principal is None or "principal" in state]
-    counts = torch.stack([state["step"].double() for state, _ in held]).tolist() if held else []
-    for (state, layer), count in zip(held, counts, strict=True):
-        v, subspace = state["exp_avg_sq"], layer.subspace
-        principal, others = v.split([known := subspace.principal_rank * ("principal" in state), len(v) - known])
-        mean = others.mean(0, keepdim=True)
+    for state, layer in held:
+        subspace = layer.subspace
+        first = subspace.principal is not None and "principal" not in state
+        if first or "exp_avg_sq" not in state:  # or of another inner optimizer, and not used since
+            reset([state])
+            continue
+        v = state["exp_avg_sq"]
+        known = subspace.principal_rank if "principal" in state else 0
+        of_principal, of_random = v[:known], v[known:]
+        mean = of_random.mean(0, keepdim=True)
         if known:
             shares = (subspace.principal.to(v).mT @ state["principal"].to(v)).square()
             outside = (1 - shares.sum(1, keepdim=True)).clamp_min(0)
             gain = (subspace.in_features - known) / (len(v) - known)
-            principal.copy_(shares @ principal + outside * (mean / gain))
-        others.copy_(mean)
+            of_principal.copy_(shares @ of_principal + outside * (mean / gain))
+        of_random.copy_(mean)
         for key, value in state.items():
             if isinstance(value, Tensor) and key not in ("exp_avg_sq", *UNCAST):
                 value.zero_()
-        state |= {"carried": int(count), "since": 0}
+        state |= {"carried": int(state["step"].item()), "since": 0}
 
 
 def forget_carried(state: dict[str, Any]) -> None:
@@ -97,7 +100,8 @@ def forget_carried(state: dict[str, Any]) -> None:
 
 def correction(state: dict[str, Any], beta1: float) -> float:
     """(1 − β1ᵗ) / (1 − β1ˢ) for the next step. The rule corrects M's bias as if M had as many steps behind it
-    as V, t of them. After a `carry` it has s. A step that a GradScaler skips is counted in both."""
+    as V, t of them. After a `carry` it has s. The host counts s, and on a GPU it counts a step that a
+    GradScaler skips, which makes the updates after it too small until the next P."""
     if "carried" not in state:
         return 1.0
     s = state["since"] + 1

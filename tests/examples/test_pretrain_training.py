@@ -10,6 +10,7 @@ import torch
 import training
 from checkpoints import Damaged, Metrics, read_metrics, write_atomically
 from matrix import representative
+from methods import METHODS
 from pretrain_runs import arithmetic
 from settings import Settings
 
@@ -65,12 +66,20 @@ def test_state_bytes_counts_every_tensor():
     parameter.grad = torch.ones(3, 5)
     optimizer = torch.optim.AdamW([parameter])
     optimizer.step()
-    assert training.state_bytes(optimizer) == 2 * 15 * 4 + 4  # two moments, and the step as one fp32
+    assert training.state_bytes(optimizer, torch.nn.Module()) == 2 * 15 * 4 + 4  # two moments, and the step as one fp32
+
+
+def test_state_bytes_of_rso_count_a_shared_p_once():
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(16, 8, bias=False) for name in ("q_proj", "k_proj")})
+    lowrank_kernels.to_subspace(model, rank=4, target_modules=["q_proj", "k_proj"])
+    optimizer = lowrank_kernels.RSOAdamW(model.parameters())
+    for layer in model.values():
+        layer(torch.ones(1, 16)).sum().backward()
+    optimizer.step()
+    assert training.state_bytes(optimizer, model) == 2 * (2 * 4 * 8 * 4 + 4) + 16 * 4 * 4
 
 
 def test_rso_is_built_as_the_settings_say():
-    from methods import METHODS
-
     settings = dataclasses.replace(
         MICRO, dtype="bf16", rso_rank=5, inner_steps=7, distribution="haar", rounding="stochastic", weight_decay=0.1
     )
@@ -80,9 +89,27 @@ def test_rso_is_built_as_the_settings_say():
     assert [dense[key] for key in ("weight_decay", "lr")] == [0.1, settings.dense_lr]
     subspace = model.layers[0].mlp.gate_proj.subspace
     assert (subspace.rank, subspace.distribution, subspace.seed) == (5, "haar", settings.seed)
+    settings = dataclasses.replace(settings, distribution="principal", principal_rank=2, rso_scale=0.5, rso_moments="carry")
+    model = training.build_model(settings)
+    _, group = METHODS["rso"].build(model, 1e-3, settings).param_groups
+    assert (model.layers[0].mlp.gate_proj.subspace.principal_rank, group["scale"], group["moments"]) == (2, 0.5, "carry")
 
 
-@pytest.mark.parametrize("method", ["adamw", "galore", "i3s", "rso"])
+SELECTIONS = {"galore": "dominant", "fira": "dominant", "adafactor": "dominant", "adam-mini": "dominant"}
+SELECTIONS |= {"i3s": "importance", "fira-i3s": "importance", "adafactor-i3s": "importance", "adam-mini-i3s": "importance"}
+SELECTIONS |= {"apollo": "gaussian", "apollo-mini": "gaussian"}
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("adamw", "rso")])
+def test_low_rank_methods_are_built_as_their_names_and_the_settings_say(method):
+    settings = dataclasses.replace(MICRO, rank=8, update_proj_gap=7, scale=0.3, state_bits=8)
+    _, group = METHODS[method].build(training.build_model(settings), 1e-3, settings).param_groups
+    assert group["selection"] == SELECTIONS[method] and group["update_proj_gap"] == 7 and group["state_bits"] == 8
+    assert group["rank"] == (1 if method == "apollo-mini" else 8)
+    assert group["scale"] == {"apollo": 1.0, "apollo-mini": math.sqrt(128)}.get(method, 0.3)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("tie_head", [False, True])
 def test_dense_parameters_have_one_rate_under_every_method(method, tie_head):
     """Embedding, head and norms at settings.dense_lr, what the method is about at its own: in groups of the
@@ -106,7 +133,7 @@ def test_no_method_has_a_dense_rate_of_its_own():
     assert all(defaults(model).dense_lr in (Settings().dense_lr, Settings().dense_lr / 2) for model in MODEL_DEFAULTS)
 
 
-@pytest.mark.parametrize("method", ["adamw", "galore", "i3s", "rso"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_schedule_scales_both_rates(tmp_path, method):
     corpus = text._split_tail(b"the cat sat on the mat. " * 300, "cats")
     settings = dataclasses.replace(

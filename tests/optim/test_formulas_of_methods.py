@@ -14,7 +14,8 @@ SHAPES = [(12, 30), (30, 12), (2, 12, 30)]
 
 
 def adafactor(r, kept, t, *, first_moment=True, decay=-0.8, threshold=1.0):
-    """N from R (arXiv 1804.04235, algorithm 4, with the first moment of section 2), element by element."""
+    """N from R (arXiv 1804.04235, algorithm 4, and an uncorrected first moment of that), element by
+    element."""
     rows, columns = r.shape
     new = t**decay
     squares = [[r[i, j].item() ** 2 + 1e-30 for j in range(columns)] for i in range(rows)]

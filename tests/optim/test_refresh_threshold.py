@@ -95,6 +95,32 @@ def test_resume(save_at):
     assert same_bits(resumed.state_dict(), optimizer.state_dict())
 
 
+def test_the_longest_gap_is_that_of_the_group_now():
+    refreshed, optimizer, parameters = run(steady_and_changing, 22, refresh_threshold=0.9, max_update_proj_gap=12)
+    assert refreshed[0] == [0, 3, 9, 21]
+    optimizer.param_groups[0].update(max_update_proj_gap=6)
+    assert run(steady_and_changing, 15, 22, optimizer, parameters)[0][0] == [27, 33]
+    optimizer.param_groups[0].update(max_update_proj_gap=12, update_proj_gap=9)  # one period of 9 at most
+    assert run(steady_and_changing, 28, 37, optimizer, parameters)[0][0] == [45, 54, 63]
+
+
+def test_in_inference_mode_and_out_of_it():
+    expected = run(steady_and_changing, 30, refresh_threshold=0.9)[0]
+    with torch.inference_mode():
+        first, optimizer, parameters = run(steady_and_changing, 8, refresh_threshold=0.9)
+    for parameter in parameters:
+        assert not optimizer.state[parameter]["periods"].is_inference()
+    rest = run(steady_and_changing, 22, 8, optimizer, parameters)[0]
+    assert [a + b for a, b in zip(first, rest, strict=True)] == expected
+
+
+@pytest.mark.parametrize("selection", ["random", "gaussian"])
+def test_bases_that_follow_no_gradient_are_refused(selection):
+    group = {"params": [nn.Parameter(torch.ones(8, 12))], "rank": 2, "selection": selection, "refresh_threshold": 0.5}
+    with pytest.raises(ValueError, match=f"refresh_threshold=0.5 compares bases that follow .* selection='{selection}' draws them"):
+        lrk.LowRankAdamW([group])
+
+
 def test_how_late_the_host_learns_of_it_changes_nothing(monkeypatch):
     """As on a GPU: the host asks when a period ends, and waits then."""
     waited = []
@@ -166,6 +192,28 @@ def test_diagnostics_name_parameters_and_wait_for_the_first_basis():
         seen.append([row["captured_energy"] for row in optimizer.diagnostics()])
     assert seen[0][0] > 0.1 and math.isnan(seen[0][1]) and seen[1][0] == seen[0][0]
     assert seen[2][0] == seen[0][0] and seen[2][1] > 0.1 and seen[3] == seen[2]
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (2, 8, 12)], ids=str)
+def test_a_basis_that_comes_late_has_none_to_overlap_with(shape):
+    parameter = nn.Parameter(torch.zeros(shape))
+    optimizer = lrk.LowRankAdamW([{"params": [parameter], "rank": 3, "update_proj_gap": 2, "diagnostics": True}], lr=0.1)
+    for step in range(5):
+        parameter.grad = torch.randn(shape) if step >= 2 else torch.zeros(shape)
+        optimizer.step()
+        if step == 2:
+            assert all(math.isnan(row["overlap"]) and row["captured_energy"] > 0 for row in optimizer.diagnostics())
+    assert all(0 < row["overlap"] <= 1 for row in optimizer.diagnostics())
+
+
+def test_without_orthonormal_bases_only_the_effective_rank_is_given():
+    parameter = nn.Parameter(torch.zeros(8, 12))
+    optimizer = lrk.ApolloAdamW([{"params": [parameter], "rank": 3, "update_proj_gap": 1, "diagnostics": True}], lr=0.1)
+    for _ in range(2):
+        parameter.grad = torch.randn(8, 12)
+        optimizer.step()
+    (row,) = optimizer.diagnostics()
+    assert math.isnan(row["overlap"]) and math.isnan(row["captured_energy"]) and 1 < row["effective_rank"] < 8
 
 
 def test_diagnostics_change_nothing():

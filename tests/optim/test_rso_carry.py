@@ -143,6 +143,21 @@ def test_a_layer_that_joins_later_has_counts_of_its_own():
     assert optimizer.state[layers[2].coordinates]["step"] == 5 and optimizer.state[layers[0].coordinates]["step"] == 11
 
 
+def test_states_of_another_inner_optimizer_start_anew():
+    """A layer that was not used since then."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList([lrk.SubspaceLinear(16, 8, rank=4, bias=False, seed=seed) for seed in range(2)])
+    optimizer = lrk.RSOAdamW(layers.parameters(), lr=1e-2, inner_steps=4, inner="sgd")
+    for step in range(9):
+        for number, layer in enumerate(layers):
+            layer.coordinates.grad = torch.randn(4, 8) if number == 0 or step in (0, 7) else None
+        optimizer.step()
+        if step == 0:
+            optimizer.param_groups[0].update(inner="adamw", moments="carry")
+    state = optimizer.state[layers[1].coordinates]
+    assert "momentum_buffer" not in state and state["step"] == 1
+
+
 def test_refusals():
     layer = lrk.SubspaceLinear(8, 8, rank=2)
     with pytest.raises(ValueError, match="moments='carry' is for inner='adamw', whose V it carries over, got inner='sgd' .group 0"):
