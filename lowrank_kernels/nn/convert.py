@@ -51,8 +51,8 @@ def to_subspace(
         distribution: the distribution of P: "gaussian", "haar", "rademacher" or "principal"; see
             SubspaceLinear.
         seed: P is a function of (seed, the layer's name, outer step), and of "principal" of Q. It is the same
-            on every rank of a data-parallel run. Two layers of the same name and seed have the same P, even in two models, or in
-            parts of a model that are converted separately.
+            on every rank of a data-parallel run. Two layers of the same name and seed have the same P, even
+            in two models, or in parts of a model that are converted separately.
         share: lists of names of layers that share P, such as [["q_proj", "k_proj", "v_proj"], ["gate_proj",
             "up_proj"]]. The layers of a list are children of one module and have equal in_features. They also
             share Z = x·P where they read the same tensor, and compute different Zs where they read different
