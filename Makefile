@@ -84,7 +84,8 @@ sanitize: $(VENV)/.extra-test
 cuda-build: $(CUDA_VENV)/.torch
 	$(CUDA_VENV)/bin/python -m benchmarks.cuda_build --workers $(WORKERS) $(ARGS)
 
-# With ARGS="--out benchmarks/results/ir/triton-3.8.0.txt" it writes the log that is to be committed.
+# With ARGS="--out benchmarks/results/ir/triton-3.8.0.txt" it writes the log that is to be committed. It takes two hours of two cores;
+# with --journal build/ir.jsonl as well it can be interrupted, and goes on where it was.
 gpu-ir: $(IR_FOLDER)/.installed
 	$(IR_RUN) -m benchmarks.ir --workers $(WORKERS) $(ARGS)
 	$(IR_RUN) -m pytest -q tests/kernels/test_ir.py

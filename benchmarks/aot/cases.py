@@ -186,8 +186,7 @@ def _project_moments() -> list[Case]:
 
 
 def _back_project() -> list[Case]:
-    """N as the bases have it; bf16 also with everything else, and with N in fp32, as a composed step has
-    it."""
+    """16 bits also with everything else."""
     found = []
     for row, right in _sides(rows(), "back_project"):
         for target, shape in _targets(row, right):
@@ -196,7 +195,6 @@ def _back_project() -> list[Case]:
             found.append(case)
             if row.kind == "16bit":
                 found.append(replace(case, options=("stochastic", "lr on device")))
-                found += [replace(case, normalised="fp32")] * (row.arch is not None)
             if (row.arch, row.kind) == (90, "16bit"):
                 found.append(replace(case, dtype="fp16", normalised="fp16"))
     return found

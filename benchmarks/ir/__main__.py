@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import os
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,7 +17,7 @@ KERNELS = ("single_pass", "project_moments", "back_project", "project", "moments
 def main() -> int:
     from . import cases as all_cases
     from .pool import outcomes
-    from .stages import STAGES
+    from .stages import STAGES, Outcome
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ir", description="Execute every kernel from the compiler's IR, on a CPU.")
     parser.add_argument("--sample", action="store_true", help="a part of the cases, under two minutes")
@@ -24,6 +26,9 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="sanitize always runs")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, help="write the log to this file as well")
+    parser.add_argument(
+        "--journal", type=Path, help="keep what is done in this file, and do not do it again for the same kernels, versions and stages"
+    )
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
@@ -32,12 +37,19 @@ def main() -> int:
     cases = [case for case in cases if all(text in case.name for text in arguments.only)]
     if not cases:
         parser.error("no case is left")
-    stages, start, found = tuple({"sanitize": None, **dict.fromkeys(arguments.stages)}), time.perf_counter(), {}
-    for outcome in outcomes(cases, stages, arguments.workers):
+    stages = tuple({"sanitize": None, **dict.fromkeys(arguments.stages)})
+    subject = {"versions": versions(), "kernels": kernels_digest(), "stages": list(stages)}
+    rows = read_journal(arguments.journal, subject)
+    found = {row["name"]: Outcome(**row) for row in rows}
+    for outcome in outcomes([case for case in cases if case.name not in found], stages, arguments.workers):
         found[outcome.name] = outcome
         print(line(outcome, stages), *(f"    {text}" for text in (*outcome.faults, *outcome.unsupported)), sep="\n", flush=True)
+        if arguments.journal:
+            arguments.journal.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.journal.open("a") as file:
+                file.write(json.dumps(subject | {"outcome": dataclasses.asdict(outcome)}) + "\n")
     ordered = [found[case.name] for case in cases]
-    summary = summarise(ordered, time.perf_counter() - start, arguments.workers)
+    summary = summarise(ordered)
     print(summary)
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +63,29 @@ sanitize: no access out of bounds, no race between programs, results within thei
 validate: modules that agree with these results, of the different ones, of the passes that receive one; ~ those within rounding
 races: pairs of operations on one place without a barrier between warps, in how many accesses and with how many barriers
 """
+
+
+def kernels_digest() -> str:
+    """Of all sources that the kernels are made of."""
+    from lowrank_kernels.backends import triton
+
+    digest = hashlib.sha256()
+    for path in sorted(Path(triton.__file__).parent.glob("*.py")):
+        digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_journal(path: Path | None, subject: dict[str, object]) -> list[dict[str, object]]:
+    """The outcomes in it that are of this subject. A line that was cut off is left out."""
+    found = []
+    for text in path.read_text().splitlines() if path and path.exists() else ():
+        try:
+            row = json.loads(text)
+        except ValueError:
+            continue
+        if all(row.get(key) == value for key, value in subject.items()):
+            found.append(row["outcome"])
+    return found
 
 
 def versions() -> str:
@@ -68,10 +103,13 @@ def line(outcome, stages: tuple[str, ...]) -> str:
     return f"{outcome.name:100}  {'   '.join(results)}   {outcome.seconds:.0f} s"
 
 
-def summarise(outcomes: list, seconds: float, workers: int) -> str:
+def summarise(outcomes: list) -> str:
     faults = [(outcome.name, fault) for outcome in outcomes for fault in outcome.faults]
     unsupported = Counter(text for outcome in outcomes for text in outcome.unsupported)
-    lines = ["", f"{len(outcomes)} cases in {seconds / 60:.0f} minutes on {workers} workers, {len(faults)} faults"]
+    lines = [
+        "",
+        f"{len(outcomes)} cases in {sum(outcome.seconds for outcome in outcomes) / 60:.0f} minutes of a core, {len(faults)} faults",
+    ]
     lines += [f"FAULT {name}: {fault}" for name, fault in faults]
     lines += [f"unsupported in {sum(unsupported.values())} places" + (":" if unsupported else "")]
     lines += [f"  {count} x {text}" for text, count in unsupported.most_common()]

@@ -230,10 +230,9 @@ def _back_project(case: Case, bucket: Bucket, hyper: Hyper, rows: Rows) -> Calla
     back_project.launch(bucket, hyper, rows, normalised)
 
     def judge() -> None:
-        rounds = 2 * UNIT[basis.dtype] if normalised.dtype != basis.dtype else 0.0
         old = (before.mT if case.right else before).to(weight.dtype)
         bound = back_project_error(
-            old, basis, normalised[0], **update, store=0.0 if seed is not None else UNIT[weight.dtype], operand_unit=rounds + _tf32(case),
+            old, basis, normalised[0], **update, store=0.0 if seed is not None else UNIT[weight.dtype], operand_unit=_tf32(case),
             basis_unit=_tf32(case), device_lr=on_device,
         )  # fmt: skip
         expected = formulas.updated_weight(before, basis.double(), normalised[0].double(), **update, right=case.right)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowrank_kernels.backends.bucket import Bucket, Hyper
-from lowrank_kernels.backends.triton import back_project, moments, table
+from lowrank_kernels.backends.triton import composed, moments, table
 from lowrank_kernels.backends.triton import project as projection
 from lowrank_kernels.lifts.back_projection import BackProjection
 from lowrank_kernels.rules.adamw import AdamW
@@ -56,4 +56,4 @@ def back_project_(
         weights, bases, {}, device_steps or counts(step, weights), right, grads=weights, found_inf=found_inf, rounding_seeds=rounding_seeds
     )
     hyper = hyper_of(lr if device_lr is None else device_lr, scale, weight_decay)
-    back_project.launch(bucket, hyper, table.rows_of(bucket), normalised)
+    composed.lift(bucket, hyper, normalised)

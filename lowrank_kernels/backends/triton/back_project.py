@@ -51,7 +51,7 @@ def _back_project_kernel(
     for k in range(0, rank, BLOCK_K):
         in_k = offs_k < rank - k
         p = tl.load(p_at, mask=in_m & in_k[None, :], other=0.0).to(DOT_DTYPE)
-        norm = tl.load(n_at, mask=in_k[:, None] & in_n, other=0.0).to(P_DTYPE).to(DOT_DTYPE)
+        norm = tl.load(n_at, mask=in_k[:, None] & in_n, other=0.0).to(DOT_DTYPE)
         p = round_operand(p, ROUNDING)
         norm = round_operand(norm, ROUNDING)
         if RIGHT:
@@ -68,8 +68,8 @@ def _back_project_kernel(
 
 
 def launch(bucket: Bucket, hyper: Hyper, rows: table.Rows, normalised: Tensor, config: configs.BackProjectConfig | None = None) -> None:
-    """Moves the weights of a bucket by N, in one launch. normalised: (B, r, n) or more, row-major, of fp32 or
-    16 bits, rounded to the bases' dtype for the dot. config: None takes the built-in row."""
+    """Moves the weights of a bucket by N, in one launch. normalised: (B, r, n) or more, row-major, in the
+    dtype of the bases. config: None takes the built-in row."""
     basis = bucket.bases[0]
     weight = bucket.weights[0].mT if bucket.right else bucket.weights[0]
     m, n, rank = bucket.extents

@@ -66,7 +66,7 @@ PROJECT_MOMENTS[100]["16bit"] = (*PROJECT_MOMENTS[90]["16bit"][:2], ProjectMomen
 
 BACK_PROJECT = {
     80: {
-        "16bit": (BackProjectConfig(128, 128, 32, 8, 3), BackProjectConfig(128, 128, 64, 8, 3)),
+        "16bit": (BackProjectConfig(128, 128, 32, 8, 3),),
         "tf32": (BackProjectConfig(128, 128, 32, 8, 2),),
         "ieee": (BackProjectConfig(64, 64, 16, 4, 2),),
     },
