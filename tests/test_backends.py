@@ -292,9 +292,12 @@ def test_a_rule_of_its_own_has_no_8_bit_form():
         rule = Doubled()
 
     parameter = torch.nn.Parameter(torch.ones(8, 12))
-    optimizer = Optimizer([{"params": [parameter], "rank": 2, "state_bits": 8}])
+    with pytest.raises(ValueError, match="state_bits=8 codes exp_avg and exp_avg_sq, and this rule keeps last.*group 0"):
+        Optimizer([{"params": [parameter], "rank": 2, "state_bits": 8}])
+    optimizer = Optimizer([{"params": [parameter], "rank": 2}])
+    optimizer.param_groups[0]["state_bits"] = 8
     parameter.grad = torch.randn(8, 12)
-    with pytest.raises(ValueError, match="state_bits=8 codes AdamW's moments, and this rule keeps last"):
+    with pytest.raises(ValueError, match="state_bits=8 codes exp_avg and exp_avg_sq, and this rule keeps last"):
         optimizer.step()
     optimizer.param_groups[0] |= {"state_bits": 32, "moments": "rotate"}
     with pytest.raises(ValueError, match="moments='rotate' needs a rule that says .* 'doubled' does not"):

@@ -113,5 +113,5 @@ def test_what_it_stands_for():
     parameter.grad = torch.randn(8, 12)
     plain.step()
     plain.param_groups[0]["lift"] = "residual"
-    with pytest.raises(ValueError, match="the state has no residual_norm, which lift='residual' needs"):
+    with pytest.raises(ValueError, match="the state has no residual_norm, which the group's method needs, with lift='residual'"):
         plain.step()

@@ -31,7 +31,11 @@ def group(**keys):
         (dict(stagger=1), TypeError, "stagger must be True or False, got 1"),
         (dict(stagger="yes"), TypeError, "stagger must be True or False, got 'yes'"),
         (dict(stagger=None), TypeError, "stagger must be True or False, got None"),
-        (dict(selection="importanse"), ValueError, "selection must be one of 'importance', 'dominant', 'random', got 'importanse'"),
+        (
+            dict(selection="importanse"),
+            ValueError,
+            "selection must be one of 'importance', 'dominant', 'random', 'gaussian', got 'importanse'",
+        ),
         (dict(selection="importanse"), ValueError, "did you mean 'importance'"),
         (dict(svd="full"), ValueError, "svd must be one of 'randomized', 'exact', got 'full'"),
         (dict(svd=None), ValueError, "svd must be one of"),

@@ -101,17 +101,18 @@ def test_the_longest_gap_is_that_of_the_group_now():
     optimizer.param_groups[0].update(max_update_proj_gap=6)
     assert run(steady_and_changing, 15, 22, optimizer, parameters)[0][0] == [27, 33]
     optimizer.param_groups[0].update(max_update_proj_gap=12, update_proj_gap=9)  # one period of 9 at most
-    assert run(steady_and_changing, 28, 37, optimizer, parameters)[0][0] == [45, 54, 63]
+    assert run(steady_and_changing, 28, 37, optimizer, parameters)[0][0] == [37, 45, 54, 63]
 
 
 def test_in_inference_mode_and_out_of_it():
     expected = run(steady_and_changing, 30, refresh_threshold=0.9)[0]
+    first, optimizer, parameters = run(steady_and_changing, 2, refresh_threshold=0.9)
     with torch.inference_mode():
-        first, optimizer, parameters = run(steady_and_changing, 8, refresh_threshold=0.9)
+        second = run(steady_and_changing, 6, 2, optimizer, parameters)[0]
     for parameter in parameters:
         assert not optimizer.state[parameter]["periods"].is_inference()
     rest = run(steady_and_changing, 22, 8, optimizer, parameters)[0]
-    assert [a + b for a, b in zip(first, rest, strict=True)] == expected
+    assert [a + b + c for a, b, c in zip(first, second, rest, strict=True)] == expected
 
 
 @pytest.mark.parametrize("selection", ["random", "gaussian"])

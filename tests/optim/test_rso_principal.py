@@ -54,7 +54,7 @@ def test_p_has_the_inputs_directions_and_random_ones(principal_rank, dtype):
         expected = torch.diag(torch.tensor([1.0] * taken + [gain**2] * (8 - taken))).double()
         assert torch.allclose(p.mT @ p, expected, atol=16 * unit * gain)
         found = lrk.subspace_overlap(p[:, :taken], directions[:, :taken].double())
-        assert found > 0.98, outer_step
+        assert found > 0.95, outer_step
     assert layer.subspace.principal.shape == (32, taken) and layer.subspace.sketch is None
 
 

@@ -1,4 +1,4 @@
-"""The three selections, the sampling over sketch and tail, and when a refresh keeps the old basis."""
+"""The selections, the sampling over sketch and tail, and when a refresh keeps the old basis."""
 
 import itertools
 import math
@@ -8,12 +8,13 @@ import torch
 
 import lowrank_kernels as lrk
 from lowrank_kernels import ops
-from lowrank_kernels.subspaces import SELECTIONS, SVDS, own_memory
+from lowrank_kernels.subspaces import BLIND, SELECTIONS, SVDS, own_memory
 
 pytestmark = pytest.mark.usefixtures("refresh_implementation")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORTHONORMAL = 1e-5
+ORTHONORMAL_ONES = [selection for selection in SELECTIONS if selection != "gaussian"]
 
 
 one_way = pytest.mark.parametrize("refresh_implementation", ["operators"], indirect=True)
@@ -39,7 +40,7 @@ def fresh(grads, rank, *, previous=None, seed=0, number=0, right=False, places=N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", ORTHONORMAL_ONES)
 @pytest.mark.parametrize("shape, rank", [((40, 100), 8), ((100, 40), 40), ((30, 30), 30), ((1, 9), 1), ((9, 1), 1), ((64, 65), 20)])
 def test_every_selection_gives_an_orthonormal_basis(refresh_implementation, selection, shape, rank):
     torch.manual_seed(0)
@@ -53,7 +54,7 @@ def test_every_selection_gives_an_orthonormal_basis(refresh_implementation, sele
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", ORTHONORMAL_ONES)
 @pytest.mark.parametrize("svd", SVDS)
 @pytest.mark.parametrize("shape, rank", [((40, 100), 8), ((100, 40), 40), ((64, 65), 3)])
 def test_a_gradient_of_zeros_chooses_no_basis(selection, svd, shape, rank):
@@ -65,10 +66,26 @@ def test_a_gradient_of_zeros_chooses_no_basis(selection, svd, shape, rank):
     assert defect(first[0]) <= ORTHONORMAL
     second = fresh(grads, rank, previous=[first[1], first[0]], number=1, selection=selection, svd=svd)
     assert defect(second[0]) <= ORTHONORMAL
-    if selection == "random":
+    if selection in BLIND:
         assert defect(first[1]) <= ORTHONORMAL and not torch.equal(second[1], first[0])
     else:
         assert not first[1].any() and torch.equal(second[1], first[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_gaussian_basis_needs_no_gradient_and_follows_its_matrix_alone(dtype):
+    """N(0, 1/r), another one at each refresh and for each matrix, whatever the gradient but one that is not
+    finite."""
+    grads = [torch.randn(60, 300, device=DEVICE), torch.zeros(60, 300, device=DEVICE)]
+    first = fresh(grads, 16, selection="gaussian", dtype=dtype)
+    second = fresh([grads[0] * torch.nan, grads[1]], 16, previous=first, number=1, selection="gaussian", dtype=dtype)
+    assert all(basis.dtype == dtype and basis.shape == (60, 16) for basis in first)
+    assert torch.equal(second[0], first[0]) and not torch.equal(second[1], first[1]) and not torch.equal(first[0], first[1])
+    alone = fresh([grads[1]], 16, selection="gaussian", dtype=dtype, places=[(1, 0)])
+    assert torch.equal(alone[0], first[1])
+    entries = 4 * torch.stack(first).float()
+    assert abs(entries.mean()) < 0.1 and abs(entries.var() - 1) < 0.15
 
 
 @one_way
@@ -157,7 +174,7 @@ def test_draws_are_a_function_of_seed_place_and_refresh(selection):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", ORTHONORMAL_ONES)
 @pytest.mark.parametrize("svd", SVDS)
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_keeps_the_old_basis(selection, svd, poison):
@@ -215,7 +232,7 @@ def test_overlap():
         lrk.subspace_overlap(basis[0], basis[0][:, :4])
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", ORTHONORMAL_ONES)
 @pytest.mark.parametrize("svd", SVDS)
 def test_autocast_and_autograd_do_not_reach_in(selection, svd):
     torch.manual_seed(0)
