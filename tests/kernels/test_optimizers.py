@@ -10,17 +10,22 @@ from torch import nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels import backends
-from lowrank_kernels.backends.triton import back_project, limiter, moments, project_moments, residual, single_pass
+from lowrank_kernels.backends.triton import back_project, limiter, moments, project, project_moments, residual, scaling, single_pass
 
 pytestmark = pytest.mark.gpu
 LAUNCHES = {
     "single pass": (single_pass, "_adamw_step_kernel"),
+    "project": (project, "_project_kernel"),
     "project, moments": (project_moments, "_project_moments_kernel"),
     "moments": (moments, "_update_moments_kernel"),
     "back-project": (back_project, "_back_project_kernel"),
     "residual": (residual, "_residual_kernel"),
     "limit": (limiter, "_limit_kernel"),
+    "scale": (scaling, "_scale_kernel"),
 }
+OF_FIRA = ["project, moments", "residual", "limit", "residual"]
+OF_APOLLO = ["project, moments", "limit", "scale"]
+COMPOSED = ["project", "back-project"]
 
 
 class Counted:
@@ -81,9 +86,18 @@ def test_rso_moves_all_layers_of_a_shape_in_one_launch(launches, monkeypatch, pr
 
 
 @pytest.mark.parametrize("state_bits", [32, 8])
-@pytest.mark.parametrize("name", ["FiraAdamW", "GaLoreAdamW"])
-def test_a_step_of_equal_matrices(launches, monkeypatch, name, state_bits):
-    of_fira = ["project, moments", "residual", "limit", "residual"]
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("GaLoreAdamW", ["single pass"]),
+        ("FiraAdamW", OF_FIRA),
+        ("ApolloAdamW", OF_APOLLO),
+        ("ApolloMiniAdamW", OF_APOLLO),
+        ("LowRankAdafactor", COMPOSED),
+        ("LowRankAdamMini", COMPOSED),
+    ],
+)
+def test_a_step_of_equal_matrices(launches, monkeypatch, name, expected, state_bits):
     models = [layers()]
     models.append(copy.deepcopy(models[0]))
     groups = [[{"params": list(model.parameters()), "rank": 6, "state_bits": state_bits}] for model in models]
@@ -92,7 +106,7 @@ def test_a_step_of_equal_matrices(launches, monkeypatch, name, state_bits):
         gradients(models[0].parameters(), step)
         launches.clear()
         optimizers[0].step()
-        assert launches == (of_fira if name == "FiraAdamW" else ["single pass"]) * 2
+        assert launches == expected * 2  # two shapes
     in_plain_pytorch(monkeypatch)
     for step in range(3):
         gradients(models[1].parameters(), step)
