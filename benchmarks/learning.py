@@ -42,8 +42,7 @@ import text  # noqa: E402
 import torch  # noqa: E402
 import training  # noqa: E402
 from methods import METHODS, default_lr  # noqa: E402
-from settings import NEWER as NEWER_SETTINGS  # noqa: E402
-from settings import Settings, SettingsError, defaults, flag  # noqa: E402
+from settings import ADDED, Settings, SettingsError, defaults, flag  # noqa: E402
 from stopping import stop_on_signal  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
@@ -52,7 +51,7 @@ PARTS = ("weight", "gradient", "state", "activation")
 """Of the memory of a run."""
 METHODS_OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.reads))
 GRID = ("lean", "steps", "batch_size", "seq_len", "weight_decay", "clip", "dense_lr", *METHODS_OWN)
-NEWER = ("state_bits", "rounding", *NEWER_SETTINGS)
+NEWER = ("state_bits", "rounding", *ADDED)
 """Settings that the first results do not have. A key names them only where they are not the default."""
 
 

@@ -173,7 +173,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-NEWER = ("lean", "principal_rank", "rso_scale", "rso_moments")
+ADDED = ("lean", "principal_rank", "rso_scale", "rso_moments")
 """Settings that runs of an earlier version do not have. Theirs are the defaults."""
 
 
@@ -206,7 +206,7 @@ class Plan:
             record = json.loads(path.read_bytes())
             given, lr = record["settings"], record["lr"]
             kinds = typing.get_type_hints(Settings)
-            given = {name: getattr(Settings(), name) for name in NEWER} | given
+            given = {name: getattr(Settings(), name) for name in ADDED} | given
             if kinds.keys() - given.keys() == {"dense_lr"}:
                 raise SettingsError(
                     f"{path} is of an earlier version, in which embedding, head and norms had no learning rate of their own (--dense-lr); "

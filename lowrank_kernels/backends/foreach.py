@@ -26,12 +26,12 @@ def batched(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
     """N (B, r, n) by any rule, on copies of the states as batches. The number of launches does not grow with
     the number of matrices."""
     dtype = compute_dtype(bucket.weights[0], bucket.bases[0], projected[0])
-    normalised = torch.empty((len(bucket), *projected[0].shape), dtype=dtype, device=bucket.device)
     count = max(1, CHUNK_ELEMENTS // projected[0].numel())
-    for start in range(0, len(bucket), count):
-        part = bucket.part(start, start + count)
-        normalised[start : start + count] = _batch(part, hyper, torch.stack(projected[start : start + count]).to(dtype))
-    return normalised
+    parts = [
+        _batch(bucket.part(start, start + count), hyper, torch.stack(projected[start : start + count]).to(dtype)).to(dtype)
+        for start in range(0, len(bucket), count)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _batch(bucket: Bucket, hyper: Hyper, projected: Tensor) -> Tensor:

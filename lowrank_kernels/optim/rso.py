@@ -171,7 +171,7 @@ class RSOAdamW(LowRankOptimizer):
         """Draws the Ps of a new group."""
         layers = layers_of(group)
         _move_subspaces(layers, group["outer_step"], {})
-        _watch_inputs(group, layers, anew=True)
+        _watch_inputs(group, layers)
 
     def _complete(self, group: dict[str, Any], index: int) -> None:
         if "rank" in group:
@@ -263,8 +263,8 @@ class RSOAdamW(LowRankOptimizer):
             ]
             whole = not copies and all(grad.is_contiguous() for grad in members.grads)
             whole = whole and not any("displacement" in state for state in members.states)
-            for alike in _alike(members, [rso_groups.correction(state, group["betas"][0]) for state in members.states]):
-                corrected = replace(hyper, scale=hyper.scale * alike.correction)
+            for correction, alike in _by_correction(members, group["betas"][0]):
+                corrected = replace(hyper, scale=hyper.scale * correction)
                 for part in [alike] if whole else _parts(alike):
                     self._move_layers(group, part, corrected, grad_scale, found_inf)
 
@@ -343,6 +343,8 @@ class RSOAdamW(LowRankOptimizer):
         for group in self.param_groups:
             group["inner_step"] += 1
         for index, group in enumerate(self.param_groups):
+            if group["inner_step"] < group["inner_steps"] - 1:
+                continue
             layers = layers_of(group)
             if group["inner_step"] >= group["inner_steps"]:
                 self._next_outer_step(group, layers)
@@ -360,8 +362,6 @@ class RSOAdamW(LowRankOptimizer):
         except BaseException:  # such as out of memory or Ctrl-C; the next call tries again
             _move_subspaces(layers, group["outer_step"], before)
             raise
-        for layer in layers.values():
-            layer.subspace.sketch = None
         group["inner_step"] = 0
         group["outer_step"] += 1
         held = [(self.state[param], layer) for param, layer in layers.items() if param in self.state]
@@ -457,7 +457,7 @@ class RSOAdamW(LowRankOptimizer):
             _move_subspaces(layers, group["outer_step"], {layer.subspace: state["principal"] for state, layer in held})
             for state, layer in held:  # one Q for layers that share P
                 state["principal"] = layer.subspace.principal
-            _watch_inputs(group, layers, anew=True)
+            _watch_inputs(group, layers)
 
 
 def _move_subspaces(layers: Layers, outer_step: int, principals: dict[Subspace, Tensor | None]) -> None:
@@ -479,14 +479,12 @@ def _principals(layers: Layers) -> dict[Subspace, Tensor | None]:
     return found
 
 
-def _watch_inputs(group: dict[str, Any], layers: Layers, anew: bool = False) -> None:
-    """Before the last forward pass of an outer step, begins the sketches that principal directions come
-    from. Before others there is none. anew: drops what has been seen before."""
-    last = group["inner_step"] >= group["inner_steps"] - 1
+def _watch_inputs(group: dict[str, Any], layers: Layers) -> None:
+    """Drops the sketches of the inputs. Before the last forward pass of an outer step it begins new ones,
+    from which the next principal directions come."""
     for layer in layers.values():
-        if anew or not last:
-            layer.subspace.sketch = None
-    for layer in layers.values() if last else ():
+        layer.subspace.sketch = None
+    for layer in layers.values() if group["inner_step"] >= group["inner_steps"] - 1 else ():
         layer.subspace.watch_inputs(layer.weight.device)
 
 
@@ -495,8 +493,6 @@ class LayerMembers(Members):
     """Coordinates whose layers' weights are alike. layers: one for each of them."""
 
     layers: list[SubspaceLayer] = field(default_factory=list)
-    correction: float = 1.0
-    """See rso_groups.correction."""
 
 
 LISTS = ("params", "places", "states", "grads", "layers")
@@ -521,15 +517,15 @@ def _buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
     return result
 
 
-def _alike(members: LayerMembers, corrections: list[float]) -> list[LayerMembers]:
-    """The bucket, in parts of equal corrections."""
-    if all(correction == corrections[0] for correction in corrections):
-        return [replace(members, correction=corrections[0])]
+def _by_correction(members: LayerMembers, beta1: float) -> list[tuple[float, LayerMembers]]:
+    """The bucket, in parts of equal corrections (see rso_groups.correction), with those."""
     slots: dict[float, list[int]] = {}
-    for slot, correction in enumerate(corrections):
-        slots.setdefault(correction, []).append(slot)
+    for slot, state in enumerate(members.states):
+        slots.setdefault(rso_groups.correction(state, beta1), []).append(slot)
+    if len(slots) == 1:
+        return [(next(iter(slots)), members)]
     return [
-        replace(members, correction=correction, **{name: [getattr(members, name)[slot] for slot in mine] for name in LISTS})
+        (correction, replace(members, **{name: [getattr(members, name)[slot] for slot in mine] for name in LISTS}))
         for correction, mine in slots.items()
     ]
 

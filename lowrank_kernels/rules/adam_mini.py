@@ -28,7 +28,7 @@ class AdamMini(Rule):
         (beta1, beta2), m, v = betas, state["exp_avg"], state["row_var"]
         m.mul_(beta1).add_(projected, alpha=1 - beta1)
         v.mul_(beta2).add_(projected.square().mean(-1, keepdim=True), alpha=1 - beta2)
-        return (m / (1 - beta1**step)) / ((v / (1 - beta2**step)).sqrt() + eps)
+        return m / ((1 - beta1**step) * ((v / (1 - beta2**step)).sqrt() + eps)).to(m.dtype)  # all but one division on (r, 1)
 
     def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:
         """As AdamW's, whose V has this one as the means of its rows."""
