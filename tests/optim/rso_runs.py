@@ -1,10 +1,9 @@
 """Models converted for RSOAdamW, and what the tests of it do with them."""
 
 import copy
-import io
 
 import torch
-from optim.models import Net
+from optim.models import Net, through_a_file
 from torch import nn
 
 import lowrank_kernels as lrk
@@ -78,8 +77,10 @@ def everything(model, optimizer):
     return copy.deepcopy((model.state_dict(), optimizer.state_dict()))
 
 
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
+def resumed_from(model, optimizer, **options):
+    """A fresh run of `build` that goes on from a checkpoint of this one."""
+    file = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    resumed, after = build(**options)
+    resumed.load_state_dict(file["model"])
+    after.load_state_dict(file["optimizer"])
+    return resumed, after

@@ -1,11 +1,10 @@
 """capturable=True: counts on the device, steps inside a CUDA graph, refreshes between its replays."""
 
 import copy
-import io
 
 import pytest
 import torch
-from models import batch, build, same_bits, train
+from models import batch, build, same_bits, through_a_file, train
 
 import lowrank_kernels as lrk
 from lowrank_kernels.optim import optimizer as base
@@ -41,13 +40,6 @@ def backward(model, step):
     loss = (model(x) - y).square().mean()
     loss.backward()
     return loss
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize(

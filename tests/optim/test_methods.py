@@ -2,11 +2,10 @@
 sides, dtypes, moments in a new basis and in 8 bits."""
 
 import copy
-import io
 
 import pytest
 import torch
-from models import METHODS, batch, same_bits, train
+from models import METHODS, batch, same_bits, through_a_file, train
 from torch import nn
 
 from lowrank_kernels import backends
@@ -16,13 +15,6 @@ from lowrank_kernels.rules import Rule
 
 pytestmark = pytest.mark.parametrize("method", METHODS)
 HAS_CODES = [name for name in METHODS if name != "LowRankAdafactor without M"]
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize(

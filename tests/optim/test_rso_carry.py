@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from optim.models import batch, same_bits, train
-from optim.rso_runs import build, converted, everything, matrix, random_gradients, through_a_file
+from optim.rso_runs import build, converted, everything, matrix, random_gradients, resumed_from
 from torch import nn
 
 import lowrank_kernels as lrk
@@ -81,10 +81,7 @@ def test_resume_is_bit_identical(save_at, proximal):
     losses = train(straight, optimizer, 10)
     stopped, before = build(**options)
     train(stopped, before, save_at)
-    file = through_a_file({"model": stopped.state_dict(), "optimizer": before.state_dict()})
-    resumed, after = build(**options)
-    resumed.load_state_dict(file["model"])
-    after.load_state_dict(file["optimizer"])
+    resumed, after = resumed_from(stopped, before, **options)
     assert train(resumed, after, 10 - save_at, start=save_at) == losses[save_at:]
     assert same_bits(everything(resumed, after), everything(straight, optimizer))
 

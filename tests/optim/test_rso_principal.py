@@ -7,8 +7,8 @@ import pickle
 
 import pytest
 import torch
-from optim.models import batch, same_bits, train
-from optim.rso_runs import Shared, build, converted, everything, matrix, random_gradients, through_a_file
+from optim.models import batch, same_bits, through_a_file, train
+from optim.rso_runs import Shared, build, converted, everything, matrix, random_gradients, resumed_from
 from torch import nn
 
 import lowrank_kernels as lrk
@@ -149,20 +149,9 @@ def test_resume_is_bit_identical(net, moments, save_at):
     losses = train(straight, optimizer, 14)
     stopped, before = build(**options)
     train(stopped, before, save_at)
-    file = through_a_file({"model": stopped.state_dict(), "optimizer": before.state_dict()})
-    resumed, after = build(**options)
-    resumed.load_state_dict(file["model"])
-    after.load_state_dict(file["optimizer"])
+    resumed, after = resumed_from(stopped, before, **options)
     assert train(resumed, after, 14 - save_at, start=save_at) == losses[save_at:]
     assert same_bits(everything(resumed, after), everything(straight, optimizer))
-
-
-def resumed_from(model, optimizer, **options):
-    file = through_a_file({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
-    resumed, after = build(**options)
-    resumed.load_state_dict(file["model"])
-    after.load_state_dict(file["optimizer"])
-    return resumed, after
 
 
 def test_a_layer_without_a_state_gets_no_directions_that_no_checkpoint_would_hold():

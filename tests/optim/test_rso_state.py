@@ -9,8 +9,8 @@ import re
 import pytest
 import torch
 from matrix import representative
-from optim.models import Net, batch, same_bits, train
-from optim.rso_runs import DEVICE, Shared, build, converted, matrix, random_gradients, through_a_file
+from optim.models import Net, batch, same_bits, through_a_file, train
+from optim.rso_runs import DEVICE, Shared, build, converted, matrix, random_gradients
 from torch import nn
 
 import lowrank_kernels as lrk

@@ -1,7 +1,6 @@
 """State: dtypes, files, resuming to the bit, copying, pickling, and checkpoints that do not fit."""
 
 import copy
-import io
 import pickle
 import subprocess
 import sys
@@ -9,19 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import build, same_bits, train
+from models import build, same_bits, through_a_file, train
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowrank_kernels as lrk
 from lowrank_kernels.subspaces import SELECTIONS
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

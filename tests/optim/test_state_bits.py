@@ -1,24 +1,16 @@
 """state_bits=8 and rounding="stochastic" in an optimizer: layout, bytes, files, what they do to training."""
 
 import copy
-import io
 
 import pytest
 import torch
-from models import build, same_bits, train
+from models import build, same_bits, through_a_file, train
 from torch import nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels.storage import eight_bit
 
 KEYS = {"refreshed_at", "step", "basis", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale"}
-
-
-def through_a_file(state):
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
