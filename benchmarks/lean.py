@@ -1,7 +1,7 @@
 """python -m benchmarks.lean: what autograd saves of one block of examples/llama.py, eager and lean.
 
 Of a LLaMA 60M block at 8 × 256 tokens: with nn.Linear, and with SubspaceLinear at r = 128. The block's input
-counts in neither. Rows go to results/lean/<date>-<commit>.jsonl.
+counts where it is saved. Rows go to results/lean/<date>-<commit>.jsonl.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def block_bytes(size: llama.Size, batch: int, positions: int, rank: int | None, 
         lrk.to_subspace(model.layers, rank=rank, target_modules=".*proj")
     cos, sin = llama.rotary_angles(torch.arange(positions), model.head_dim)
     x = torch.randn(batch, positions, size.hidden, dtype=dtype, requires_grad=True)
-    return saved_bytes(lambda: model.layers[0](x, cos, sin), [*model.parameters(), x])
+    return saved_bytes(lambda: model.layers[0](x, cos, sin), [*model.parameters()])
 
 
 def main() -> None:
