@@ -8,17 +8,20 @@ lowrank_kernels.to_subspace(model, rank=128)
 optimizer = lowrank_kernels.RSOAdamW(model.parameters(), lr=1e-3)
 """
 
-from . import ops
+from . import distributed, ops
 from .nn import SubspaceLinear, to_dense, to_subspace
-from .optim import RSOAdamW, methods, param_groups
+from .optim import InBackward, RSOAdamW, in_backward, methods, param_groups
 from .optim.methods import *  # noqa: F403
 from .subspaces import subspace_overlap
 from .version import __version__
 
 __all__ = [
+    "InBackward",
     "RSOAdamW",
     "SubspaceLinear",
     "__version__",
+    "distributed",
+    "in_backward",
     "ops",
     "param_groups",
     "subspace_overlap",

@@ -2,9 +2,10 @@
 They never use Triton directly."""
 
 from . import methods
+from .in_backward import InBackward, in_backward
 from .methods import *  # noqa: F403
 from .optimizer import LowRankOptimizer
 from .param_groups import param_groups
 from .rso import RSOAdamW
 
-__all__ = ["LowRankOptimizer", "RSOAdamW", "param_groups", *methods.__all__]
+__all__ = ["InBackward", "LowRankOptimizer", "RSOAdamW", "in_backward", "param_groups", *methods.__all__]

@@ -3,8 +3,9 @@ equal in shape, strides, dtype and device. Buckets are made anew at each step.""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from .groups import check_param, describe, is_right, matrix_shape
 
 States = dict[Tensor, dict[str, Any]]
 Expected = dict[str, tuple[torch.Size, torch.dtype]]
+NOTHING: Mapping[Tensor, Tensor] = MappingProxyType({})
 
 
 @dataclass
@@ -25,12 +27,14 @@ class Members:
 
     right: whether the right side is projected. rank: r, clamped to the shorter side. per_param: how many
     matrices one parameter stands for; more than one for experts. places: the parameters' positions in the
-    group. states: the parameters' states, empty before the first step. grads: one for each matrix, as stored.
+    group. states: the parameters' states, empty before the first step. grads: one for each matrix, as stored;
+    where is_projected, they are R instead, (r, n).
     """
 
     right: bool
     rank: int
     per_param: int
+    is_projected: bool = False
     params: list[Tensor] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -61,25 +65,67 @@ def matrices_of(tensor: Tensor) -> list[Tensor]:
     return split(tensor) if tensor.dim() < 4 else [tensor.flatten(1)]
 
 
-def buckets(group: dict[str, Any], group_index: int, states: States, layout: Callable[[Tensor, bool, int], Layout]) -> list[Members]:
-    """The buckets of a low-rank group's parameters that have a gradient, in order of first appearance.
+def buckets(
+    group: dict[str, Any],
+    group_index: int,
+    states: States,
+    layout: Callable[[Tensor, bool, int], Layout],
+    projected: Mapping[Tensor, Tensor] = NOTHING,
+) -> list[Members]:
+    """The buckets of a low-rank group's parameters that have a gradient, in order of first appearance. Those
+    whose gradients are projected already come last.
 
     layout: (parameter, right, rank) → what the state holds beside the basis, with the shapes for one matrix.
-    Raises TypeError or ValueError for gradients and states that no step can use. These checks run once for
-    each bucket, since its members have the same shapes.
+    projected: parameter → R, (r, n) or (experts, r, n), of parameters whose gradient is gone. Raises
+    TypeError, ValueError or RuntimeError for gradients and states that no step can use. These checks run once
+    for each bucket, since its members have the same shapes.
     """
     places, held = list(range(len(group["params"]))), group["params"]
     if len(set(map(id, held))) != len(held):
         places = sorted({id(param): place for place, param in reversed(list(enumerate(held)))}.values())
-    places = [place for place in places if held[place].grad is not None]
-    if len(places) != len(held):
-        held = [held[place] for place in places]
-    grads = [param.grad for param in held]
+    with_grad = [place for place in places if held[place].grad is not None]
+    grads = [held[place].grad for place in with_grad]
+    found = _sorted(group, group_index, states, layout, with_grad, grads, is_projected=False)
+    if not projected:
+        return found
+    for place in with_grad:
+        if held[place] in projected:
+            where = describe(group, group_index, place)
+            raise RuntimeError(
+                f"{where} has a gradient beside the one that in_backward has projected; let backward() alone make gradients between two "
+                "steps, or call optimizer.zero_grad()"
+            )
+    arrived = [place for place in places if held[place] in projected]
+    for place in arrived:
+        if not states.get(held[place]):
+            where = describe(group, group_index, place)
+            raise RuntimeError(f"the state of {where} is gone since its gradient was projected; call optimizer.zero_grad()")
+    return found + _sorted(group, group_index, states, layout, arrived, [projected[held[place]] for place in arrived], is_projected=True)
+
+
+def bucket_of_one(
+    group: dict[str, Any], group_index: int, states: States, layout: Callable[[Tensor, bool, int], Layout], place: int, grad: Tensor
+) -> Members:
+    """The bucket of one parameter alone, with this gradient. Raises as `buckets` does."""
+    return _sorted(group, group_index, states, layout, [place], [grad], is_projected=False)[0]
+
+
+def _sorted(
+    group: dict[str, Any],
+    group_index: int,
+    states: States,
+    layout: Callable[[Tensor, bool, int], Layout],
+    places: list[int],
+    grads: list[Tensor],
+    is_projected: bool,
+) -> list[Members]:
+    """The parameters in `places`, whose gradients or Rs are `grads`, as buckets."""
+    held = [group["params"][place] for place in places]
     try:
         strides = map(Tensor.stride, held), list(map(Tensor.stride, grads))
     except RuntimeError:  # a sparse gradient has none
-        for place in places:
-            check_grad(group, group_index, place)
+        for place, grad in zip(places, grads, strict=True):
+            check_grad(group, group_index, place, grad)
         raise
     # One comprehension for each property is fast. A single loop that reads every property of each parameter
     # takes twice the time.
@@ -90,7 +136,7 @@ def buckets(group: dict[str, Any], group_index: int, states: States, layout: Cal
         alike.setdefault(key, []).append(slot)
     found = []
     for slots in alike.values():
-        members = _bucket_of(group, group_index, places[slots[0]])
+        members = _bucket_of(group, group_index, places[slots[0]], grads[slots[0]], is_projected)
         members.params = [held[slot] for slot in slots]
         members.places = [places[slot] for slot in slots]
         members.states = [states.get(param) or {} for param in members.params]
@@ -102,20 +148,21 @@ def buckets(group: dict[str, Any], group_index: int, states: States, layout: Cal
     return found
 
 
-def _bucket_of(group: dict[str, Any], group_index: int, place: int) -> Members:
-    check_grad(group, group_index, place)
+def _bucket_of(group: dict[str, Any], group_index: int, place: int, grad: Tensor, is_projected: bool) -> Members:
     check_param(group, group_index, place)  # again: the parameter may have changed since construction
     param = group["params"][place]
-    if param.grad.shape != param.shape:
-        where = describe(group, group_index, place)
-        raise ValueError(f"the gradient is {tuple(param.grad.shape)} in {where}; it was computed before the parameter's shape changed")
+    if not is_projected:
+        check_grad(group, group_index, place, grad)
+        if grad.shape != param.shape:
+            where = describe(group, group_index, place)
+            raise ValueError(f"the gradient is {tuple(grad.shape)} in {where}; it was computed before the parameter's shape changed")
     shape = matrix_shape(param)
-    return Members(is_right(shape, group["proj_type"]), min(group["rank"], *shape), param.shape[0] if param.dim() == 3 else 1)
+    experts = param.shape[0] if param.dim() == 3 else 1
+    return Members(is_right(shape, group["proj_type"]), min(group["rank"], *shape), experts, is_projected)
 
 
-def check_grad(group: dict[str, Any], group_index: int, place: int) -> None:
+def check_grad(group: dict[str, Any], group_index: int, place: int, grad: Tensor) -> None:
     """Raises TypeError for a gradient that no update can use, before anything is changed."""
-    grad = group["params"][place].grad
     if grad.layout != torch.strided:
         where = describe(group, group_index, place)
         raise TypeError(f"the gradient is sparse ({grad.layout}) in {where}; make it dense, or use torch.optim.SparseAdam for it")

@@ -20,9 +20,11 @@ from ..ops.dispatch import outside_training
 from ..rules import Rule
 from ..storage import Storage
 from . import diagnosis, groups, keys, loading, ranks, refreshes
-from .buckets import Members, buckets, check_grad, matrices_of
+from .buckets import NOTHING, Members, buckets, check_grad, matrices_of
 from .carry import carry
+from .clipping import clip_grad_norm_
 from .dense import dense_adamw_step_
+from .in_backward import InBackward
 from .periods import Periods
 from .refreshes import Due
 from .scaler import Skips, unscaled
@@ -72,6 +74,9 @@ class LowRankOptimizer(Optimizer):
     """Values of group keys that the class prescribes. A group with another value is refused."""
     preferred: dict[str, Any] = {}
     """The class's own defaults of group keys."""
+
+    _in_backward: InBackward | None = None
+    """Projects gradients while the backward pass runs."""
 
     _step_supports_amp_scaling = True  # makes GradScaler hand over grad_scale and found_inf, as to torch's fused AdamW
 
@@ -161,6 +166,8 @@ class LowRankOptimizer(Optimizer):
         """
         loss = None
         if closure is not None:
+            if self._in_backward is not None:
+                raise RuntimeError("step(closure) cannot follow in_backward, which would project the gradients of every call; use step()")
             with torch.enable_grad():
                 loss = closure()
         self._update()
@@ -169,6 +176,8 @@ class LowRankOptimizer(Optimizer):
     @outside_training
     def _update(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if self._in_backward is not None:
+            self._in_backward.finish(grad_scale, found_inf)
         # is_current_stream_capturing would initialise CUDA. Nothing can be captured before that.
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         work = self._work(capturing)
@@ -183,9 +192,16 @@ class LowRankOptimizer(Optimizer):
             found_inf = None
         for group, _, low_rank in work:
             # A group without parameters counts its steps too: ZeroRedundancyOptimizer leaves such groups.
-            if not skipped and (low_rank or (groups.is_low_rank(group) and not group["params"])):
+            counts = low_rank or (groups.is_low_rank(group) and (not group["params"] or self._has_moved(group)))
+            if not skipped and counts:
                 self._step_group(group, low_rank, grad_scale, found_inf, capturing)
         self._after_step(skipped)
+        if self._in_backward is not None:
+            self._in_backward.clear()
+
+    def _has_moved(self, group: dict[str, Any]) -> bool:
+        """Whether a parameter of the group was updated in the backward pass before this step."""
+        return self._in_backward is not None and not self._in_backward.moved.isdisjoint(group["params"])
 
     def _work(self, capturing: bool) -> list[tuple[dict[str, Any], list[Tensor], list[Members]]]:
         """Each group with its dense parameters and its low-rank buckets, after every check."""
@@ -198,7 +214,7 @@ class LowRankOptimizer(Optimizer):
         if not groups.is_low_rank(group):
             for place, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    check_grad(group, index, place)
+                    check_grad(group, index, place, param.grad)
             return group["params"], []
         low_rank = self._buckets(group, index)
         if capturing and low_rank:
@@ -214,7 +230,8 @@ class LowRankOptimizer(Optimizer):
         return [], low_rank
 
     def _buckets(self, group: dict[str, Any], index: int) -> list[Members]:
-        return buckets(group, index, self.state, functools.partial(self._layout, self._hyper(group)))
+        projected = NOTHING if self._in_backward is None else self._in_backward.projected
+        return buckets(group, index, self.state, functools.partial(self._layout, self._hyper(group)), projected)
 
     def _step_group(
         self,
@@ -248,9 +265,8 @@ class LowRankOptimizer(Optimizer):
             counts = [state["step"] for state in members.states for _ in range(members.per_param)]
             # Some strides allow no view as a matrix. The matrix is then a copy, to be written back.
             copied = [(param, m[0]) for param, m in zip(members.params, each, strict=True) if m[0].data_ptr() != param.data_ptr()]
-        bucket = self._bucket(
-            group, members, hyper, found_inf, weights=weights, bases=members.of_matrices("basis"), steps=counts, grads=members.grads
-        )
+        source = {"projected" if members.is_projected else "grads": members.grads}
+        bucket = self._bucket(group, members, hyper, found_inf, weights=weights, bases=members.of_matrices("basis"), steps=counts, **source)
         if isinstance(hyper.lr, Tensor):
             hyper = dataclasses.replace(hyper, lr=members.to_device(hyper.lr))
         backends.step(bucket, hyper)
@@ -311,6 +327,28 @@ class LowRankOptimizer(Optimizer):
             first += len(other["params"])
         return first
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. It also drops what `in_backward` has projected since the last step."""
+        super().zero_grad(set_to_none)
+        if self._in_backward is not None:
+            self._in_backward.clear()
+
+    @torch._disable_dynamo
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float, error_if_nonfinite: bool = False) -> Tensor:
+        """Scales all gradients of this optimizer by min(1, max_norm / (‖g‖ + 1e-6)), in place, and returns
+        ‖g‖, a scalar tensor. Does not wait for a GPU.
+
+        g is made of the parameters' gradients, as in torch.nn.utils.clip_grad_norm_. A parameter whose
+        gradient `in_backward` has projected counts with R instead. ‖R‖ ≤ ‖G‖, so that such a norm is smaller,
+        and the same max_norm clips less often. With the `scaler` of in_backward it first unscales, as
+        scaler.unscale_(optimizer) does. Over several processes it first takes the mean of all gradients.
+
+        Raises RuntimeError where in_backward updates the parameters at once, and with error_if_nonfinite=True
+        (which waits for the GPU) where the norm is not finite.
+        """
+        return clip_grad_norm_(self, max_norm, error_if_nonfinite)
+
     def _after_step(self, skipped: bool) -> None:
         """Runs at the end of each step, after every parameter has moved. skipped: whether the step was
         skipped on the host."""
@@ -325,11 +363,15 @@ class LowRankOptimizer(Optimizer):
         may still be zero, because no gradient other than zero has come yet.
         """
         self._waiting.settle(self.state)
-        due = [refreshes.due(group, members, self._waiting.params, self._periods) for members in low_rank]
+        due = self._due_now(group, low_rank)
         if refreshes.is_refresh(due) and (skipped := self._skips.ask(group)):
             group["calls"] -= skipped
-            due = [refreshes.due(group, members, self._waiting.params, self._periods) for members in low_rank]
+            due = self._due_now(group, low_rank)
         return due if any(due) else []
+
+    def _due_now(self, group: dict[str, Any], low_rank: list[Members]) -> list[Due]:
+        """Members whose gradients are projected already got their bases from these."""
+        return [{} if each.is_projected else refreshes.due(group, each, self._waiting.params, self._periods) for each in low_rank]
 
     def _chosen(self, group: dict[str, Any], members: Members, due: Due, found_inf: Tensor | None) -> list[Fresh]:
         """(slot, kind, new basis) of each member that is due. A basis is (m, r) or (experts, m, r). Changes
@@ -489,8 +531,11 @@ class LowRankOptimizer(Optimizer):
         """As torch's, with two differences: fp32 states of half-precision parameters stay fp32, and the
         loaded states share no memory with `state_dict`.
 
-        Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer.
+        Raises ValueError where the checkpoint's groups or states cannot belong to this optimizer, and
+        RuntimeError where `in_backward` has projected gradients with the bases that would be replaced.
         """
+        if self._in_backward is not None:
+            self._in_backward.refuse_pending("load_state_dict()")
         self._ask_for_skips()
         try:
             loading.load_uncast(self, super().load_state_dict, state_dict, check=self._checked, restore=self._restore)

@@ -237,7 +237,7 @@ class RSOAdamW(LowRankOptimizer):
         rso_groups.check_rounding(group, index, layers)
         for place, param in enumerate(group["params"]):
             if param.grad is not None:
-                check_grad(group, index, place)
+                check_grad(group, index, place, param.grad)
         for param, layer in layers.items():
             rso_groups.check_layer(layer, group, index, param)
         if group["outer_step"] == 0:
@@ -513,7 +513,8 @@ def _buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
     for (transposed, *_), members in found.items():
         places, params = (list(each) for each in zip(*members, strict=True))
         grads = [param.grad for param in params]
-        result.append(LayerMembers(not transposed, params[0].shape[0], 1, params, places, [], grads, [layers[param] for param in params]))
+        held = [layers[param] for param in params]
+        result.append(LayerMembers(not transposed, params[0].shape[0], 1, True, params, places, [], grads, held))
     return result
 
 

@@ -37,7 +37,7 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
             torch._foreach_mul_(grads, grad_scale)
             raise
     remaining = iter(members.grads)
-    for param in members.params:
+    for param in () if members.is_projected else members.params:
         divided = [next(remaining) for _ in range(members.per_param)]
         if divided[0].data_ptr() != param.grad.data_ptr():
             whole = torch.stack(divided) if param.dim() == 3 else divided[0]

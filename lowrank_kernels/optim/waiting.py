@@ -36,17 +36,17 @@ class Waiting:
         self._unknown.append((Arriving(chosen), params))
         self._take_in()
 
-    def settle(self, states: dict[Tensor, dict[str, Any]]) -> None:
-        """Updates `params` from the flags that have arrived by now. The first call looks at all bases, since
-        they may come from a checkpoint, and waits for a GPU."""
+    def settle(self, states: dict[Tensor, dict[str, Any]], wait: bool = False) -> None:
+        """Updates `params` from the flags that have arrived by now, or from all of them. The first call looks
+        at all bases, since they may come from a checkpoint, and waits for a GPU."""
         if not self._examined:
             self._examined = True
             bases = {param: state["basis"] for param, state in states.items() if "basis" in state}
             self.params.update(param for param, basis in bases.items() if not _is_chosen(basis))
-        self._take_in()
+        self._take_in(wait)
 
-    def _take_in(self) -> None:
-        while self._unknown and self._unknown[0][0].has_arrived():
+    def _take_in(self, wait: bool = False) -> None:
+        while self._unknown and (wait or self._unknown[0][0].has_arrived()):
             chosen, params = self._unknown.pop(0)
             self.params.difference_update(param for param, is_chosen in zip(params, chosen.values().tolist(), strict=True) if is_chosen)
 
