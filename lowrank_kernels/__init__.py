@@ -9,6 +9,7 @@ optimizer = lowrank_kernels.RSOAdamW(model.parameters(), lr=1e-3)
 """
 
 from . import distributed, ops
+from .estimate import Memory, estimate_memory
 from .nn import SubspaceLinear, to_dense, to_subspace
 from .optim import InBackward, RSOAdamW, in_backward, methods, param_groups
 from .optim.methods import *  # noqa: F403
@@ -17,10 +18,12 @@ from .version import __version__
 
 __all__ = [
     "InBackward",
+    "Memory",
     "RSOAdamW",
     "SubspaceLinear",
     "__version__",
     "distributed",
+    "estimate_memory",
     "in_backward",
     "ops",
     "param_groups",

@@ -12,6 +12,10 @@ from . import groups
 from .buckets import Members, matrices_of
 from .periods import Periods, most
 
+REFRESHED_ELEMENTS = 2**29
+"""The most elements of gradients from which bases are chosen together. A batch of matrices takes temporaries
+of its own size on a GPU."""
+
 Due = dict[tuple[int, str], list[int]]
 """(number of the refresh, kind) → slots of the members.
 
@@ -76,21 +80,26 @@ def choose(
         wanted = [matrix for matrix in wanted if not previous[matrix].any()]
         if not wanted:
             return previous
-    chosen = ops.choose_bases(
-        [grads[matrix] for matrix in wanted],
-        None if previous is None else [previous[matrix] for matrix in wanted],
-        rank=members.rank,
-        right=members.right,
-        selection=group["selection"],
-        svd=group["svd"],
-        oversample=group["oversample"],
-        power_iters=group["power_iters"],
-        seed=group["seed"],
-        refresh_number=number,
-        places=[places[matrix] for matrix in wanted],
-        dtype=members.params[0].dtype,
-        found_inf=None if found_inf is None or kind != "waits" else members.to_device(found_inf),
-    )
+    at_once = max(1, REFRESHED_ELEMENTS // max(1, grads[0].numel()))
+    found_inf = None if found_inf is None or kind != "waits" else members.to_device(found_inf)
+    chosen: list[Tensor] = []
+    for start in range(0, len(wanted), at_once):
+        part = wanted[start : start + at_once]
+        chosen += ops.choose_bases(
+            [grads[matrix] for matrix in part],
+            None if previous is None else [previous[matrix] for matrix in part],
+            rank=members.rank,
+            right=members.right,
+            selection=group["selection"],
+            svd=group["svd"],
+            oversample=group["oversample"],
+            power_iters=group["power_iters"],
+            seed=group["seed"],
+            refresh_number=number,
+            places=[places[matrix] for matrix in part],
+            dtype=members.params[0].dtype,
+            found_inf=found_inf,
+        )
     if kind != "waits":
         return chosen
     bases = list(previous)
