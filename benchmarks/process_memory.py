@@ -2,13 +2,16 @@
 
     python -m benchmarks.process_memory --model 350m --method galore --rank 128 --in-backward deferred
 
-Prints one JSON line. Needs Linux, which keeps the resident high-water mark of a process.
+Prints one JSON line. Needs Linux, which keeps the resident high-water mark of a process. glibc is told to
+give large blocks memory of their own (MALLOC_MMAP_THRESHOLD_): otherwise a high-water mark counts holes.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "examples"))
 
 import llama  # noqa: E402
+from memory import return_freed_memory  # noqa: E402
 
 import lowrank_kernels as lrk  # noqa: E402
 from lowrank_kernels.estimate import IN_BACKWARD, METHODS  # noqa: E402
@@ -62,11 +66,10 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
         device="cpu",
         **options,
     )
-    small = llama.Llama(llama.Size(64, 128, 1, 1), 256, False, False).to(dtype)
-    _train(small, args.method, 8, None, options, tokens, steps=1)  # loads what a first step loads
+    _train(_built(dtype, dataclasses.replace(size, layers=1)), args, options, tokens, steps=1)  # loads what a first step loads
+    return_freed_memory()
     before = resident("VmRSS")
-    model = llama.Llama(size, 256, False, False).to(dtype) if dtype == torch.float32 else _in(dtype, size)
-    _train(model, args.method, args.rank, args.in_backward, options, tokens, args.steps)
+    _train(_built(dtype, size), args, options, tokens, args.steps)
     return {
         "model": args.model,
         "method": args.method,
@@ -80,34 +83,26 @@ def measure(args: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def _in(dtype: torch.dtype, size: llama.Size) -> torch.nn.Module:
+def _built(dtype: torch.dtype, size: llama.Size) -> torch.nn.Module:
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(dtype)  # weights never exist in another one
     try:
         return llama.Llama(size, 256, False, False)
     finally:
         torch.set_default_dtype(default)
 
 
-def _train(
-    model: torch.nn.Module,
-    method: str,
-    rank: int,
-    in_backward: str | None,
-    options: dict[str, int],
-    tokens: torch.Tensor,
-    steps: int,
-) -> None:
-    kind = METHODS[method]
-    if method == "adamw":
+def _train(model: torch.nn.Module, args: argparse.Namespace, options: dict[str, int], tokens: torch.Tensor, steps: int) -> None:
+    kind = METHODS[args.method]
+    if args.method == "adamw":
         optimizer = kind(model.parameters(), lr=1e-4, fused=True)
-    elif method == "rso":
-        lrk.to_subspace(model, rank=rank)
+    elif args.method == "rso":
+        lrk.to_subspace(model, rank=args.rank)
         optimizer = kind(model.parameters(), lr=1e-4)
     else:
-        optimizer = kind(lrk.param_groups(model, rank=rank, **options), lr=1e-4)
-    if in_backward:
-        lrk.in_backward(model, optimizer, update=in_backward)
+        optimizer = kind(lrk.param_groups(model, rank=args.rank, **options), lr=1e-4)
+    if args.in_backward:
+        lrk.in_backward(model, optimizer, update=args.in_backward)
     for _ in range(steps):
         llama.loss(model, tokens).backward()
         optimizer.step()
@@ -125,7 +120,12 @@ def resident(key: str) -> int:
 def in_fresh_process(*arguments: str, seconds: float = 600) -> dict[str, object]:
     """What a process of its own prints."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.process_memory", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=seconds
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.process_memory", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"},
     )
     if done.returncode:
         raise RuntimeError(done.stderr)

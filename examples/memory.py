@@ -27,7 +27,7 @@ class PeakMemory:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
         elif device.type == "cpu":
-            _return_freed_memory()
+            return_freed_memory()
             try:
                 Path("/proc/self/clear_refs").write_text("5")
                 self._start_bytes = _status_bytes("VmRSS")
@@ -65,7 +65,7 @@ def _status_bytes(key: str) -> int:
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def _return_freed_memory() -> None:
+def return_freed_memory() -> None:
     """Returns memory that an earlier run freed but glibc kept. It would hide the growth of this run."""
     try:
         ctypes.CDLL(None).malloc_trim(0)

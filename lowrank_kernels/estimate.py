@@ -195,15 +195,16 @@ class _Plan:
                 self.states += STEP_BYTES
                 self.bases += batch * m * r * param.element_size()
                 self.projected[param] = batch * r * n
-                alike[m, n, r, param.dtype] += batch
+                alike[right, m, n, r, param.dtype] += batch
             due = len(group["params"])
             due = -(-due // group["update_proj_gap"]) if group["stagger"] else due
-            for (m, n, r, dtype), count in alike.items():
+            for (_, m, n, r, dtype), count in alike.items():
                 moved = 1 if in_backward == "immediately" else count
                 refreshed = 1 if in_backward else min(count, due)
                 self.step = max(self.step, _step_bytes(m, n, r, moved, dtype, hyper, device))
                 if group["selection"] not in BLIND:
-                    self.refresh = max(self.refresh, _refresh_bytes(m, n, r + group["oversample"], refreshed, dtype, device))
+                    columns = (3 if group["selection"] == "importance" else 1) * r + group["oversample"]
+                    self.refresh = max(self.refresh, _refresh_bytes(m, n, columns, refreshed, dtype, device))
 
     def memory(
         self,
@@ -274,7 +275,7 @@ def _refresh_bytes(m: int, n: int, columns: int, count: int, dtype: torch.dtype,
     a copy of the gradients at their own precision (in fp32 on a CPU)."""
     short, long = min(m, n), max(m, n)
     if device == "cpu":  # one matrix after another
-        return (short * short + 3 * short * min(columns, short)) * 8 + m * n * 4 * (dtype.itemsize < 4)
+        return (short * short + 4 * short * min(columns, short)) * 8 + m * n * 4 * (dtype.itemsize < 4)
     at_once = min(count, max(1, REFRESHED_ELEMENTS // (m * n)))
     return at_once * ((short * short + 2 * (short + long) * min(columns, short)) * 4 + m * n * dtype.itemsize)
 

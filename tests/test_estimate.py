@@ -1,0 +1,188 @@
+"""estimate_memory against what optimizers hold, and against the allocator."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import lowrank_kernels as lrk
+from benchmarks.memory import tensor_bytes
+from benchmarks.process_memory import in_fresh_process
+from lowrank_kernels.estimate import METHODS
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import llama
+
+SIZE = llama.Size(64, 176, 2, 2)
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+
+
+def build(size=SIZE, dtype=torch.float32, vocabulary=256, device="cpu"):
+    torch.manual_seed(0)
+    with torch.device(device):
+        return llama.Llama(size, vocabulary, False, False).to(dtype)
+
+
+def tokens(length=32, device="cpu"):
+    return torch.zeros(2, length + 1, dtype=torch.int64, device=device)
+
+
+def trained(method, model, rank=8, in_backward=None, **options):
+    """The optimizer after a step, and the bytes of gradients and of R before it."""
+    kind = METHODS[method]
+    if method == "adamw":
+        optimizer = kind(model.parameters())
+    elif method == "rso":
+        optimizer = kind(lrk.to_subspace(model, rank=rank).parameters())
+    else:
+        optimizer = kind(lrk.param_groups(model, rank=rank, **options))
+    if in_backward:
+        lrk.in_backward(model, optimizer, update=in_backward)
+    llama.loss(model, tokens()).backward()
+    gradients = sum(param.grad.nbytes for param in model.parameters() if param.grad is not None)
+    held = sum(tensor.nbytes for tensor in optimizer._in_backward.projected.values()) if in_backward else 0
+    optimizer.step()
+    return optimizer, gradients, held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "method, options",
+    [(method, {}) for method in METHODS]
+    + [("galore", dict(state_bits=8)), ("i3s", dict(proj_type="left")), ("galore", dict(in_backward="deferred"))]
+    + [("fira", dict(in_backward="immediately"))],
+    ids=str,
+)
+def test_what_is_held_is_exact(method, options, dtype):
+    rank = None if method == "adamw" else 1 if method == "apollo-mini" else 8
+    estimate = lrk.estimate_memory(build(device="meta"), method, rank, dtype=dtype, **options)
+    model = build(dtype=dtype)
+    optimizer, gradients, held = trained(method, model, rank, **options)
+    bases = {id(layer.subspace): layer for layer in model.modules() if isinstance(layer, lrk.SubspaceLinear)}.values()
+    of_layers = sum(layer.subspace.matrix(layer.weight.device, layer.weight.dtype).nbytes for layer in bases)
+    coordinates = sum(layer.coordinates.nbytes for layer in model.modules() if isinstance(layer, lrk.SubspaceLinear))
+    states = tensor_bytes(dict(optimizer.state))
+    assert estimate.states + estimate.dense_states + estimate.bases == states + of_layers
+    assert estimate.weights + estimate.coordinates == sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert estimate.coordinates == coordinates
+    assert estimate.gradients == gradients and estimate.accumulators == held
+
+
+def test_a_model_on_the_cpu_is_left_alone_and_gives_the_same():
+    model = build()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert lrk.estimate_memory(model, "rso", 8) == lrk.estimate_memory(build(device="meta"), "rso", 8)
+    assert all(param.device.type == "cpu" for param in model.parameters()) and not hasattr(model.layers[0].mlp.up_proj, "subspace")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_shapes_give_what_the_model_gives():
+    model = build(device="meta")
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    assert lrk.estimate_memory(shapes, "i3s", 8) == lrk.estimate_memory(model, "i3s", 8)
+    assert lrk.estimate_memory(shapes, "adamw") == lrk.estimate_memory(model, "adamw")
+
+
+def test_activations_are_those_that_live_at_the_peak():
+    """Of two layers and a square: h, its square, the gradients of both and what pow's backward pass computes
+    on its way."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(100, 400, bias=False), nn.Linear(400, 100, bias=False)
+
+        def forward(self, x):
+            return self.down(self.up(x) ** 2)
+
+    x = torch.randn(1000, 100, device="meta")
+    estimate = lrk.estimate_memory(Two(), "adamw", loss=lambda model: model(x).sum())
+    hidden, out, weight = 1000 * 400 * 4, 1000 * 100 * 4, 400 * 100 * 4
+    whole = estimate.activations + estimate.gradients
+    assert 4 * hidden <= whole <= 5 * hidden + 2 * out + 2 * weight
+    thin = lrk.estimate_memory(Two(), "rso", 10, loss=lambda model: model(x).sum())
+    assert thin.activations + thin.gradients < whole - out  # x·P is saved in place of x and of h²
+
+
+def test_gradients_vanish_in_backward():
+    """Of a model of 300 million parameters."""
+    model = build(llama.SIZES["350m"], torch.bfloat16, device="meta")
+    x = tokens(256, "meta")
+    found = {
+        way: lrk.estimate_memory(model, "galore", 256, in_backward=way, accumulate=1 + (way == "deferred"), loss=lambda m: llama.loss(m, x))
+        for way in (None, "deferred", "immediately")
+    }
+    full = sum(param.nbytes for param in model.parameters())
+    assert found[None].gradients == full
+    assert found["deferred"].gradients < full / 50 and found["deferred"].accumulators < full
+    assert found["immediately"].gradients < full / 50 and found["immediately"].accumulators == 0
+    assert found[None].peak > found["deferred"].peak > found["immediately"].peak
+    half = lrk.estimate_memory(model, "galore", 256, in_backward="deferred", accumulator_dtype=torch.bfloat16)
+    assert half.accumulators == found["deferred"].accumulators / 2
+
+
+def test_seven_billion_parameters_fit_into_22_gb():
+    """LLaMA 7B, bf16, rank 1024, 8-bit states, updates in the backward pass, one sequence of 256 tokens,
+    checkpointing."""
+    model = build(llama.Size(4096, 11008, 32, 32), torch.bfloat16, vocabulary=32000, device="meta")
+    x = torch.zeros(1, 257, dtype=torch.int64, device="meta")
+
+    def loss(model):
+        for layer in model.layers:
+            forward = type(layer).forward.__get__(layer)
+            layer.forward = lambda *inputs, forward=forward: checkpoint(forward, *inputs, use_reentrant=False)
+        return llama.loss(model, x)
+
+    estimate = lrk.estimate_memory(model, "galore", 1024, state_bits=8, in_backward="immediately", loss=loss)
+    assert 19e9 < estimate.held < estimate.peak < 22e9
+    assert lrk.estimate_memory(model, "galore", 1024, state_bits=8, loss=loss).peak > 33e9
+
+
+def test_a_table():
+    text = str(lrk.estimate_memory(build(llama.SIZES["60m"], device="meta"), "galore", 128))
+    assert [line.split("  ")[0].strip() for line in text.splitlines()] == [
+        "weights", "states", "bases", "dense states", "gradients", "step", "refresh", "between steps", "peak",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(method="galor", rank=8), "method must be one of"),
+        (dict(method="galore"), "rank must be given for method='galore'"),
+        (dict(method="adamw", rank=8), "rank must be left out of method='adamw'"),
+        (dict(method="galore", rank=8, in_backward="now"), "in_backward must be None or one of deferred, immediately"),
+        (dict(method="rso", rank=8, in_backward="deferred"), "in_backward is for methods that project gradients"),
+        (dict(method="galore", rank=8, device="tpu"), "device must be 'cuda' or 'cpu'"),
+        (dict(method="galore", rank=8, state_bit=8), "did you mean 'state_bits'"),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        lrk.estimate_memory(build(device="meta"), **arguments)
+
+
+CASES = [
+    "--method adamw",
+    "--method galore",
+    "--method galore --in-backward deferred",
+    "--method galore --in-backward immediately",
+    "--method galore --dtype bfloat16",
+    "--method i3s --state-bits 8 --in-backward deferred",
+    "--method fira",
+    "--method adafactor",
+    "--method rso",
+]
+
+
+@LINUX
+@pytest.mark.parametrize(
+    "case", [case if "deferred" in case and "8" not in case else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_the_peak_of_a_fresh_process(case):
+    """A LLaMA of 85 million parameters, two steps."""
+    found = in_fresh_process("--model", "768x2048x12", *case.split())
+    assert found["measured"] == pytest.approx(found["estimated"], rel=0.05)
