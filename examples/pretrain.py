@@ -4,6 +4,7 @@ side.
     python examples/pretrain.py              # AdamW, GaLore, I3S and RSO in turn; minutes on two CPU cores
     python examples/pretrain.py --optimizer i3s --rank 16 --lr 2e-2
     python examples/pretrain.py --resume     # go on after a kill or Ctrl-C
+    torchrun --nproc-per-node 2 examples/pretrain.py --compress-gradients
 
 Each optimizer starts from the same weights and sees the same batches, and embedding, head and norms train at
 one rate (--dense-lr) under all of them. What differs is how the linear layers within the decoder train: in
@@ -36,6 +37,7 @@ import training
 from checkpoints import Damaged, read_metrics, remove_partials, write_atomically
 from exclusive import exclusive
 from methods import DEFAULT, METHODS, default_lr
+from processes import ALONE, Processes, join
 from settings import CHOICES, Plan, Settings, SettingsError, defaults, flag
 from stopping import stop_on_signal
 from training import Diverged, Files, Stopped
@@ -105,6 +107,17 @@ def parser() -> argparse.ArgumentParser:
     option(how, "rso_scale", float, "factor on RSO's update")
     option(how, "rso_moments", str, "what RSO's next subspace does to them", choices=CHOICES["rso_moments"])
 
+    option(
+        how,
+        "in_backward",
+        str,
+        "project gradients while the backward pass runs, and move the matrices after it (deferred) or at once (immediately)",
+        choices=CHOICES["in_backward"],
+        nargs="?",
+        const="deferred",
+    )
+    how.add_argument("--compress-gradients", action="store_true", help="let the processes of torchrun exchange projected gradients")
+
     where = result.add_argument_group("where and how often")
     where.add_argument("--dtype", choices=CHOICES["dtype"], help="of the weights and their gradients (fp32)")
     where.add_argument("--device", help="cpu, cuda, … (cuda where there is one)")
@@ -145,7 +158,7 @@ def learning_rates(values: list[str], methods: list[str]) -> dict[str, float]:
     return result
 
 
-def new_plan(args: argparse.Namespace) -> tuple[Plan, text.Corpus]:
+def new_plan(args: argparse.Namespace, processes: Processes) -> tuple[Plan, text.Corpus]:
     """The settings asked for, and their text."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings) if hasattr(args, field.name)}
     if "steps" in given:
@@ -154,9 +167,10 @@ def new_plan(args: argparse.Namespace) -> tuple[Plan, text.Corpus]:
     given.setdefault("threads", torch.get_num_threads())
     if "data" in given:
         given["data"] = str(given["data"].resolve())
-    settings = dataclasses.replace(defaults(given.get("model", "tiny")), **given).check()
+    settings = dataclasses.replace(defaults(given.get("model", "tiny")), **given, processes=processes.count).check()
     _check_device(settings.device)
     methods = list(dict.fromkeys(getattr(args, "optimizer", DEFAULT)))
+    _check_gradients(settings, methods)
     chosen = learning_rates(getattr(args, "lr", []), methods)
     corpus = _load_text(settings)
     settings = dataclasses.replace(settings, data_digest=corpus.digest)
@@ -164,7 +178,7 @@ def new_plan(args: argparse.Namespace) -> tuple[Plan, text.Corpus]:
     return Plan(settings, {method: chosen.get(method, default_lr(method, hidden)) for method in methods}), corpus
 
 
-def resumed_plan(args: argparse.Namespace, directory: Path) -> tuple[Plan, text.Corpus]:
+def resumed_plan(args: argparse.Namespace, directory: Path, processes: Processes) -> tuple[Plan, text.Corpus]:
     """The plan of the run in `directory`. Arguments that are given must agree with it, but optimizers may be
     added.
 
@@ -178,7 +192,10 @@ def resumed_plan(args: argparse.Namespace, directory: Path) -> tuple[Plan, text.
             now = str(now.resolve())
         if now != was:
             raise SettingsError(f"{flag(field.name)} {now}: the run in {directory} was started with {was} and cannot change")
+    if old.settings.processes != processes.count:
+        raise SettingsError(f"the run in {directory} was started with {old.settings.processes} processes, not {processes.count}")
     methods = list(dict.fromkeys([*old.lr, *getattr(args, "optimizer", [])]))
+    _check_gradients(old.settings, methods)
     lr = {method: old.lr.get(method, default_lr(method, llama.SIZES[old.settings.model].hidden)) for method in methods}
     for method, now in learning_rates(getattr(args, "lr", []), methods).items():
         if method in old.lr and now != old.lr[method]:
@@ -191,6 +208,14 @@ def resumed_plan(args: argparse.Namespace, directory: Path) -> tuple[Plan, text.
     for method in lr:
         Files.of(directory, method).check()
     return Plan(old.settings, lr), corpus
+
+
+def _check_gradients(settings: Settings, methods: list[str]) -> None:
+    if settings.in_backward == "deferred" or settings.compress_gradients:
+        for method in methods:
+            if METHODS[method].needs_gradient:
+                option = "--compress-gradients" if settings.compress_gradients else "--in-backward deferred"
+                raise SettingsError(f"{option} keeps no gradient, by which {METHODS[method].title} moves weights; leave {method} out")
 
 
 def _check_device(device: str) -> None:
@@ -239,7 +264,24 @@ def describe(plan: Plan) -> str:
     )
 
 
-def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: int, resume: bool) -> int:
+def run_beside(plan: Plan, corpus: text.Corpus, directory: Path, processes: Processes, *, checkpoint_every: int, resume: bool) -> int:
+    """The part of a process other than the first, which writes and reports."""
+    with stop_on_signal() as received:
+        for method, lr in plan.lr.items():
+            files = Files.of(directory, method)
+            if processes.from_first(None):
+                continue
+            options = dict(checkpoint_every=checkpoint_every, resume=resume, should_stop=lambda: bool(received), processes=processes)
+            try:
+                training.train(plan.settings, method, lr, corpus, files, **options)
+            except Diverged:
+                continue
+            except Stopped:
+                return 0
+    return 0
+
+
+def run(plan: Plan, corpus: text.Corpus, directory: Path, processes: Processes, *, checkpoint_every: int, resume: bool) -> int:
     """Trains the optimizers that have not finished, then reports on those that have. Returns the exit
     status."""
     from report import Reporter, summarize, table
@@ -248,7 +290,9 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: i
     console = Console(soft_wrap=not sys.stdout.isatty())
     settings = plan.settings
     plan.save(directory / PLAN)
+    processes.from_first(str(directory))
     where = f"{settings.dtype} on {settings.device} ({settings.threads} threads)"
+    where += f", {processes.count} processes" if processes.count > 1 else ""
     console.print(f"{describe(plan)}, seed {settings.seed}, {where}", highlight=False)
     console.print(str(corpus), highlight=False)
 
@@ -256,7 +300,7 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: i
     with stop_on_signal() as received, Reporter(console, settings.steps) as reporter:
         for method, lr in plan.lr.items():
             files = Files.of(directory, method)
-            if resume and files.finished():
+            if processes.from_first(resume and files.finished()):
                 console.print(f"{METHODS[method].title}: finished before", highlight=False)
                 runs[method] = read_metrics(files.metrics)
                 continue
@@ -272,6 +316,7 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: i
                     resume=resume,
                     on_row=reporter.row,
                     should_stop=lambda: bool(received),
+                    processes=processes,
                 )
             except Diverged as error:
                 console.print(f"[red]{error}; try a smaller --lr[/]", highlight=False)
@@ -282,7 +327,7 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, *, checkpoint_every: i
                     f"  python {sys.argv[0]} --resume --out {directory}",
                     highlight=False,
                 )
-                return 128 + received[0]
+                return 128 + received[0] if received else 1
 
     if not runs:
         return status
@@ -335,6 +380,11 @@ def _main(args: argparse.Namespace) -> int:
     _require("rich", DEMO_EXTRA)
     if args.checkpoint_every < 1:
         raise SettingsError(f"--checkpoint-every must be a positive integer, got {args.checkpoint_every}")
+    processes = join()
+    if not processes.is_first:
+        directory = Path(processes.from_first(None))  # once the first one has checked everything and written the plan
+        plan = Plan.load(directory / PLAN)
+        return run_beside(plan, _load_text(plan.settings), directory, processes, checkpoint_every=args.checkpoint_every, resume=args.resume)
     directory = getattr(args, "out", None)
     if directory is not None:
         _check_directory(directory)
@@ -343,19 +393,19 @@ def _main(args: argparse.Namespace) -> int:
         if not (directory / PLAN).exists():
             raise SettingsError(f"--resume: {directory} holds no run")
         with exclusive(directory) as locked:
-            plan, corpus = resumed_plan(args, directory)
+            plan, corpus = resumed_plan(args, directory, processes)
             _require_package(plan)
-            return _run_alone(plan, corpus, directory, args, locked)
+            return _run_alone(plan, corpus, directory, args, locked, processes)
     if directory is not None and (directory / PLAN).exists():
         raise _holds_a_run(directory)
-    plan, corpus = new_plan(args)
+    plan, corpus = new_plan(args, processes)
     _require_package(plan)
     if directory is None:
         directory = new_directory(plan.settings.model)
     with exclusive(directory) as locked:
         if (directory / PLAN).exists():  # another process may have written it since the first look
             raise _holds_a_run(directory)
-        return _run_alone(plan, corpus, directory, args, locked)
+        return _run_alone(plan, corpus, directory, args, locked, processes)
 
 
 def _check_directory(directory: Path) -> None:
@@ -376,12 +426,14 @@ def _require_package(plan: Plan) -> None:
         _require("lowrank_kernels", "all but adamw need it; in its checkout, pip install -e .")
 
 
-def _run_alone(plan: Plan, corpus: text.Corpus, directory: Path, args: argparse.Namespace, locked: bool) -> int:
+def _run_alone(
+    plan: Plan, corpus: text.Corpus, directory: Path, args: argparse.Namespace, locked: bool, processes: Processes = ALONE
+) -> int:
     if locked:
         files = [directory / PLAN, directory / SUMMARY, directory / PICTURE]
         remove_partials(files + [Files.of(directory, method).checkpoint for method in METHODS])
     try:
-        return run(plan, corpus, directory, checkpoint_every=args.checkpoint_every, resume=args.resume)
+        return run(plan, corpus, directory, processes, checkpoint_every=args.checkpoint_every, resume=args.resume)
     except OSError as error:  # for example a full disk
         print(f"pretrain.py: error: {error}; --resume --out {directory} goes on from what was saved before", file=sys.stderr)
         return 1

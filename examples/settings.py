@@ -28,6 +28,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "distribution": ("gaussian", "haar", "rademacher", "principal"),
     "rso_moments": ("reset", "carry"),
     "dtype": ("fp32", "bf16"),
+    "in_backward": ("off", "deferred", "immediately"),
 }
 
 
@@ -63,6 +64,10 @@ class Settings:
     principal_rank: int = 0  # of distribution="principal"; 0: half of rso_rank
     rso_scale: float = 1.0
     rso_moments: str = "reset"
+
+    in_backward: str = "off"  # or when the matrices move whose gradients are projected in the backward pass
+    compress_gradients: bool = False  # what the processes exchange of projected gradients
+    processes: int = 1  # the batch is shared by them
 
     dtype: str = "fp32"
     device: str = "cpu"
@@ -100,8 +105,15 @@ class Settings:
             raise SettingsError(f"--distribution principal needs a --rso-rank of 2 at least, got {self.rso_rank}")
         if self.principal_rank >= self.rso_rank:
             raise SettingsError(f"--principal-rank {self.principal_rank} is not less than --rso-rank {self.rso_rank}")
-        if self.batch_size % self.accumulate:
-            raise SettingsError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
+        if self.batch_size % (self.accumulate * self.processes):
+            among = f" among {self.processes} processes" if self.processes > 1 else ""
+            raise SettingsError(f"--accumulate {self.accumulate}{among} does not divide --batch-size {self.batch_size}")
+        if self.in_backward == "immediately" and (self.accumulate > 1 or self.clip):
+            raise SettingsError("--in-backward immediately uses each gradient up at once: it needs --clip 0 and --accumulate 1")
+        if self.compress_gradients and self.processes == 1:
+            raise SettingsError("--compress-gradients needs several processes: torchrun --nproc-per-node 2 examples/pretrain.py …")
+        if self.compress_gradients and self.in_backward != "off":
+            raise SettingsError("--compress-gradients and --in-backward both choose what the processes exchange; leave one out")
         return self
 
 
@@ -114,6 +126,7 @@ _POSITIVE = (
     "update_proj_gap",
     "rso_rank",
     "inner_steps",
+    "processes",
     "threads",
     "eval_every",
     "eval_sequences",
@@ -173,7 +186,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-ADDED = ("lean", "principal_rank", "rso_scale", "rso_moments")
+ADDED = ("lean", "principal_rank", "rso_scale", "rso_moments", "in_backward", "compress_gradients", "processes")
 """Settings that runs of an earlier version do not have. Theirs are the defaults."""
 
 

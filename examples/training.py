@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -18,6 +19,7 @@ import torch
 from checkpoints import Metrics
 from memory import PeakMemory, saved_activation_bytes
 from methods import METHODS
+from processes import ALONE, Processes
 from settings import Settings
 from torch import Tensor, nn
 
@@ -83,28 +85,55 @@ def build_optimizer(model: nn.Module, method: str, lr: float, settings: Settings
     return optimizer
 
 
+def distribute(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, processes: Processes) -> tuple[nn.Module, Any]:
+    """What to call for a loss, and what takes the place of DDP's exchange of gradients, or None."""
+    projects = any("update_proj_gap" in group for group in optimizer.param_groups)
+    if settings.in_backward != "off" and projects:
+        import lowrank_kernels as lrk
+
+        group = torch.distributed.group.WORLD if processes.count > 1 else None
+        options = dict(accumulate=settings.accumulate, update=settings.in_backward, process_group=group)
+        return model, lrk.in_backward(model, optimizer, **options)
+    parallel = processes.parallel(model)
+    if settings.compress_gradients and projects:
+        import lowrank_kernels as lrk
+
+        return parallel, lrk.distributed.compress_gradients(parallel, optimizer)
+    return parallel, None
+
+
 def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int) -> float:
     """Adds the gradient of the mean loss over `tokens` to .grad, in `pieces` equal micro-batches. Returns
-    that loss in nats."""
+    that loss in nats. Processes exchange gradients in the last one."""
     losses = []
-    for piece in tokens.chunk(pieces):
-        loss = llama.loss(model, piece) / pieces
-        loss.backward()
+    for number, piece in enumerate(tokens.chunk(pieces), 1):
+        quiet = model.no_sync() if number < pieces and hasattr(model, "no_sync") else contextlib.nullcontext()
+        with quiet:
+            loss = llama.loss(model, piece) / pieces
+            loss.backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum().item()
 
 
-def first_tokens(settings: Settings, corpus: text.Corpus) -> Tensor:
+def gradient_bytes(optimizer: torch.optim.Optimizer, exchange: Any) -> int:
+    """Of all gradients, and of R where in_backward has projected them."""
+    grads = {id(param): param.grad for group in optimizer.param_groups for param in group["params"]}
+    projected = getattr(exchange, "projected", {})
+    return sum(tensor.nbytes for tensor in (*grads.values(), *projected.values()) if tensor is not None)
+
+
+def first_tokens(settings: Settings, corpus: text.Corpus, processes: Processes) -> Tensor:
     """The first micro-batch."""
     tokens = text.batch(corpus.train, seed=settings.seed, step=0, batch_size=settings.batch_size, seq_len=settings.seq_len)
-    return tokens.chunk(settings.accumulate)[0]
+    return processes.share(tokens).chunk(settings.accumulate)[0]
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, windows: Tensor, batch_size: int) -> float:
-    """Mean loss of a held-out byte, nats."""
-    total = sum(llama.loss(model, piece).double().item() * len(piece) for piece in windows.split(batch_size))
-    return total / len(windows)
+def evaluate(model: nn.Module, windows: Tensor, batch_size: int, processes: Processes = ALONE) -> float:
+    """Mean loss of a held-out byte, nats. Each process evaluates its part of the windows."""
+    mine = processes.share(windows)
+    total = sum(llama.loss(model, piece).double().item() * len(piece) for piece in mine.split(batch_size))
+    return processes.total(total)[0] / len(windows)
 
 
 def bases(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
@@ -144,17 +173,21 @@ def train(
     resume: bool = False,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     should_stop: Callable[[], bool] = lambda: False,
+    processes: Processes = ALONE,
 ) -> list[dict[str, Any]]:
     """Trains to the end and returns the rows of the metrics file. `lr` is the peak rate of the matrices,
     settings.dense_lr that of the rest.
 
-    Rows are of three kinds. A "step" has the loss in nats a byte, lr and dense_lr of that step, grad_norm and
-    optimizer_ms; at a refresh of bases also the overlap with the previous ones. An "eval" has val_loss. The
-    last row is "end", with weight_bytes, gradient_bytes, state_bytes, activation_bytes, peak_bytes and
-    wall_s. `step` counts finished steps. The loss of a row is that of the weights before its step.
+    Rows are of three kinds. A "step" has the loss in nats a byte, lr and dense_lr of that step, grad_norm
+    (None where gradients were used up in the backward pass) and optimizer_ms; at a refresh of bases also the
+    overlap with the previous ones; with several processes also sent_bytes, what this one gave to all-reduces.
+    An "eval" has val_loss. The last row is "end", with weight_bytes, gradient_bytes, state_bytes,
+    activation_bytes, peak_bytes and wall_s. `step` counts finished steps. The loss of a row is that of the
+    weights before its step.
 
     Raises Stopped once `should_stop()` holds and the current step is saved. Raises Diverged on a loss that is
-    not finite.
+    not finite. All of several processes call this; the first one writes the files, and memory and times are
+    its own.
     """
     torch.set_num_threads(settings.threads)
     device = torch.device(settings.device)
@@ -164,7 +197,7 @@ def train(
     optimizer = build_optimizer(model, method, lr, settings)
     windows = text.windows(corpus.val, count=settings.eval_sequences, seq_len=settings.seq_len).to(device)
 
-    activation_bytes = saved_activation_bytes(model, first_tokens(settings, corpus).to(device))
+    activation_bytes = saved_activation_bytes(model, first_tokens(settings, corpus, processes).to(device))
 
     done, wall_s, earlier_peak_bytes, position = 0, 0.0, 0, 0
     if resume and (saved := checkpoints.load(files.checkpoint)):
@@ -172,14 +205,17 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         done, wall_s, earlier_peak_bytes, position = saved["step"], saved["wall_s"], saved["peak_bytes"], saved["metrics_position"]
         del saved
-    metrics = Metrics(files.metrics, position)
+    metrics = Metrics(files.metrics, position) if processes.is_first else None
+    parallel, exchange = distribute(model, optimizer, settings, processes)
+    held_bytes = 0
     started_s = time.perf_counter() - wall_s
 
     def log(row: dict[str, Any]) -> None:
-        if not all(math.isfinite(row.get(key, 0.0)) for key in ("loss", "grad_norm", "val_loss")):
+        if not all(math.isfinite(row.get(key) or 0.0) for key in ("loss", "grad_norm", "val_loss")):
             raise Diverged(f"{METHODS[method].title} diverged at step {row['step']} (lr {lr:g})")
-        metrics.append(row)
-        on_row(row)
+        if metrics is not None:
+            metrics.append(row)
+            on_row(row)
 
     def highest_bytes() -> int | None:
         now = peak.bytes()
@@ -187,12 +223,13 @@ def train(
 
     try:
         for step in range(done, settings.steps):
-            log(train_step(model, optimizer, step, settings, corpus))
+            row, held_bytes = train_step(parallel, optimizer, step, settings, corpus, processes, exchange)
+            log(row)
             last = step + 1 == settings.steps
             if last or (step + 1) % settings.eval_every == 0:
-                log({"event": "eval", "step": step + 1, "val_loss": evaluate(model, windows, settings.batch_size)})
-            stop = should_stop() and not last
-            if last or stop or (step + 1) % checkpoint_every == 0:
+                log({"event": "eval", "step": step + 1, "val_loss": evaluate(model, windows, settings.batch_size, processes)})
+            stop = any(processes.total(should_stop())) and not last
+            if processes.is_first and (last or stop or (step + 1) % checkpoint_every == 0):
                 checkpoints.save(
                     files.checkpoint,
                     {
@@ -211,7 +248,7 @@ def train(
                 "event": "end",
                 "step": settings.steps,
                 "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
-                "gradient_bytes": sum(parameter.grad.nbytes for parameter in model.parameters() if parameter.grad is not None),
+                "gradient_bytes": held_bytes,
                 "state_bytes": state_bytes(optimizer, model),
                 "activation_bytes": activation_bytes,
                 "peak_bytes": highest_bytes(),
@@ -219,8 +256,9 @@ def train(
             }
         )
     finally:
-        metrics.close()
-    return checkpoints.read_metrics(files.metrics)
+        if metrics is not None:
+            metrics.close()
+    return checkpoints.read_metrics(files.metrics) if processes.is_first else []
 
 
 @functools.cache
@@ -234,18 +272,29 @@ def _warm_up(settings: Settings) -> None:
     METHODS["adamw"].build(model, 1e-3, small).step()
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, settings: Settings, corpus: text.Corpus) -> dict[str, Any]:
-    """Runs step number `step` (from 0) of an optimizer of `build_optimizer`. Returns the step's metrics
-    row."""
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    settings: Settings,
+    corpus: text.Corpus,
+    processes: Processes = ALONE,
+    exchange: Any = None,
+) -> tuple[dict[str, Any], int]:
+    """Runs step number `step` (from 0) of an optimizer of `build_optimizer`. Returns the step's metrics row,
+    and the bytes of the gradients. model, exchange: see `distribute`."""
     tokens = text.batch(corpus.train, seed=settings.seed, step=step, batch_size=settings.batch_size, seq_len=settings.seq_len)
     optimizer.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(model, tokens.to(settings.device), settings.accumulate)
-    grad_norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf).item()
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # before the backward pass, in which in_backward may move weights
         group["lr"] = learning_rate(step, group["initial_lr"], settings.warmup, settings.steps)
     dense, matrices = optimizer.param_groups
-
+    sent_before = getattr(exchange, "sent_bytes", 0)
     before = bases(optimizer) if step % settings.update_proj_gap == 0 else {}
+    loss = accumulate_gradients(model, processes.share(tokens).to(settings.device), settings.accumulate)
+    loss = processes.total(loss)[0] / processes.count
+    held_bytes = gradient_bytes(optimizer, exchange)
+    grad_norm = clip(model, optimizer, settings, exchange)
+
     outer_step = matrices.get("outer_step")
     _synchronize(settings.device)
     start_s = time.perf_counter()
@@ -264,7 +313,18 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, se
         row |= {"refresh": True, "overlap": mean_overlap(before, bases(optimizer))}
     if matrices.get("outer_step") != outer_step:
         row["refresh"] = True
-    return row
+    if processes.count > 1:  # DDP's own reduction sends every gradient
+        row["sent_bytes"] = held_bytes if exchange is None else exchange.sent_bytes - sent_before
+    return row, held_bytes
+
+
+def clip(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings, exchange: Any) -> float | None:
+    """Clips the gradient and returns its norm before that; None where none is left. Where in_backward has
+    projected gradients, the norm is that of what is left of them."""
+    limit = settings.clip or math.inf
+    if not hasattr(exchange, "projected"):
+        return nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    return None if settings.in_backward == "immediately" else optimizer.clip_grad_norm_(limit).item()
 
 
 def _synchronize(device: str) -> None:
