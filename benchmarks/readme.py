@@ -38,6 +38,8 @@ ABOUT = {
     "rso": "A training iteration, forward, backward and step, of a layer in → out and of a LLaMA block at batch × sequence tokens, between "
     "draws of P and refreshes: median ms, and the median over rounds of the time against ours. `this`: `SubspaceLinear` with `RSOAdamW`, "
     "with share=None without sharing Z; all others train `nn.Linear`.",
+    "gradients": "Forward pass, backward pass and step of the linear layers of LLaMA blocks in two processes on one machine, which share "
+    "its cores: median ms of a step between refreshes, and the time against compressed gradients (`this`).",
     "host": "What a step takes of the host's time, Python and launches, over small matrices of three shapes: median ms. Without a GPU "
     "everything is run but the driver's launches.",
 }
@@ -45,6 +47,10 @@ HELD = (
     "MB that autograd saves / of gradients / of what stays beside the weights (optimizer states with bases, of RSO also P and the "
     "coordinates), and in parentheses the peak of an iteration beyond what was live, its input included. A single block is all "
     "that checkpointing computes again at a time, so its peak is not lower."
+)
+EXCHANGED = (
+    "MB that a process sends in a step between refreshes / in a step with one, and in parentheses what it holds of gradients after the "
+    "backward pass."
 )
 LARGEST = (
     "The largest batch of all of a model's blocks that fits the device, to an eighth, and in parentheses the tokens a second at that batch."
@@ -62,7 +68,15 @@ HELD_COLUMNS = {
     "states, bases, P and B": "state_mb",
     "peak of an iteration": "peak_mb",
 }
-FIRST_COLUMN = {"step": "weights", "kernel": "part, matrices", "refresh": "matrix", "memory": "weights", "rso": "what", "host": "weights"}
+FIRST_COLUMN = {
+    "step": "weights",
+    "kernel": "part, matrices",
+    "refresh": "matrix",
+    "memory": "weights",
+    "rso": "what",
+    "gradients": "weights",
+    "host": "weights",
+}
 LAST_COLUMN = {"refresh": "spectrum or dtype"}
 
 
@@ -189,6 +203,8 @@ def tables(suite: str, rows: list[Row]) -> list[str]:
     found = [table(suite, timed)] if (timed := [row for row in rows if "largest_batch" not in row]) else []
     if held := [row for row in rows if "saved_mb" in row]:
         found += [HELD, table(suite, held, _held_cell)]
+    if exchanged := [row for row in rows if "sent_mb" in row]:
+        found += [EXCHANGED, table(suite, exchanged, _exchanged_cell)]
     return [*found, LARGEST, table(suite, batches, _batch_cell)] if batches else found
 
 
@@ -228,6 +244,10 @@ def _cell(row: Row) -> str:
 
 def _held_cell(row: Row) -> str:
     return " / ".join(_megabytes(row[key]) for key in ("saved_mb", "gradient_mb", "state_mb")) + f" ({_megabytes(row['peak_mb'])})"
+
+
+def _exchanged_cell(row: Row) -> str:
+    return f"{_megabytes(row['sent_mb'])} / {_megabytes(row['refresh_sent_mb'])} ({_megabytes(row['gradient_mb'])})"
 
 
 def _batch_cell(row: Row) -> str:

@@ -15,6 +15,9 @@ tokens_per_s. Their bytes are saved_mb, gradient_mb and state_mb (with whatever 
 weights), each with …_theory_mb where there is a formula, and peak_mb of an iteration. Some rows have, instead
 of times and bytes, largest_batch, tokens_per_s, and ratio_to_ours of the batch.
 
+Rows of the gradients suite also have sent_mb, what a process sends in a step between refreshes;
+refresh_sent_mb, in a step with one; and gradient_mb, what it holds of gradients after the backward pass.
+
 If times are those of a GPU alone, `launches` says how the host's times are kept out (timing.py).
 
 What was not measured has a row as well. It holds nothing but the reason, as `failure` (a wrong result, an
@@ -116,6 +119,12 @@ ITERATION = {
     "formula ": ("state_theory_mb", ".2f"),
     "peak": ("peak_mb", ".2f"),
 }
+EXCHANGE = {
+    "MB sent a step": ("sent_mb", ".2f"),
+    "with a refresh": ("refresh_sent_mb", ".2f"),
+    "MB of gradients": ("gradient_mb", ".2f"),
+    "ms p50": ("p50_ms", ""),
+}
 LARGEST = {"largest batch": ("largest_batch", "d"), "× ours": ("ratio_to_ours", ".2f"), "tokens/s": ("tokens_per_s", ".0f")}
 """Columns: the key of a row and how it is written, by default with three digits."""
 NOTES = {
@@ -130,7 +139,13 @@ NOTES = {
 
 
 def print_rows(rows: list[Row]) -> None:
-    kinds = ((TIMED, NOTES, "p50_ms"), (ITERATION, {}, "saved_mb"), (COUNTED, {}, "step_peak_mb"), (LARGEST, {}, "largest_batch"))
+    kinds = (
+        (TIMED, NOTES, "p50_ms"),
+        (ITERATION, {}, "saved_mb"),
+        (COUNTED, {}, "step_peak_mb"),
+        (LARGEST, {}, "largest_batch"),
+        (EXCHANGE, {}, "sent_mb"),
+    )
     for columns, notes, key in kinds:
         lines = [
             (

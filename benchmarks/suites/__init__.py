@@ -4,6 +4,6 @@ cases(selection, on_gpu) -> list of cases  a case has a unique `label`, which be
 run(case, context) -> rows                    what was measured, as records.py has it; checked before timed
 """
 
-from . import host, kernel, memory, refresh, rso, step
+from . import gradients, host, kernel, memory, refresh, rso, step
 
-SUITES = {"step": step, "kernel": kernel, "refresh": refresh, "memory": memory, "rso": rso, "host": host}
+SUITES = {"step": step, "kernel": kernel, "refresh": refresh, "memory": memory, "rso": rso, "gradients": gradients, "host": host}

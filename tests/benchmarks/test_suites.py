@@ -21,7 +21,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, ceilings, checks, contenders, formulas, memory, records, shapes, suites, timing
 from benchmarks.cases import Budget, Context, Selection, Unavailable
 from benchmarks.roofline import Machine, total
-from benchmarks.suites import host, kernel, refresh, step
+from benchmarks.suites import gradients, host, kernel, refresh, step
 from benchmarks.suites import memory as memory_suite
 from lowrank_kernels.backends import reference
 
@@ -78,7 +78,7 @@ def test_timed_rows_have_all_their_figures(measured):
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] and row["rounds"] >= 1 and row["shapes"]
         assert (row["ratio_to_ours"] == 1) == (row["contender"] == "lowrank_kernels")
     for row in timed:
-        if row["contender"].startswith("lowrank_kernels") and row["suite"] != "host":
+        if row["contender"].startswith("lowrank_kernels") and row["suite"] not in ("host", "gradients"):
             assert row["percent_of_ceiling"] == pytest.approx(100 * row["predicted_ms"] / row["p50_ms"])
             assert row["gb_per_s"] == pytest.approx(row["bytes_moved"] / row["p50_ms"] / 1e6)
             assert row["tflop_per_s"] == pytest.approx(row["flops"] / row["p50_ms"] / 1e9)
@@ -120,6 +120,15 @@ def test_the_memory_suite_weighs_states_and_steps(measured):
         assert half[name]["state_mb"] == half[name]["theory_mb"] > 0 and half[name]["step_peak_mb"] > 0
         assert half[name]["ratio_to_ours"] == half[name]["state_mb"] / half["lowrank_kernels"]["state_mb"]
     assert {row["contender"] for row in of_suite(measured[1], "memory") if row["dtype"] == "float32"} >= {"AdamW, float32 states"}
+
+
+def test_the_gradients_suite_counts_what_is_sent_and_held(measured):
+    half = {row["contender"]: row for row in of_suite(measured[1], "gradients") if row["dtype"] == "bfloat16"}
+    assert set(half) == set(gradients.CONTENDERS)
+    full, ours, inside = half[gradients.FULL], half["lowrank_kernels"], half[gradients.IN_BACKWARD]
+    assert full["sent_mb"] == full["refresh_sent_mb"] == full["gradient_mb"] == ours["gradient_mb"] == ours["refresh_sent_mb"]
+    assert ours["sent_mb"] * 2 == inside["sent_mb"] == inside["gradient_mb"] < full["sent_mb"]  # R is fp32 there
+    assert half[gradients.AT_ONCE]["gradient_mb"] == 0 < half[gradients.RSO]["sent_mb"] < full["sent_mb"]
 
 
 def test_results_are_appended(measured, tmp_path):
