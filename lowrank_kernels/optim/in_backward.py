@@ -396,7 +396,8 @@ class InBackward:
 def project(members: Members) -> list[Tensor]:
     """R (r, n) of each matrix."""
     weights = [matrix for param in members.params for matrix in matrices_of(param.detach())]
-    return backends.project(Bucket(weights, members.of_matrices("basis"), {}, [], right=members.right, grads=members.grads))
+    steps = [state["step"] for state in members.states for _ in range(members.per_param)]
+    return backends.project(Bucket(weights, members.of_matrices("basis"), {}, steps, right=members.right, grads=members.grads))
 
 
 def _arrived(handle: weakref.ref[InBackward], param: Tensor) -> None:
