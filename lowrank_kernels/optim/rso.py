@@ -4,9 +4,8 @@ every `inner_steps` steps."""
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,14 +19,10 @@ from ..lifts.back_projection import BackProjection
 from ..nn import Subspace, SubspaceLayer, layer_of
 from ..nn.sketch import principal_directions
 from ..storage import Plain
-from . import groups, keys, loading, ranks, rso_groups
+from . import groups, keys, loading, ranks, rso_buckets, rso_groups
 from .buckets import Members, check_grad
 from .optimizer import LowRankOptimizer
 from .rso_groups import Layers, layers_of
-
-PART_ELEMENTS = 2**25
-"""The most elements of gradients that one bucket copies to fp32 (128 MiB), where it must. A larger matrix is
-a bucket by itself."""
 
 
 class RSOAdamW(LowRankOptimizer):
@@ -245,7 +240,7 @@ class RSOAdamW(LowRankOptimizer):
         # A parameter with the state of coordinates but without a layer is left over: to_dense has turned its
         # layer back.
         dense = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
-        return dense, _buckets(group, layers)
+        return dense, rso_buckets.buckets(group, layers)
 
     def _step_group(
         self,
@@ -263,13 +258,13 @@ class RSOAdamW(LowRankOptimizer):
             ]
             whole = not copies and all(grad.is_contiguous() for grad in members.grads)
             whole = whole and not any("displacement" in state for state in members.states)
-            for correction, alike in _by_correction(members, group["betas"][0]):
+            for correction, alike in rso_buckets.by_correction(members, group["betas"][0]):
                 corrected = replace(hyper, scale=hyper.scale * correction)
-                for part in [alike] if whole else _parts(alike):
+                for part in [alike] if whole else rso_buckets.in_parts(alike):
                     self._move_layers(group, part, corrected, grad_scale, found_inf)
 
     def _move_layers(
-        self, group: dict[str, Any], members: LayerMembers, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
+        self, group: dict[str, Any], members: rso_buckets.LayerMembers, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         states, device = members.states, members.device
         weights = [layer.weight for layer in members.layers]
@@ -293,7 +288,7 @@ class RSOAdamW(LowRankOptimizer):
             if "carried" in state:
                 state["since"] += 1
 
-    def _projected(self, group: dict[str, Any], members: LayerMembers, grad_scale: Tensor | None) -> list[Tensor]:
+    def _projected(self, group: dict[str, Any], members: rso_buckets.LayerMembers, grad_scale: Tensor | None) -> list[Tensor]:
         """R of each layer: the gradient of its coordinates, unscaled, and with the proximal term."""
         projected = [grad.contiguous() for grad in members.grads]
         if grad_scale is not None:
@@ -306,7 +301,7 @@ class RSOAdamW(LowRankOptimizer):
             projected = list(torch._foreach_add(projected, displacements, alpha=group["proximal"]))
         return projected
 
-    def _rounding_seeds(self, group: dict[str, Any], members: LayerMembers) -> Tensor:
+    def _rounding_seeds(self, group: dict[str, Any], members: rso_buckets.LayerMembers) -> Tensor:
         seeds = [
             philox.signed64(philox.derive_seed(layer.subspace.fingerprint, group["outer_step"], place))
             for layer, place in zip(members.layers, members.places, strict=True)
@@ -486,53 +481,3 @@ def _watch_inputs(group: dict[str, Any], layers: Layers) -> None:
         layer.subspace.sketch = None
     for layer in layers.values() if group["inner_step"] >= group["inner_steps"] - 1 else ():
         layer.subspace.watch_inputs(layer.weight.device)
-
-
-@dataclass
-class LayerMembers(Members):
-    """Coordinates whose layers' weights are alike. layers: one for each of them."""
-
-    layers: list[SubspaceLayer] = field(default_factory=list)
-
-
-LISTS = ("params", "places", "states", "grads", "layers")
-"""The fields of LayerMembers with one entry for each layer."""
-
-
-def _buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
-    """The buckets of coordinates that have a gradient. All layers of a bucket have weights of the same shape,
-    strides, dtype and device, and gradients of the same dtype."""
-    found: dict[Any, list[tuple[int, Tensor]]] = defaultdict(list)
-    places = {param: place for place, param in enumerate(group["params"])}
-    for param, layer in layers.items():
-        if param.grad is not None:
-            weight = layer.weight
-            key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device, param.grad.dtype
-            found[key].append((places[param], param))
-    result = []
-    for (transposed, *_), members in found.items():
-        places, params = (list(each) for each in zip(*members, strict=True))
-        grads = [param.grad for param in params]
-        held = [layers[param] for param in params]
-        result.append(LayerMembers(not transposed, params[0].shape[0], 1, True, params, places, [], grads, held))
-    return result
-
-
-def _by_correction(members: LayerMembers, beta1: float) -> list[tuple[float, LayerMembers]]:
-    """The bucket, in parts of equal corrections (see rso_groups.correction), with those."""
-    slots: dict[float, list[int]] = {}
-    for slot, state in enumerate(members.states):
-        slots.setdefault(rso_groups.correction(state, beta1), []).append(slot)
-    if len(slots) == 1:
-        return [(next(iter(slots)), members)]
-    return [
-        (correction, replace(members, **{name: [getattr(members, name)[slot] for slot in mine] for name in LISTS}))
-        for correction, mine in slots.items()
-    ]
-
-
-def _parts(members: LayerMembers) -> list[LayerMembers]:
-    """The bucket in parts whose gradients have at most PART_ELEMENTS elements."""
-    at_once = max(1, PART_ELEMENTS // max(1, members.params[0].numel()))
-    cuts = [slice(start, start + at_once) for start in range(0, len(members.params), at_once)]
-    return [replace(members, **{name: getattr(members, name)[cut] for name in LISTS}) for cut in cuts]

@@ -13,7 +13,7 @@ from torch import nn
 
 import lowrank_kernels as lrk
 from lowrank_kernels import philox
-from lowrank_kernels.optim import rso
+from lowrank_kernels.optim import rso_buckets
 from lowrank_kernels.subspaces import draw_projection
 
 STEPS = st.lists(
@@ -195,7 +195,7 @@ def test_a_layer_moves_by_the_same_bits_alone_and_among_others(monkeypatch, part
     """Buckets and their parts are an implementation detail."""
     together, optimizer = build(net=Mixed, device=DEVICE, weight_decay=0.1, **options)
     alone = copy.deepcopy(together)
-    monkeypatch.setattr(rso, "PART_ELEMENTS", part_elements)
+    monkeypatch.setattr(rso_buckets, "PART_ELEMENTS", part_elements)
     for step in range(6):
         random_gradients(together, step)
         optimizer.step()
