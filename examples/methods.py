@@ -55,7 +55,7 @@ def _low_rank(
     def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
         import lowrank_kernels as lrk  # imported here, so that adamw alone needs nothing but torch
 
-        keys = {key: getattr(settings, key) for key in (*reads, "seed")} | fixed
+        keys = {key: getattr(settings, key) for key in (*reads, "seed", "diagnostics")} | fixed
         dense, projected = lrk.param_groups(model, **keys)
         groups = [dense | {"lr": settings.dense_lr}, projected]
         return getattr(lrk, class_name)(groups, lr=lr, weight_decay=settings.weight_decay)

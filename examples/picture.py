@@ -1,4 +1,5 @@
-"""Two panels: the loss as training goes on, and how much of each basis the next one keeps."""
+"""The loss as training goes on, and how much of each basis the next one keeps. With --diagnostics also what
+each refresh found in the gradients."""
 
 from __future__ import annotations
 
@@ -29,6 +30,11 @@ STYLE = {
     "grid.color": "#ececec",
     "axes.axisbelow": True,
 }
+FOUND = {
+    "captured_energy": ("Energy of the gradient that the new basis captures", "‖PᵀG‖²/‖G‖², mean over the projected matrices."),
+    "effective_rank": ("Effective rank of the gradient", "(Σσ²)²/Σσ⁴, mean over the projected matrices."),
+}
+"""What --diagnostics adds to the rows of refreshes, with the title and explanation of its panel."""
 MANY = 6
 """More curves than this get thinner lines, labels of one line, and a taller picture."""
 POINTS = {"linewidth": 1.7, "marker": "o", "markersize": 4.5, "markeredgecolor": "white", "markeredgewidth": 0.7, "clip_on": False}
@@ -42,24 +48,30 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]], *, title: str, subti
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    overlaps = {method: points for method, rows in runs.items() if (points := _overlaps(rows))}
+    overlaps, *found = (_of_refreshes(runs, key) for key in ("overlap", *FOUND))
     with plt.rc_context(STYLE):
-        many = len(runs) > MANY
-        figure, axes = plt.subplots(1, 2 if overlaps else 1, figsize=(13.5, 6.5) if many else (11.5, 5.2), squeeze=False)
+        many, lines = len(runs) > MANY, 2 if all(found) else 1
+        width, height = (13.5, 6.5) if many else (11.5, 5.2)
+        figure, axes = plt.subplots(lines, 2 if overlaps else 1, figsize=(width, height * lines), squeeze=False)
         right = 0.88 if many or not overlaps else 0.925
-        figure.subplots_adjust(left=0.055, right=right, bottom=0.1, top=0.74, wspace=0.62 if many else 0.38)
-        figure.text(0.055, 0.945, title, fontsize=14, fontweight="bold", va="center")
-        figure.text(0.055, 0.892, subtitle, color=SOFT, va="center")
+        figure.subplots_adjust(
+            left=0.055, right=right, bottom=0.1 / lines, top=1 - 0.26 / lines, wspace=0.62 if many else 0.38, hspace=0.42
+        )
+        figure.text(0.055, 1 - 0.055 / lines, title, fontsize=14, fontweight="bold", va="center")
+        figure.text(0.055, 1 - 0.108 / lines, subtitle, color=SOFT, va="center")
         _draw_loss(axes[0][0], runs)
         if overlaps:
             _draw_overlap(axes[0][1], overlaps, random_overlap)
+        for place, (points, (what, explanation)) in enumerate(zip(found, FOUND.values(), strict=True) if lines == 2 else ()):
+            _draw_found(axes[1][place], points, what, explanation)
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160, facecolor="white"))
         plt.close(figure)
 
 
-def _overlaps(rows: list[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(steps before the refresh, overlap) of each refresh but the first."""
-    return [(row["step"] - 1, row["overlap"]) for row in rows if row.get("overlap") is not None]
+def _of_refreshes(runs: dict[str, list[dict[str, Any]]], key: str) -> dict[str, list[tuple[int, float]]]:
+    """Optimizer → (steps before the refresh, figure) of each refresh that has that figure."""
+    each = {method: [(row["step"] - 1, row[key]) for row in rows if row.get(key) is not None] for method, rows in runs.items()}
+    return {method: points for method, points in each.items() if points}
 
 
 def _draw_loss(axes: Axes, runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -109,6 +121,16 @@ def _draw_overlap(axes: Axes, overlaps: dict[str, list[tuple[int, float]]], rand
     _label_ends(axes, ends)
 
 
+def _draw_found(axes: Axes, found: dict[str, list[tuple[int, float]]], title: str, explanation: str) -> None:
+    for method, points in found.items():
+        axes.plot(*zip(*points, strict=True), color=METHODS[method].color, **_line(method, len(found) > MANY))
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(0, max(1, *(step for points in found.values() for step, _ in points)))
+    _title(axes, title, explanation)
+    axes.set_xlabel("step of the refresh")
+    _label_ends(axes, [(points[-1][1], METHODS[method].title, METHODS[method].color) for method, points in found.items()])
+
+
 def _line(method: str, many: bool) -> dict[str, Any]:
     """How a method's curve is drawn: with I3S's bases dashed."""
     style = POINTS | ({"linewidth": 1.3, "markersize": 3} if many else {})
@@ -138,6 +160,7 @@ def _label_ends(axes: Axes, ends: list[tuple[float, str, str]], lines: int = 1) 
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
     shift = sum(height - y for height, (y, _, _) in zip(heights, ends, strict=True)) / len(ends)
+    shift = max(min(shift, heights[0] - low), heights[-1] - high)  # none of them beyond the axes
     for height, (_, label, color) in zip(heights, ends, strict=True):
         axes.annotate(
             label,

@@ -116,6 +116,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="deferred",
     )
+    how.add_argument("--diagnostics", action="store_true", help="look at each refresh: captured energy and effective rank, in the picture")
     how.add_argument("--compress-gradients", action="store_true", help="let the processes of torchrun exchange projected gradients")
 
     where = result.add_argument_group("where and how often")

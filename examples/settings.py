@@ -65,6 +65,7 @@ class Settings:
     rso_scale: float = 1.0
     rso_moments: str = "reset"
 
+    diagnostics: bool = False  # what each refresh finds: captured energy and effective rank
     in_backward: str = "off"  # or when the matrices move whose gradients are projected in the backward pass
     compress_gradients: bool = False  # what the processes exchange of projected gradients
     processes: int = 1  # the batch is shared by them
@@ -186,7 +187,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-ADDED = ("lean", "principal_rank", "rso_scale", "rso_moments", "in_backward", "compress_gradients", "processes")
+ADDED = ("lean", "principal_rank", "rso_scale", "rso_moments", "diagnostics", "in_backward", "compress_gradients", "processes")
 """Settings that runs of an earlier version do not have. Theirs are the defaults."""
 
 

@@ -154,6 +154,15 @@ def mean_overlap(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, T
     return sum(lrk.subspace_overlap(before[p], after[p]).mean().item() for p in before) / len(before)
 
 
+def mean_diagnostics(optimizer: torch.optim.Optimizer, refreshed_at: int) -> dict[str, float]:
+    """Means over the matrices whose bases were chosen at that count of steps: the part of the gradient's
+    energy that the new bases capture, and the effective rank of the gradient. Figures that a method does not
+    have are left out."""
+    rows = [row for row in optimizer.diagnostics() if row["refreshed_at"] == refreshed_at]
+    means = {key: sum(row[key] for row in rows) / len(rows) for key in ("captured_energy", "effective_rank") if rows}
+    return {key: value for key, value in means.items() if math.isfinite(value)}
+
+
 def state_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
     """Of the states, and of RSO's projections, which its layers hold. What several share counts once."""
     held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
@@ -180,7 +189,8 @@ def train(
 
     Rows are of three kinds. A "step" has the loss in nats a byte, lr and dense_lr of that step, grad_norm
     (None where gradients were used up in the backward pass) and optimizer_ms; at a refresh of bases also the
-    overlap with the previous ones; with several processes also sent_bytes, what this one gave to all-reduces.
+    overlap with the previous ones, and with settings.diagnostics captured_energy and effective_rank; with
+    several processes also sent_bytes, what this one gave to all-reduces.
     An "eval" has val_loss. The last row is "end", with weight_bytes, gradient_bytes, state_bytes,
     activation_bytes, peak_bytes and wall_s. `step` counts finished steps. The loss of a row is that of the
     weights before its step.
@@ -311,6 +321,8 @@ def train_step(
     }
     if step % settings.update_proj_gap == 0 and "rank" in matrices:
         row |= {"refresh": True, "overlap": mean_overlap(before, bases(optimizer))}
+        if settings.diagnostics:
+            row |= mean_diagnostics(optimizer, refreshed_at=matrices["calls"] - 1)
     if matrices.get("outer_step") != outer_step:
         row["refresh"] = True
     if processes.count > 1:  # DDP's own reduction sends every gradient

@@ -49,6 +49,17 @@ def records(study):
     return [json.loads(line) for line in study.results.read_text().splitlines()]
 
 
+def test_lean_blocks_are_another_experiment(study):
+    grid = (*study.arguments, "--optimizer", "adamw", "--seeds", 0)
+    assert study(*grid, "--lean", "off", "on") == 0
+    eager, lean = records(study)
+    assert (eager["settings"]["lean"], lean["settings"]["lean"]) == (False, True) and eager["key"] != lean["key"]
+    assert lean["bytes"]["activation"] < eager["bytes"]["activation"]
+    assert lean["val_loss"] == pytest.approx(eager["val_loss"], rel=1e-3)
+    with pytest.raises(SystemExit):
+        study(*grid, "--lean", "yes")
+
+
 def test_a_grid_is_run_once(study, capsys):
     grid = (*study.arguments, "--optimizer", "adamw", "galore", "--rank", 2, 4)
     assert study(*grid, "--seeds", 0) == 0

@@ -2,6 +2,7 @@
 
 import pytest
 from picture import _running_mean
+from pretrain_runs import rows
 from report import summarize
 
 
@@ -37,3 +38,18 @@ def test_what_was_not_measured_is_none():
 def test_running_mean():
     assert _running_mean([1, 2, 3, 4, 5, 6], reach=0) == [1, 2, 3, 4, 5, 6]
     assert _running_mean([1, 2, 6, 4, 5, 6], reach=2) == [1, 3, pytest.approx(18 / 5), pytest.approx(23 / 5)]
+
+
+def test_diagnostics_are_in_rows_and_picture(pretrain, tmp_path):
+    arguments = ("--optimizer", "adamw", "galore", "apollo", "--update-proj-gap", "2")
+    pretrain("--out", tmp_path / "run", *arguments, "--diagnostics")
+    pretrain("--out", tmp_path / "without", *arguments)
+    for method in ("galore", "apollo"):
+        refreshes = [row for row in rows(tmp_path / "run" / f"{method}.jsonl") if row.get("refresh")]
+        assert len(refreshes) == 3 and all(1 <= row["effective_rank"] <= 128 for row in refreshes)
+        assert all(("captured_energy" in row) == (method == "galore") for row in refreshes)
+        losses = [[row["loss"] for row in rows(where / f"{method}.jsonl") if "loss" in row] for where in tmp_path.iterdir()]
+        assert losses[0] == losses[1]
+    assert all(0.3 < row["captured_energy"] <= 1.001 for row in rows(tmp_path / "run" / "galore.jsonl") if row.get("refresh"))
+    width, height = (int.from_bytes((tmp_path / "run" / "curves.png").read_bytes()[at : at + 4], "big") for at in (16, 20))
+    assert height > width * 0.8  # two lines of panels
