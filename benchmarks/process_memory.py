@@ -25,7 +25,8 @@ import llama  # noqa: E402
 from memory import return_freed_memory  # noqa: E402
 
 import lowrank_kernels as lrk  # noqa: E402
-from lowrank_kernels.estimate import IN_BACKWARD, METHODS  # noqa: E402
+from lowrank_kernels.estimate import METHODS  # noqa: E402
+from lowrank_kernels.optim.in_backward import UPDATES  # noqa: E402
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--method", choices=METHODS, default="galore")
     result.add_argument("--rank", type=int, default=128)
     result.add_argument("--state-bits", type=int, choices=(32, 8), default=32)
-    result.add_argument("--in-backward", choices=IN_BACKWARD)
+    result.add_argument("--in-backward", choices=UPDATES)
     result.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     result.add_argument("--tokens", type=int, default=32, help="of one sequence, the batch")
     result.add_argument("--steps", type=int, default=2)

@@ -80,13 +80,15 @@ METHODS: dict[str, Method] = {
     "i3s": Method("I3S", 2e-2, "#0072b2", _low_rank("I3SAdamW"), LOW_RANK),
     "rso": Method("RSO", 2e-3, "#009e73", _rso, RSO),
     "fira": Method("Fira", 1e-2, "#cc79a7", _low_rank("FiraAdamW", **DOMINANT), LOW_RANK, needs_gradient=True),
-    "fira-i3s": Method("Fira, I3S", 1e-2, "#cc79a7", _low_rank("FiraAdamW", **IMPORTANCE), LOW_RANK, True, True),
+    "fira-i3s": Method("Fira, I3S", 1e-2, "#cc79a7", _low_rank("FiraAdamW", **IMPORTANCE), LOW_RANK, dashed=True, needs_gradient=True),
     "adafactor": Method("Adafactor", 2e-2, "#b58900", _low_rank("LowRankAdafactor", **DOMINANT), LOW_RANK),
     "adafactor-i3s": Method("Adafactor, I3S", 2e-2, "#b58900", _low_rank("LowRankAdafactor", **IMPORTANCE), LOW_RANK, dashed=True),
     "adam-mini": Method("Adam-mini", 2e-2, "#56b4e9", _low_rank("LowRankAdamMini", **DOMINANT), LOW_RANK),
     "adam-mini-i3s": Method("Adam-mini, I3S", 2e-2, "#56b4e9", _low_rank("LowRankAdamMini", **IMPORTANCE), LOW_RANK, dashed=True),
     "apollo": Method("APOLLO", 4e-3, "#7f3c8d", _low_rank("ApolloAdamW", SCALING), SCALING, needs_gradient=True),
-    "apollo-mini": Method("APOLLO-Mini", 4e-3, "#7f3c8d", _low_rank("ApolloMiniAdamW", SCALING[1:], rank=1), SCALING[1:], True, True),
+    "apollo-mini": Method(
+        "APOLLO-Mini", 4e-3, "#7f3c8d", _low_rank("ApolloMiniAdamW", SCALING[1:], rank=1), SCALING[1:], dashed=True, needs_gradient=True
+    ),
 }
 DEFAULT = ("adamw", "galore", "i3s", "rso")  # what runs where no optimizer is named
 

@@ -106,6 +106,8 @@ class Settings:
             raise SettingsError(f"--distribution principal needs a --rso-rank of 2 at least, got {self.rso_rank}")
         if self.principal_rank >= self.rso_rank:
             raise SettingsError(f"--principal-rank {self.principal_rank} is not less than --rso-rank {self.rso_rank}")
+        if self.eval_sequences < self.processes:
+            raise SettingsError(f"--eval-sequences {self.eval_sequences} is less than one for each of {self.processes} processes")
         if self.batch_size % (self.accumulate * self.processes):
             among = f" among {self.processes} processes" if self.processes > 1 else ""
             raise SettingsError(f"--accumulate {self.accumulate}{among} does not divide --batch-size {self.batch_size}")

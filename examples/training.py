@@ -132,7 +132,7 @@ def first_tokens(settings: Settings, corpus: text.Corpus, processes: Processes) 
 def evaluate(model: nn.Module, windows: Tensor, batch_size: int, processes: Processes = ALONE) -> float:
     """Mean loss of a held-out byte, nats. Each process evaluates its part of the windows."""
     mine = processes.share(windows)
-    total = sum(llama.loss(model, piece).double().item() * len(piece) for piece in mine.split(batch_size))
+    total = sum(llama.loss(model, piece).double().item() * len(piece) for piece in mine.split(batch_size) if len(piece))
     return processes.total(total)[0] / len(windows)
 
 

@@ -21,6 +21,7 @@ from .backends.foreach import CHUNK_ELEMENTS as RULE_ELEMENTS
 from .backends.triton.table import TEMPORARY_BYTES
 from .nn import SubspaceLayer, to_subspace
 from .optim import groups
+from .optim.in_backward import UPDATES, check_arguments
 from .optim.refreshes import REFRESHED_ELEMENTS
 from .subspaces import BLIND
 
@@ -36,7 +37,6 @@ METHODS: dict[str, type[torch.optim.Optimizer]] = {
     "rso": optim.RSOAdamW,
 }
 """What `estimate_memory` knows by name."""
-IN_BACKWARD = ("deferred", "immediately")
 HEADS = ("embed", "lm_head", "wte", "wpe")
 """Parts of names of matrices that stay dense, where only shapes are known."""
 
@@ -136,8 +136,8 @@ def estimate_memory(
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
         raise ValueError(f"method must be one of {', '.join(METHODS)} or a class, got {method!r}")
-    if in_backward not in (None, *IN_BACKWARD):
-        raise ValueError(f"in_backward must be None or one of {', '.join(IN_BACKWARD)}, got {in_backward!r}")
+    if in_backward not in (None, *UPDATES):
+        raise ValueError(f"in_backward must be None or one of {', '.join(UPDATES)}, got {in_backward!r}")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
     is_low_rank = issubclass(kind, optim.LowRankOptimizer)
@@ -153,7 +153,10 @@ def estimate_memory(
         to_subspace(meta, rank, target_modules, **options)
         plan.of_layers(meta)
     else:
-        plan.of_groups(kind(optim.param_groups(meta, rank, target_modules, **options)), in_backward, device)
+        optimizer = kind(optim.param_groups(meta, rank, target_modules, **options))
+        if in_backward:
+            check_arguments(optimizer, accumulate, in_backward, accumulator_dtype, None)
+        plan.of_groups(optimizer, in_backward, device)
     if in_backward and not plan.projected:
         raise ValueError(f"in_backward is for methods that project gradients, not for {method!r}")
     return plan.memory(meta, in_backward, accumulator_dtype, accumulate, loss)
@@ -192,15 +195,15 @@ class _Plan:
                 r, m, n = min(group["rank"], rows, columns), *((columns, rows) if right else (rows, columns))
                 for shape, dtype in optimizer._layout(hyper, param, right, r).values():
                     self.states += batch * torch.Size(shape).numel() * dtype.itemsize
-                self.states += STEP_BYTES
+                self.states += STEP_BYTES + 4 * (group["refresh_threshold"] < 1) + 12 * batch * group["diagnostics"]
                 self.bases += batch * m * r * param.element_size()
                 self.projected[param] = batch * r * n
-                alike[right, m, n, r, param.dtype] += batch
-            due = len(group["params"])
-            due = -(-due // group["update_proj_gap"]) if group["stagger"] else due
-            for (_, m, n, r, dtype), count in alike.items():
-                moved = 1 if in_backward == "immediately" else count
-                refreshed = 1 if in_backward else min(count, due)
+                alike[right, m, n, r, param.dtype, batch] += 1
+            parameters = len(group["params"])
+            due = -(-parameters // group["update_proj_gap"]) if group["stagger"] else parameters
+            for (_, m, n, r, dtype, batch), alike_params in alike.items():
+                moved = batch * (1 if in_backward == "immediately" else alike_params)
+                refreshed = batch * (1 if in_backward else min(alike_params, due))
                 self.step = max(self.step, _step_bytes(m, n, r, moved, dtype, hyper, device))
                 if group["selection"] not in BLIND:
                     columns = (3 if group["selection"] == "importance" else 1) * r + group["oversample"]

@@ -31,7 +31,7 @@ def tokens(length=32, device="cpu"):
 
 
 def trained(method, model, rank=8, in_backward=None, **options):
-    """The optimizer after a step, and the bytes of gradients and of R before it."""
+    """The optimizer after two steps, and the bytes of gradients and of R before the last."""
     kind = METHODS[method]
     if method == "adamw":
         optimizer = kind(model.parameters())
@@ -41,6 +41,9 @@ def trained(method, model, rank=8, in_backward=None, **options):
         optimizer = kind(lrk.param_groups(model, rank=rank, **options))
     if in_backward:
         lrk.in_backward(model, optimizer, update=in_backward)
+    llama.loss(model, tokens()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
     llama.loss(model, tokens()).backward()
     gradients = sum(param.grad.nbytes for param in model.parameters() if param.grad is not None)
     held = sum(tensor.nbytes for tensor in optimizer._in_backward.projected.values()) if in_backward else 0
@@ -53,7 +56,7 @@ def trained(method, model, rank=8, in_backward=None, **options):
     "method, options",
     [(method, {}) for method in METHODS]
     + [("galore", dict(state_bits=8)), ("i3s", dict(proj_type="left")), ("galore", dict(in_backward="deferred"))]
-    + [("fira", dict(in_backward="immediately"))],
+    + [("fira", dict(in_backward="immediately")), ("i3s", dict(refresh_threshold=0.3, diagnostics=True, update_proj_gap=1))],
     ids=str,
 )
 def test_what_is_held_is_exact(method, options, dtype):
@@ -132,6 +135,18 @@ def test_seven_billion_parameters_fit_into_22_gb():
     assert lrk.estimate_memory(model, "galore", 1024, state_bits=8, loss=loss).peak > 33e9
 
 
+def test_experts_of_one_parameter_move_together():
+    class Experts(nn.Module):
+        def __init__(self, count):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(count, 64, 96, device="meta"))
+
+    one, eight = (
+        lrk.estimate_memory(nn.Sequential(Experts(count)), "galore", 8, in_backward="immediately", target_modules=["0"]) for count in (1, 8)
+    )
+    assert eight.refresh == 8 * one.refresh and eight.states > 7 * one.states
+
+
 def test_a_table():
     text = str(lrk.estimate_memory(build(llama.SIZES["60m"], device="meta"), "galore", 128))
     assert [line.split("  ")[0].strip() for line in text.splitlines()] == [
@@ -148,6 +163,9 @@ def test_a_table():
         (dict(method="galore", rank=8, in_backward="now"), "in_backward must be None or one of deferred, immediately"),
         (dict(method="rso", rank=8, in_backward="deferred"), "in_backward is for methods that project gradients"),
         (dict(method="galore", rank=8, device="tpu"), "device must be 'cuda' or 'cpu'"),
+        (dict(method="fira", rank=8, in_backward="deferred"), "use update='immediately'"),
+        (dict(method="galore", rank=8, in_backward="immediately", accumulate=4), "one backward pass a step"),
+        (dict(method="galore", rank=8, in_backward="deferred", accumulator_dtype=torch.int8), "torch.float32 or torch.bfloat16"),
         (dict(method="galore", rank=8, state_bit=8), "did you mean 'state_bits'"),
     ],
 )

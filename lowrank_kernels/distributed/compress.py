@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from ..ops.dispatch import outside_training
 from ..optim import LowRankOptimizer, RSOAdamW
 from ..optim.buckets import Members, bucket_of_one
 from ..optim.groups import describe, is_low_rank
-from ..optim.in_backward import project
+from ..optim.in_backward import find_group, project
 
 
 def compress_gradients(model: nn.parallel.DistributedDataParallel, optimizer: LowRankOptimizer) -> CompressedGradients:
@@ -39,8 +40,12 @@ def compress_gradients(model: nn.parallel.DistributedDataParallel, optimizer: Lo
     DDP holds full gradients, twice. `in_backward` with process_group holds none and sends R once a step, but
     does not overlap.
 
+    The hook stays with the model and belongs to this optimizer. Once the optimizer is gone it sends all
+    gradients whole, as DDP does. Where a matrix waits for its first gradient that is not zero, the host waits
+    for the device once a step.
+
     Args:
-        model: has no communication hook yet. It cannot be unregistered.
+        model: has no communication hook yet.
         optimizer: a low-rank optimizer of this package with parameters of the model.
 
     Raises:
@@ -85,7 +90,7 @@ class CompressedGradients:
 
     def __init__(self, optimizer: LowRankOptimizer, places: dict[Tensor, tuple[int, int]], process_group: Any) -> None:
         self.sent_bytes, self.whole = 0, 0
-        self._optimizer, self._places, self._process_group = optimizer, places, process_group
+        self._optimizer, self._places, self._process_group = weakref.ref(optimizer), places, process_group
 
     @outside_training
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -120,8 +125,10 @@ class CompressedGradients:
         about that, so it depends on nothing that only one of them knows."""
         if param not in self._places:
             return None
-        optimizer, (index, place) = self._optimizer, self._places[param]
-        group = optimizer.param_groups[index]
+        optimizer, (index, place) = self._optimizer(), self._places[param]
+        if optimizer is None:
+            return None
+        group = find_group(optimizer, param, index, place)
         layout = functools.partial(optimizer._layout, optimizer._hyper(group))
         members = bucket_of_one(group, index, optimizer.state, layout, place, grad)
         optimizer._waiting.settle(optimizer.state, wait=True)

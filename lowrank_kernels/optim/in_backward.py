@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import functools
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import backends
 from ..backends import Bucket, Hyper
 from ..ops.dispatch import outside_training
-from . import groups
+from . import groups, refreshes
 from .averaging import average_
 from .buckets import Members, bucket_of_one, matrices_of
 
@@ -73,8 +75,9 @@ def in_backward(
             the gradient of an ordinary parameter, so the model must have one.
         process_group: torch.distributed's. The mean over its processes is taken of R once a step, of the
             gradients of ordinary parameters too, and of a gradient from which a basis is chosen. Where
-            `model` is a DistributedDataParallel it is that one's, and its own reduction is turned off. Every
-            parameter then needs a gradient in each step.
+            `model` is a DistributedDataParallel it is that one's, and its own reduction is turned off;
+            buffers are then broadcast once a step. Every parameter needs a gradient in each step, and the
+            gradients must come in the same order in all processes.
 
     Returns:
         InBackward, whose remove() ends it.
@@ -83,11 +86,12 @@ def in_backward(
         torch.nn.utils.clip_grad_norm_ does not see R; optimizer.clip_grad_norm_ does. step(closure) is
         refused. step() and optimizer.zero_grad() drop R; model.zero_grad() does not. state_dict() does not
         hold it, as it does not hold .grad; load_state_dict() is refused while there is any. After a backward
-        pass that raised, step() is refused until optimizer.zero_grad(). A compiled model frees its gradients
-        at the end of each compiled part: compile the layers, not the whole. Reentrant checkpointing of a
-        layer that is used twice counts each use as a pass. A CUDA graph of the backward pass is refused. With
-        a GradScaler, a basis that is due in a step that is skipped is chosen from that step's gradient, if
-        it is finite.
+        pass that raised, step() is refused until optimizer.zero_grad(); with update="immediately" some
+        matrices have moved by then. Parameters that are added later keep full gradients. A compiled model
+        frees its gradients at the end of each compiled part: compile the layers, not the whole. Reentrant
+        checkpointing of a layer that is used twice counts each use as a pass. CUDA graphs are refused. With a
+        GradScaler, a basis that is due in a step that is skipped is chosen from that step's gradient, if it
+        is finite.
 
     Raises:
         ValueError, TypeError: for an argument out of range; where no parameter of the model is in a low-rank
@@ -99,6 +103,19 @@ def in_backward(
         raise TypeError(f"optimizer must be a low-rank optimizer of lowrank_kernels, got {type(optimizer).__name__}")
     if optimizer._in_backward is not None:
         raise RuntimeError("in_backward was called for this optimizer before; remove() what that call returned first")
+    if scaler is not None and not scaler.is_enabled():
+        scaler = None
+    check_arguments(optimizer, accumulate, update, dtype, scaler)
+    handle = InBackward(optimizer, accumulate, update, dtype, scaler)
+    handle._begin(model, process_group)
+    optimizer._in_backward = handle
+    return handle
+
+
+def check_arguments(
+    optimizer: LowRankOptimizer, accumulate: int, update: str, dtype: torch.dtype, scaler: torch.amp.GradScaler | None
+) -> None:
+    """Raises ValueError where in_backward cannot work with these."""
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate must be a positive integer, got {accumulate!r}")
     if update not in UPDATES:
@@ -111,18 +128,22 @@ def in_backward(
         raise ValueError("update='immediately' moves weights before a GradScaler has looked at all gradients; leave update at 'deferred'")
     if getattr(optimizer, "moves_coordinates", False):
         raise ValueError("the gradients of coordinates are R already, so RSOAdamW needs no in_backward")
-    handle = InBackward(optimizer, accumulate, update, dtype, scaler)
-    handle._begin(model, process_group)
-    optimizer._in_backward = handle
-    return handle
+    for index, group in enumerate(optimizer.param_groups):
+        if update == "deferred" and groups.is_low_rank(group) and optimizer.lifts[group["lift"]].takes_gradient:
+            raise ValueError(
+                f"lift={group['lift']!r} moves the weights by their gradients, for which R is not enough "
+                f"({groups.describe(group, index)}); use update='immediately'"
+            )
 
 
 class InBackward:
-    """What `in_backward` returns.
+    """What `in_backward` returns. Users call remove(), and average() with a GradScaler over several
+    processes; optimizers call the rest.
 
     projected: parameter → R of the passes since the last step, (r, n) or (experts, r, n). moved: the
     parameters updated since then, with update="immediately". sent_bytes: what this process has given to
-    all-reduces so far."""
+    all-reduces so far.
+    """
 
     def __init__(
         self, optimizer: LowRankOptimizer, accumulate: int, update: str, dtype: torch.dtype, scaler: torch.amp.GradScaler | None
@@ -135,9 +156,22 @@ class InBackward:
         self._places: dict[Tensor, tuple[int, int]] = {}
         """Parameter → (index of its group, place in it)."""
         self._hooks: list[Any] = []
-        self._turn_on: Callable[[], None] = lambda: None
+        self._restore_ddp: Callable[[], object] = lambda: None
+        self._buffers: list[Tensor] = []
+        """That DistributedDataParallel would keep equal in all processes."""
         self._process_group: Any = None
-        self.clear()
+        self._passes: Counter[Tensor] = Counter()
+        """How many gradients of a parameter have come since the last step."""
+        self._running: set[int] = set()
+        """Backward passes that have begun and not ended."""
+        self._infinite: set[Tensor] = set()
+        """Parameters whose gradient was not finite when a basis was due."""
+        self._order = 0
+        """A digest of the order in which gradients came, and whether a basis was chosen among them."""
+        self._chose = False
+        self._closed = self._averaged = self._unscaled = self._shown = False
+        """Since the last step: whether gradients were clipped or averaged, so that no more may come; whether
+        R is the mean over the processes, is unscaled, and was shown to the scaler."""
 
     def _begin(self, model: nn.Module, process_group: Any) -> None:
         optimizer = self.optimizer
@@ -145,11 +179,6 @@ class InBackward:
         for index, group in enumerate(optimizer.param_groups):
             if not groups.is_low_rank(group):
                 continue
-            if not self._at_once and optimizer.lifts[group["lift"]].takes_gradient:
-                raise ValueError(
-                    f"lift={group['lift']!r} moves the weights by their gradients, for which R is not enough "
-                    f"({groups.describe(group, index)}); use update='immediately'"
-                )
             for place, param in enumerate(group["params"]):
                 if param in of_model:
                     self._places.setdefault(param, (index, place))
@@ -157,10 +186,20 @@ class InBackward:
                         raise RuntimeError(f"{groups.describe(group, index, place)} has a gradient already; call optimizer.zero_grad()")
         if not self._places:
             raise ValueError("no parameter of the model is in a low-rank group of the optimizer")
-        parallel = isinstance(model, nn.parallel.DistributedDataParallel)
-        if parallel and process_group is not None and process_group is not model.process_group:
+        model = getattr(model, "_orig_mod", model)  # torch.compile's
+        parallel = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+        if parallel is not None and process_group is not None and process_group is not parallel.process_group:
             raise ValueError("process_group is not that of the DistributedDataParallel model; leave it out")
-        self._process_group = model.process_group if parallel else process_group
+        if parallel is not None and parallel.static_graph:
+            raise ValueError("DistributedDataParallel(static_graph=True) cannot be kept from reducing gradients; leave static_graph out")
+        self._process_group = process_group if parallel is None else parallel.process_group
+        if self._process_group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                f"torch.distributed runs {dist.get_world_size()} processes: pass process_group (torch.distributed.group.WORLD for all), or "
+                "the model in DistributedDataParallel; a group of this process alone keeps its gradients apart"
+            )
+        if self._scaler is not None and not any(param.requires_grad for param, _ in self._ordinary()):
+            raise ValueError("a GradScaler sees R only through the gradient of an ordinary parameter, and the optimizer has none")
         if self._process_group is not None:
             held = {param for group in optimizer.param_groups for param in group["params"]}
             if left := [name for name, param in model.named_parameters() if param.requires_grad and param not in held]:
@@ -168,16 +207,20 @@ class InBackward:
                     f"in_backward takes the mean of this optimizer's gradients alone, and {len(left)} parameters of the model are not in "
                     f"it, {left[0]!r} for one; put all into one optimizer, or freeze them"
                 )
-        if parallel:
-            was = model.require_backward_grad_sync
-            model.require_backward_grad_sync = False
-            self._turn_on = lambda: setattr(model, "require_backward_grad_sync", was)
+        if parallel is not None:
+            self._buffers = list(parallel.buffers()) if parallel.broadcast_buffers else []
+            parallel.require_backward_grad_sync = False
+            self._restore_ddp = weakref.finalize(self, setattr, parallel, "require_backward_grad_sync", True)
         me = weakref.ref(self)
-        for param in self._places:
+        for param in (*self._places, *(param for param, _ in self._ordinary())):
             requires_grad = param.requires_grad
             param.requires_grad_(True)  # a frozen parameter takes no hook, and may thaw later
             self._hooks.append(param.register_post_accumulate_grad_hook(functools.partial(_arrived, me)))
             param.requires_grad_(requires_grad)
+
+    def _ordinary(self) -> Iterator[tuple[Tensor, str]]:
+        """The parameters whose gradients stay, and what to call them."""
+        return ((param, where) for param, where in self._params() if param not in self._places)
 
     @property
     def optimizer(self) -> LowRankOptimizer:
@@ -193,7 +236,7 @@ class InBackward:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._turn_on()
+        self._restore_ddp()  # only the first time
         if (optimizer := self._optimizer()) is not None and optimizer._in_backward is self:
             optimizer._in_backward = None
 
@@ -204,26 +247,29 @@ class InBackward:
 
     def clear(self) -> None:
         """Forgets all since the last step."""
-        self.projected.clear()
-        self.moved.clear()
-        self._passes: Counter[Tensor] = Counter()
-        self._running: set[int] = set()
-        self._infinite: set[Tensor] = set()
-        """Parameters whose gradient was not finite when a basis was due."""
-        self._averaged = self._unscaled = False
+        for held in (self.projected, self.moved, self._passes, self._running, self._infinite):
+            held.clear()
+        self._order = 0
+        self._chose = self._closed = self._averaged = self._unscaled = self._shown = False
 
     # In the backward pass.
 
     @outside_training
     def arrived(self, param: Tensor) -> None:
-        """Projects or uses up a gradient that is complete, and frees it."""
-        optimizer, (index, place) = self.optimizer, self._places[param]
-        group = optimizer.param_groups[index]
-        if self._averaged:
-            raise RuntimeError("a backward pass came after clip_grad_norm_() and before step(); call optimizer.step() first")
+        """Projects or uses up a gradient that is complete, and frees it. That of an ordinary parameter
+        stays."""
+        if self._closed:
+            raise RuntimeError("a backward pass came after clip_grad_norm_() or average(); call optimizer.step() first")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("a backward pass with in_backward cannot be captured in a CUDA graph")
         self._note_pass()
+        if param not in self._places:
+            return
+        optimizer, (index, place) = self.optimizer, self._places[param]
+        group = find_group(optimizer, param, index, place)
+        if param.grad is None:
+            where = groups.describe(group, index, place)
+            raise RuntimeError(f"another hook has taken the gradient of {where}; remove() the in_backward of its other optimizer")
         self._passes[param] += 1
         if self._passes[param] > self._accumulate:
             raise RuntimeError(
@@ -232,11 +278,21 @@ class InBackward:
             )
         hyper = optimizer._hyper(group)
         members = bucket_of_one(group, index, optimizer.state, functools.partial(optimizer._layout, hyper), place, param.grad)
-        if due := optimizer._due(group, [members]):
-            if not self._may_choose(param, members):
+        if self._process_group is not None:
+            self._order = zlib.crc32(f"{index} {place}".encode(), self._order)
+            optimizer._waiting.settle(optimizer.state, wait=True)  # all processes must find the same bases due
+        due = optimizer._due(group, [members])
+        if due:
+            if self._process_group is not None:
+                self._compare_once()
+                self._average(members.grads)
+                self._chose = True
+            if self._scaler is not None and refreshes.is_refresh(due) and not all(bool(grad.isfinite().all()) for grad in members.grads):
+                # The scale was too large, and the scaler will skip this step.
+                self._infinite.add(param)
                 param.grad = None
                 return
-            optimizer._refresh(group, members, optimizer._chosen(group, members, due[0], None), hyper)
+            optimizer._refresh(group, members, optimizer._chosen(group, members, due[0], self._is_infinite(members)), hyper)
         if self._at_once:
             self._move(group, members, hyper, bool(due))
             self.moved.add(param)
@@ -259,16 +315,12 @@ class InBackward:
         if self._scaler is not None:
             self._show_to_scaler()
 
-    def _may_choose(self, param: Tensor, members: Members) -> bool:
-        """Whether a basis may be chosen from the parameter's gradient, which becomes the mean of all
-        processes. A scaled loss may have made it infinite; the scaler will then skip the step."""
-        if self._process_group is not None:
-            self._compare_once()
-            self._average(members.grads)
-        if self._scaler is None or not self._scaler.is_enabled() or all(bool(torch.isfinite(grad).all()) for grad in members.grads):
-            return True
-        self._infinite.add(param)
-        return False
+    def _is_infinite(self, members: Members) -> Tensor | None:
+        """What a device decides by about a matrix that waits for its first basis: one fp32, not zero where
+        the gradient is not finite. None without a scaler."""
+        if self._scaler is None:
+            return None
+        return torch.stack([~grad.isfinite().all() for grad in members.grads]).any().float()
 
     def _compare_once(self) -> None:
         optimizer = self.optimizer
@@ -297,6 +349,12 @@ class InBackward:
     def finish(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Makes R ready for a step. Raises RuntimeError where no step can use it."""
         self._refuse_unfinished("step()")
+        for param, where in self._params() if self.moved else ():
+            if param in self.moved and param.grad is not None:
+                raise RuntimeError(
+                    f"{where} was updated in the backward pass and has a gradient again; let backward() alone make gradients between two "
+                    "steps, and put no DistributedDataParallel around the model after in_backward"
+                )
         if found_inf is not None and self._at_once:
             raise RuntimeError(
                 "update='immediately' has moved weights before the GradScaler looked at all gradients; use update='deferred'"
@@ -310,7 +368,9 @@ class InBackward:
                 "a GradScaler must look at the mean over all processes: call optimizer.clip_grad_norm_(), or average() of what in_backward "
                 "returned, before scaler.step(optimizer)"
             )
-        self.average()
+        if found_inf is not None and (self.projected or self._infinite) and not self._shown:
+            raise RuntimeError("no ordinary parameter has a gradient, through which the GradScaler would see R")
+        self._average_all()
         if found_inf is not None and grad_scale is None:
             self._unscale()
 
@@ -321,25 +381,43 @@ class InBackward:
         if self._at_once:
             raise RuntimeError("update='immediately' has used the gradients up before their norm is known; use update='deferred' to clip")
         self.average()
-        if self._scaler is not None and self._scaler.is_enabled():
-            try:
-                self._scaler.unscale_(self.optimizer)
-            except RuntimeError as error:
-                if "already been called" not in str(error):
-                    raise
-            self._unscale()
         return list(self.projected.values())
 
     @outside_training
     def average(self) -> None:
-        """Takes the mean of all gradients over the processes, once a step. step() and clip_grad_norm_() call
-        it. Only with a GradScaler and without clipping does a user need to, before scaler.step(optimizer)."""
+        """Takes the mean of all gradients over the processes, and unscales them. step() and clip_grad_norm_()
+        do that too. A user calls this with a GradScaler and without clipping, before scaler.step(optimizer).
+
+        Raises RuntimeError after scaler.unscale_(optimizer), which has looked at this process's gradients
+        alone.
+        """
+        self._closed = True
+        is_first = not self._averaged
+        self._average_all()
+        if self._scaler is None:
+            return
+        try:
+            self._scaler.unscale_(self.optimizer)
+        except RuntimeError as error:
+            if "already been called" not in str(error):
+                raise
+            if self._process_group is not None and is_first:
+                raise RuntimeError(
+                    "scaler.unscale_(optimizer) came before the mean over all processes, of whose gradients it knew nothing; leave it out: "
+                    "clip_grad_norm_() and average() unscale"
+                ) from None
+        self._unscale()
+
+    def _average_all(self) -> None:
+        """Takes the mean of all gradients over the processes, once a step."""
         if self._process_group is None or self._averaged:
             return
         self._compare_once()
+        if self._chose:
+            self._compare_order()
         tensors = []
-        for param, where in self._trained():
-            if param in self.moved or param in self._infinite:
+        for param, where in self._params():
+            if not param.requires_grad or param in self.moved or param in self._infinite:
                 continue
             tensor = self.projected.get(param, param.grad)
             if tensor is None:
@@ -349,16 +427,31 @@ class InBackward:
                 )
             tensors.append(tensor)
         self._average(tensors)
+        for buffer in self._buffers:
+            dist.broadcast(buffer, dist.get_global_rank(self._process_group, 0), group=self._process_group)
         self._averaged = True
         if self._scaler is not None:
             self._show_to_scaler()
 
-    def _trained(self) -> Iterator[tuple[Tensor, str]]:
-        """The parameters that need a gradient, once each, and what to call them."""
+    def _compare_order(self) -> None:
+        """Raises RuntimeError where the gradients of two processes came in another order. Then those of
+        different parameters have been averaged with each other."""
+        device = next(iter(self._places)).device
+        orders = torch.tensor([self._order, -self._order], dtype=torch.int64, device=device)
+        dist.all_reduce(orders, dist.ReduceOp.MAX, group=self._process_group)
+        highest, lowest = orders.tolist()
+        if highest != -lowest:
+            raise RuntimeError(
+                "the gradients of two processes came in another order, as where branches of a model run in an order of their own; "
+                "in_backward cannot choose bases then, and those of this step are wrong: go back to a checkpoint, and leave it out"
+            )
+
+    def _params(self) -> Iterator[tuple[Tensor, str]]:
+        """All parameters of the optimizer, once each, and what to call them."""
         seen = set()
         for index, group in enumerate(self.optimizer.param_groups):
             for place, param in enumerate(group["params"]):
-                if param.requires_grad and param not in seen:
+                if param not in seen:
                     seen.add(param)
                     yield param, groups.describe(group, index, place)
 
@@ -383,14 +476,24 @@ class InBackward:
         alone."""
         if not self.projected and not self._infinite:
             return
-        held = next((param.grad for param, _ in self._trained() if param.grad is not None and param.grad.numel()), None)
+        held = next((param.grad for param, _ in self._params() if param.grad is not None and param.grad.numel()), None)
         if held is None:
             return
+        self._shown = True
         first = held[(0,) * held.dim()]
         if self._infinite:
             first.fill_(torch.nan)
         for largest in torch._foreach_norm(list(self.projected.values()), torch.inf):
             first.add_((largest * 0).to(first.device, first.dtype, non_blocking=first.is_cuda))
+
+
+def find_group(optimizer: LowRankOptimizer, param: Tensor, index: int, place: int) -> dict[str, Any]:
+    """The group that holds the parameter. Raises RuntimeError where it is no longer in its place."""
+    if index < len(optimizer.param_groups):
+        group = optimizer.param_groups[index]
+        if place < len(group["params"]) and group["params"][place] is param:
+            return group
+    raise RuntimeError("the optimizer's param_groups have been rearranged since its gradients were given to a hook; do that before")
 
 
 def project(members: Members) -> list[Tensor]:

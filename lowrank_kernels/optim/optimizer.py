@@ -176,10 +176,12 @@ class LowRankOptimizer(Optimizer):
     @outside_training
     def _update(self) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if self._in_backward is not None:
-            self._in_backward.finish(grad_scale, found_inf)
         # is_current_stream_capturing would initialise CUDA. Nothing can be captured before that.
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if self._in_backward is not None:
+            if capturing:
+                raise RuntimeError("step() after in_backward cannot be captured in a CUDA graph, whose replays would not make R anew")
+            self._in_backward.finish(grad_scale, found_inf)
         work = self._work(capturing)
         if not (capturing or self._compared):
             self._compare_ranks()
@@ -457,6 +459,8 @@ class LowRankOptimizer(Optimizer):
         first step, and where no parameter has a gradient.
         """
         work = []
+        if self._in_backward is not None:
+            raise RuntimeError("refresh() is for steps in a CUDA graph, which cannot be captured after in_backward")
         for index, group in enumerate(self.param_groups):
             if not groups.is_low_rank(group):
                 continue

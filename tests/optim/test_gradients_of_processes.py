@@ -123,6 +123,16 @@ def refusals(rank):
         "another group": raised(lambda: inside(forward, optimizer, process_group=torch.distributed.new_group([0, 1]))),
         "left over": raised(lambda: inside(forward, lrk.GaLoreAdamW([{"params": [model.up.weight], "rank": 2}]))),
     }
+    found["not told"] = raised(lambda: inside(model, optimizer))
+    found["static graph"] = raised(lambda: inside(DistributedDataParallel(model, static_graph=True), optimizer))
+    compiled = inside(torch.compile(forward, backend="eager"), optimizer)
+    assert not forward.require_backward_grad_sync
+    compiled.remove()
+    compiled.remove()  # nothing happens
+    dropped = lrk.GaLoreAdamW(lrk.param_groups(model, rank=RANK))
+    inside(forward, dropped)
+    del dropped
+    assert forward.require_backward_grad_sync
     handle = inside(forward, optimizer)
     assert not forward.require_backward_grad_sync
     found["both"] = raised(lambda: compress(forward, optimizer))
@@ -135,6 +145,75 @@ def refusals(rank):
     other = build("group", seed=rank)
     found["seeds"] = raised(lambda: other[2](x).square().mean().backward())
     return found
+
+
+class Branches(torch.nn.Module):
+    """Two equal layers, which the processes run in another order."""
+
+    def __init__(self, rank, in_order):
+        super().__init__()
+        self.branches = torch.nn.ModuleList(torch.nn.Linear(12, 12, bias=False) for _ in range(2))
+        self.reverse = rank == 1 and not in_order
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += 1 + self.reverse
+        for branch in reversed(self.branches) if self.reverse else self.branches:
+            x = torch.tanh(branch(x))
+        return x
+
+
+def of_branches(rank, in_order):
+    """What step() raised, and a buffer that DDP keeps equal."""
+    torch.manual_seed(0)
+    model = Branches(rank, in_order)
+    optimizer = lrk.GaLoreAdamW(lrk.param_groups(model, rank=2))
+    forward = DistributedDataParallel(model)
+    lrk.in_backward(forward, optimizer)
+    model.seen.fill_(rank)
+    forward(batch(0)[0]).square().mean().backward()
+    return raised(optimizer.step), model.seen.item()
+
+
+def late(rank):
+    """Flags of waiting matrices that come late in one process. One matrix has no gradient but zero in the
+    first step."""
+    arriving = lrk.optim.arriving.Arriving
+    had = arriving.has_arrived
+    if rank == 1:
+        arriving.has_arrived = lambda self: False
+    try:
+        model, optimizer, forward, _ = build("in ddp", micro=2)
+        for step in range(6):
+            for part in range(2):
+                x, y = (each[rank * HALVES : (rank + 1) * HALVES] for each in batch(10 * step + part, torch.float64))
+                loss = (forward(x) - y).square().mean()
+                (loss * (0 if step == 0 else 1)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    finally:
+        arriving.has_arrived = had
+    return model.state_dict()
+
+
+def left_alone(rank):
+    """The gradients that a hook leaves once its optimizer is gone."""
+    model, optimizer, forward, state = build("compress")
+    for step in range(2):
+        step_of(model, optimizer, forward, step, slice(rank * HALVES, (rank + 1) * HALVES), "compress")
+    del optimizer
+    x, y = (each[rank * HALVES : (rank + 1) * HALVES] for each in batch(1, torch.float64))
+    (forward(x) - y).square().mean().backward()
+    return torch.linalg.matrix_rank(model.layers[0].weight.grad).item()
+
+
+def unscaled_first(rank):
+    model, optimizer, forward, _ = build("ddp")
+    scaler = torch.amp.GradScaler("cpu")
+    lrk.in_backward(forward, optimizer, scaler=scaler)
+    scaler.scale(forward(batch(0, torch.float64)[0]).sum()).backward()
+    scaler.unscale_(optimizer)
+    return raised(lambda: optimizer.clip_grad_norm_(1.0))
 
 
 def scaled(rank, way):
@@ -171,6 +250,8 @@ def scaled(rank, way):
 def process(rank):
     found = {name: run(rank, **case) for name, case in CASES.items()}
     found["refusals"] = refusals(rank)
+    found |= {f"branches, {in_order}": of_branches(rank, in_order) for in_order in (True, False)}
+    found |= {"late": late(rank), "left alone": left_alone(rank), "unscaled first": unscaled_first(rank)}
     found |= {f"scaled, {way}": scaled(rank, way) for way in ("compress", "average", "clip")}
     return found
 
@@ -228,6 +309,8 @@ REFUSALS = {
     "another model": "ValueError: no parameter of the model is in a low-rank group",
     "another group": "ValueError: process_group is not that of the DistributedDataParallel model",
     "left over": "parameters of the model are not in it, 'module.up.bias' for one",
+    "not told": "ValueError: torch.distributed runs 2 processes: pass process_group",
+    "static graph": "ValueError: DistributedDataParallel(static_graph=True) cannot",
     "both": "ValueError: the gradients of this optimizer are projected by in_backward",
     "not used": "has no gradient; the processes take the mean of all gradients together",
     "seeds": "RuntimeError: processes 0 and 1 have the same parameters, but their seeds or other settings",
@@ -245,3 +328,24 @@ def test_all_processes_skip_a_step_that_one_of_them_must_skip(found, way):
     (weights, scales), (other_weights, other_scales) = (found[rank][f"scaled, {way}"] for rank in range(RANKS))
     assert scales == other_scales and min(scales) == 2.0**9 and same_bits(weights, other_weights)
     assert all(torch.isfinite(value).all() for value in weights.values())
+
+
+def test_gradients_that_come_in_another_order_are_found_out(found):
+    for rank in range(RANKS):
+        assert found[rank]["branches, True"] == ("nothing", 1.0)  # rank 0's buffer: rank 1 had counted from 1
+        assert "RuntimeError: the gradients of two processes came in another order" in found[rank]["branches, False"][0]
+
+
+def test_processes_agree_although_flags_arrive_late_in_one(found):
+    assert same_bits(found[0]["late"], found[1]["late"])
+    start = build("alone")[0].state_dict()
+    assert all(not torch.equal(value, start[key]) for key, value in found[0]["late"].items())
+
+
+def test_a_hook_whose_optimizer_is_gone_sends_whole_gradients(found):
+    assert found[0]["left alone"] == found[1]["left alone"] > RANK
+
+
+def test_unscaling_before_the_mean_is_refused(found):
+    for rank in range(RANKS):
+        assert "came before the mean over all processes" in found[rank]["unscaled first"]

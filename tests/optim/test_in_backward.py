@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import lowrank_kernels as lrk
+from lowrank_kernels.optim import refreshes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TAKES_GRADIENT = {"FiraAdamW", "FiraAdamW with I3S", "ApolloAdamW", "ApolloMiniAdamW"}
@@ -690,3 +691,124 @@ def test_what_cannot_work_is_refused():
     fira = METHODS["FiraAdamW"]()
     with pytest.raises(ValueError, match="use update='immediately'"):
         lrk.in_backward(*fira)
+
+
+def test_no_backward_pass_after_clipping():
+    model, optimizer = galore()
+    lrk.in_backward(model, optimizer, accumulate=2)
+    model(batch(0)[0]).sum().backward()
+    optimizer.clip_grad_norm_(1.0)
+    with pytest.raises(RuntimeError, match="came after clip_grad_norm_"):
+        model(batch(1)[0]).sum().backward()
+
+
+def test_a_gradient_that_another_hook_has_taken():
+    model, optimizer = galore()
+    other = lrk.GaLoreAdamW(lrk.param_groups(model, rank=2))
+    for each in (optimizer, other):
+        lrk.in_backward(model, each)
+    with pytest.raises(RuntimeError, match="another hook has taken the gradient of group 1, parameter"):
+        model(batch(0)[0]).sum().backward()
+
+
+def test_groups_that_were_rearranged():
+    model, optimizer = galore()
+    lrk.in_backward(model, optimizer)
+    optimizer.param_groups[1]["params"].reverse()
+    with pytest.raises(RuntimeError, match="param_groups have been rearranged"):
+        model(batch(0)[0]).sum().backward()
+
+
+def test_a_matrix_that_moved_and_has_a_gradient_again():
+    model, optimizer = galore()
+    lrk.in_backward(model, optimizer, update="immediately")
+    model(batch(0)[0]).sum().backward()
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    with pytest.raises(RuntimeError, match=r"up\.weight.* was updated in the backward pass and has a gradient again"):
+        optimizer.step()
+
+
+def test_cuda_graphs_are_refused(monkeypatch):
+    model, optimizer = galore(capturable=True)
+    lrk.in_backward(model, optimizer)
+    train(model, optimizer, 1)
+    with pytest.raises(RuntimeError, match=r"refresh\(\) is for steps in a CUDA graph"):
+        optimizer.refresh()
+    model(batch(1)[0]).sum().backward()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        model(batch(1)[0]).sum().backward()
+
+
+def test_a_scaler_needs_an_ordinary_gradient():
+    weight = nn.Parameter(torch.randn(8, 12))
+    model = nn.ParameterList([weight])
+    with pytest.raises(ValueError, match="through the gradient of an ordinary parameter"):
+        lrk.in_backward(model, lrk.GaLoreAdamW([{"params": [weight], "rank": 2}]), scaler=Scaler())
+    bias = nn.Parameter(torch.zeros(3))
+    optimizer = lrk.GaLoreAdamW([{"params": [weight], "rank": 2}, {"params": [bias]}])
+    scaler = Scaler()
+    lrk.in_backward(nn.ParameterList([weight, bias]), optimizer, scaler=scaler)
+    (scaler.scale(weight.sum()) + 0 * bias.sum().detach()).backward()
+    with pytest.raises((RuntimeError, AssertionError, AttributeError)):  # torch's own complaint, that there is nothing to check
+        scaler.step(optimizer)
+
+
+def test_a_scaler_sees_r_of_reentrant_passes():
+    """The only ordinary gradient comes in the outer pass, after those of the matrices."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(12))
+            self.layer = nn.Linear(12, 10, bias=False)
+
+        def forward(self, x):
+            return checkpoint(self.layer, x + self.shift, use_reentrant=True)
+
+    torch.manual_seed(0)
+    model = Inner()
+    optimizer, scaler = lrk.GaLoreAdamW(lrk.param_groups(model, rank=2)), torch.amp.GradScaler("cpu", init_scale=4.0)
+    lrk.in_backward(model, optimizer, scaler=scaler)
+    for step, bad in enumerate((False, True, False)):
+        x, before = batch(step)[0], model.layer.weight.detach().clone()
+        if bad:
+            x[0, 0] = 1e38
+        scaler.scale(model(x).square().mean() * (1e38 if bad else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert torch.equal(before, model.layer.weight) == bad
+    assert scaler.get_scale() == 2.0 and all(torch.isfinite(param).all() for param in model.parameters())
+
+
+def test_a_scaler_that_is_off_is_none():
+    model, optimizer = galore()
+    lrk.in_backward(model, optimizer, update="immediately", scaler=Scaler(enabled=False))
+    train(model, optimizer, 2)
+    model, optimizer = galore()
+    lrk.in_backward(model, optimizer, scaler=Scaler(enabled=False))
+    (model.up.weight[0, 0] * float("inf") + model.down.bias.sum()).backward()
+    assert torch.isfinite(model.down.bias.grad).all()
+
+
+@pytest.mark.parametrize("selection", ["dominant", "importance"])
+def test_bases_chosen_in_parts_are_the_same(selection, monkeypatch):
+    def run():
+        model, optimizer = build(selection=selection, update_proj_gap=3)
+        for step in range(8):
+            x, y = batch(step)
+            loss = (model(x) - y).square().mean()
+            loss.backward()
+            if step < 2:
+                model.layers[1].weight.grad.zero_()  # it waits for its basis
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    whole = run()
+    monkeypatch.setattr(refreshes, "REFRESHED_ELEMENTS", 2 * 40 * 40)
+    assert_same(whole, run())
