@@ -195,3 +195,30 @@ def test_the_peak_of_a_fresh_process(case):
     """A LLaMA of 85 million parameters, two steps."""
     found = in_fresh_process("--model", "768x2048x12", *case.split())
     assert found["measured"] == pytest.approx(found["estimated"], rel=0.05)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU's allocator counts its bytes")
+@pytest.mark.parametrize("options", [{}, dict(state_bits=8), dict(in_backward="deferred"), dict(in_backward="immediately")], ids=str)
+def test_the_peak_of_a_gpus_allocator(options):
+    """A first run, of one layer, loads what stays: cuBLAS's workspace and the kernels."""
+    sizes = llama.Size(768, 2048, 1, 12), llama.Size(768, 2048, 12, 12)
+    estimate = lrk.estimate_memory(
+        build(sizes[1], torch.bfloat16, device="meta"), "galore", 128, loss=lambda m: llama.loss(m, tokens(32, "meta")), **options
+    )
+    keys = {key: value for key, value in options.items() if key != "in_backward"}
+    for size in sizes:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model = build(size, torch.bfloat16, device="cuda")
+        optimizer = lrk.GaLoreAdamW(lrk.param_groups(model, rank=128, **keys))
+        if "in_backward" in options:
+            lrk.in_backward(model, optimizer, update=options["in_backward"])
+        for _ in range(2):
+            llama.loss(model, tokens(32, "cuda")).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        held, most = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
+        del model, optimizer
+    assert held == pytest.approx(estimate.held, rel=0.02) and most == pytest.approx(estimate.peak, rel=0.1)

@@ -7,7 +7,7 @@ import functools
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -198,7 +198,7 @@ class InBackward:
                 f"torch.distributed runs {dist.get_world_size()} processes: pass process_group (torch.distributed.group.WORLD for all), or "
                 "the model in DistributedDataParallel; a group of this process alone keeps its gradients apart"
             )
-        if self._scaler is not None and not any(param.requires_grad for param, _ in self._ordinary()):
+        if self._scaler is not None and not any(param.requires_grad for param in self._ordinary()):
             raise ValueError("a GradScaler sees R only through the gradient of an ordinary parameter, and the optimizer has none")
         if self._process_group is not None:
             held = {param for group in optimizer.param_groups for param in group["params"]}
@@ -212,15 +212,15 @@ class InBackward:
             parallel.require_backward_grad_sync = False
             self._restore_ddp = weakref.finalize(self, setattr, parallel, "require_backward_grad_sync", True)
         me = weakref.ref(self)
-        for param in (*self._places, *(param for param, _ in self._ordinary())):
+        for param in (*self._places, *self._ordinary()):
             requires_grad = param.requires_grad
             param.requires_grad_(True)  # a frozen parameter takes no hook, and may thaw later
             self._hooks.append(param.register_post_accumulate_grad_hook(functools.partial(_arrived, me)))
             param.requires_grad_(requires_grad)
 
-    def _ordinary(self) -> Iterator[tuple[Tensor, str]]:
-        """The parameters whose gradients stay, and what to call them."""
-        return ((param, where) for param, where in self._params() if param not in self._places)
+    def _ordinary(self) -> list[Tensor]:
+        """The parameters whose gradients stay."""
+        return [param for param in self._params() if param not in self._places]
 
     @property
     def optimizer(self) -> LowRankOptimizer:
@@ -349,8 +349,9 @@ class InBackward:
     def finish(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Makes R ready for a step. Raises RuntimeError where no step can use it."""
         self._refuse_unfinished("step()")
-        for param, where in self._params() if self.moved else ():
+        for param, (index, place) in self._params().items() if self.moved else ():
             if param in self.moved and param.grad is not None:
+                where = groups.describe(self.optimizer.param_groups[index], index, place)
                 raise RuntimeError(
                     f"{where} was updated in the backward pass and has a gradient again; let backward() alone make gradients between two "
                     "steps, and put no DistributedDataParallel around the model after in_backward"
@@ -416,11 +417,12 @@ class InBackward:
         if self._chose:
             self._compare_order()
         tensors = []
-        for param, where in self._params():
+        for param, (index, place) in self._params().items():
             if not param.requires_grad or param in self.moved or param in self._infinite:
                 continue
             tensor = self.projected.get(param, param.grad)
             if tensor is None:
+                where = groups.describe(self.optimizer.param_groups[index], index, place)
                 raise RuntimeError(
                     f"{where} has no gradient; the processes take the mean of all gradients together, so that each parameter needs one in "
                     "every step; freeze those that are not used (requires_grad_(False))"
@@ -446,14 +448,13 @@ class InBackward:
                 "in_backward cannot choose bases then, and those of this step are wrong: go back to a checkpoint, and leave it out"
             )
 
-    def _params(self) -> Iterator[tuple[Tensor, str]]:
-        """All parameters of the optimizer, once each, and what to call them."""
-        seen = set()
+    def _params(self) -> dict[Tensor, tuple[int, int]]:
+        """All parameters of the optimizer, once each → (index of the group, place in it)."""
+        found: dict[Tensor, tuple[int, int]] = {}
         for index, group in enumerate(self.optimizer.param_groups):
             for place, param in enumerate(group["params"]):
-                if param not in seen:
-                    seen.add(param)
-                    yield param, groups.describe(group, index, place)
+                found.setdefault(param, (index, place))
+        return found
 
     def _average(self, tensors: list[Tensor]) -> None:
         self.sent_bytes += average_(tensors, self._process_group)
@@ -476,7 +477,7 @@ class InBackward:
         alone."""
         if not self.projected and not self._infinite:
             return
-        held = next((param.grad for param, _ in self._params() if param.grad is not None and param.grad.numel()), None)
+        held = next((param.grad for param in self._params() if param.grad is not None and param.grad.numel()), None)
         if held is None:
             return
         self._shown = True
