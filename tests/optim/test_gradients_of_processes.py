@@ -164,12 +164,16 @@ class Branches(torch.nn.Module):
 
 
 def of_branches(rank, in_order):
-    """What step() raised, and a buffer that DDP keeps equal."""
+    """What step() raised, and a buffer that DDP would keep equal. The first forward pass comes before
+    in_backward."""
     torch.manual_seed(0)
     model = Branches(rank, in_order)
     optimizer = lrk.GaLoreAdamW(lrk.param_groups(model, rank=2))
     forward = DistributedDataParallel(model)
+    forward(batch(0)[0]).square().mean().backward()
+    optimizer.zero_grad()
     lrk.in_backward(forward, optimizer)
+    forward(batch(0)[0])
     model.seen.fill_(rank)
     forward(batch(0)[0]).square().mean().backward()
     return raised(optimizer.step), model.seen.item()
