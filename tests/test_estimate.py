@@ -114,6 +114,8 @@ def test_gradients_vanish_in_backward():
     assert found["deferred"].gradients < full / 50 and found["deferred"].accumulators < full
     assert found["immediately"].gradients < full / 50 and found["immediately"].accumulators == 0
     assert found[None].peak > found["deferred"].peak > found["immediately"].peak
+    largest = max(param.nbytes for param in model.layers.parameters())
+    assert found["immediately"].one_gradient == found["deferred"].one_gradient == largest and found[None].one_gradient == 0
     half = lrk.estimate_memory(model, "galore", 256, in_backward="deferred", accumulator_dtype=torch.bfloat16)
     assert half.accumulators == found["deferred"].accumulators / 2
 
