@@ -320,15 +320,20 @@ def test_a_step_from_what_is_projected_is_the_step_from_gradients(right):
 
 @pytest.mark.parametrize("right", [False, True], ids=["left", "right"])
 @pytest.mark.parametrize("by_columns", [False, True], ids=["rows", "columns"])
-def test_memory_beside_a_basis_is_not_read(by_columns, right):
+@pytest.mark.parametrize("extents", [(54, 87, 40), (133, 79, 1)], ids=str)
+def test_memory_beside_a_basis_is_not_read(extents, by_columns, right):
     """A basis may be a view into a larger tensor, whatever stands in the gaps. Products in bf16 on Intel's
-    AMX units multiply it by zero, which leaves a NaN one."""
-    whole, hyper = formulas.bucket_of(*bucket(54, 87, 40, right, batch=1, dtype=torch.bfloat16), **HYPER, right=right)
+    AMX units multiply it by zero, which leaves a NaN one, in the left operand and in the right one."""
+    whole, hyper = formulas.bucket_of(*bucket(*extents, right, batch=1, dtype=torch.bfloat16), **HYPER, right=right)
     viewed, _ = formulas.bucket_of(*([tensor.clone() for tensor in tensors] for tensors in bucket_lists(whole)), **HYPER, right=right)
     basis = viewed.bases[0].mT if by_columns else viewed.bases[0]
     frame = torch.full((basis.shape[0] + 6, basis.shape[1] + 6), torch.nan, dtype=torch.bfloat16)
     view = frame[3:-3, 3:-3].copy_(basis)
     viewed.bases[0] = view.mT if by_columns else view
+    if extents[2] == 1:  # weights without a unit stride take another product of oneDNN's
+        for each in (whole, viewed):
+            weight = each.weights[0]
+            each.weights[0] = weight.new_zeros(2 * weight.shape[0], 2 * weight.shape[1])[::2, ::2].copy_(weight)
     backends.step(whole, hyper)
     backends.step(viewed, hyper)
     assert torch.allclose(viewed.weights[0].float(), whole.weights[0].float(), rtol=2e-2, atol=2e-2)

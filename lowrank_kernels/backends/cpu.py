@@ -44,7 +44,7 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     flops = 2 * left.shape[0] * left.shape[1] * right.shape[1]
     if ONEDNN_LINEAR is not None and left.dtype == torch.float32 and flops >= ONEDNN_FROM_FLOPS:
         return ONEDNN_LINEAR(left, right.mT, None, "none", [], "")
-    return _left(left) @ right
+    return _left(left) @ _right(right)
 
 
 def _left(matrix: Tensor) -> Tensor:
@@ -53,6 +53,11 @@ def _left(matrix: Tensor) -> Tensor:
     (torch 2.13)."""
     gap = matrix.stride(1) == 1 and matrix.stride(0) > matrix.shape[1]
     return matrix.contiguous() if matrix.dtype == torch.bfloat16 and gap else matrix
+
+
+def _right(matrix: Tensor) -> Tensor:
+    """The right operand, likewise without a gap between its columns."""
+    return _left(matrix.mT).mT
 
 
 def _product_dtype(*matrices: Tensor) -> torch.dtype:
@@ -89,7 +94,7 @@ def _project(bases: list[Tensor], grads: list[Tensor], right: bool, workspace: _
     for out, basis, grad in zip(products.unbind(), bases, grads, strict=True):
         left, right_factor = basis.mT.to(dtype), (grad.mT if right else grad).to(dtype)
         if dtype == torch.bfloat16:
-            torch.mm(_left(left), right_factor, out=out)
+            torch.mm(_left(left), _right(right_factor), out=out)
         else:
             out.copy_(_product(left, right_factor))
     return projected if projected.dtype == dtype else projected.copy_(products)
@@ -190,7 +195,7 @@ def back_project_(
                 weight.mul_(decay)
             weight.add_(_product(left, right_factor), alpha=rate)
         else:
-            weight.addmm_(_left(left), right_factor, beta=decay, alpha=rate)
+            weight.addmm_(_left(left), _right(right_factor), beta=decay, alpha=rate)
 
 
 def step(bucket: Bucket, hyper: Hyper) -> None:
