@@ -98,6 +98,9 @@ HEADLINES = (
     Headline("a step, ms", f"step {_60M} float32", "p50_ms", ("galore-torch", FULL_RANK)),
     Headline("a step, ms", f"step {_60M} bfloat16", "p50_ms", ("galore-torch", FULL_RANK)),
     Headline("a new basis, ms", "refresh 512x1376 r=128 noise", "p50_ms", ("torch.svd_lowrank", "torch.linalg.svd")),
+    Headline(
+        "sent by each of two processes in a step, MB", f"gradients 2 blocks of {_60M} float32", "sent_mb", ("DDP", "DDP, PowerSGD hook")
+    ),
     Headline("RSO: activations saved, MB", f"rso {_BLOCK} float32", "saved_mb", (DENSE,)),
     Headline("RSO: a training iteration, ms", f"rso {_BLOCK} float32", "p50_ms", (DENSE,)),
 )

@@ -159,7 +159,7 @@ def learning_rates(values: list[str], methods: list[str]) -> dict[str, float]:
     return result
 
 
-def new_plan(args: argparse.Namespace, processes: Processes) -> tuple[Plan, text.Corpus]:
+def new_plan(args: argparse.Namespace, processes: Processes = ALONE) -> tuple[Plan, text.Corpus]:
     """The settings asked for, and their text."""
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings) if hasattr(args, field.name)}
     if "steps" in given:
@@ -179,7 +179,7 @@ def new_plan(args: argparse.Namespace, processes: Processes) -> tuple[Plan, text
     return Plan(settings, {method: chosen.get(method, default_lr(method, hidden)) for method in methods}), corpus
 
 
-def resumed_plan(args: argparse.Namespace, directory: Path, processes: Processes) -> tuple[Plan, text.Corpus]:
+def resumed_plan(args: argparse.Namespace, directory: Path, processes: Processes = ALONE) -> tuple[Plan, text.Corpus]:
     """The plan of the run in `directory`. Arguments that are given must agree with it, but optimizers may be
     added.
 

@@ -18,7 +18,6 @@ from . import optim
 from .backends import Hyper
 from .backends.cpu import CHUNK_ELEMENTS
 from .backends.foreach import CHUNK_ELEMENTS as RULE_ELEMENTS
-from .backends.triton.table import TEMPORARY_BYTES
 from .nn import SubspaceLayer, to_subspace
 from .optim import groups
 from .optim.in_backward import UPDATES, check_arguments
@@ -269,6 +268,8 @@ def _step_bytes(m: int, n: int, r: int, count: int, dtype: torch.dtype, hyper: H
         at_once = 2 * min(count, max(1, CHUNK_ELEMENTS // (r * n))) if is_fused else 3 * count
         return at_once * of_r + m * n * size * (1 + (dtype.itemsize < 4) + 3 * takes_gradient)
     if is_fused:
+        from .backends.triton.table import TEMPORARY_BYTES  # imported here, so that a CPU stays free of Triton
+
         return min(2 * count * of_r, max(2 * of_r, TEMPORARY_BYTES))
     return 2 * count * of_r + OF_A_RULE * min(count * of_r, max(of_r, RULE_ELEMENTS * size))
 

@@ -159,7 +159,7 @@ class TestPages:
         assert "| 28 × 512² | 128 | bf16 | 10.0 (1.00) | 80.0 (1.00) |" in found
         assert readme.table("memory", counted(peak=1e-5)).endswith("| 10.0 (0) | 80.0 (0) |")
         assert "`2026-01-02-abc1234.jsonl`; torch 2.13.0; measured ceilings: copy 40 GB/s, fp32 products 0.4 TFLOP/s" in found
-        assert "Not measured yet on this device: `kernel`, `refresh`, `rso`, `host`." in found
+        assert "Not measured yet on this device: `kernel`, `refresh`, `rso`, `gradients`, `host`." in found
         assert "**H100: not measured yet.**" in found
 
     def test_readme_has_a_line_a_headline_with_what_it_is_compared_with(self, root, tmp_path):

@@ -233,7 +233,7 @@ def test_changed_text_is_refused_on_resume(pretrain, prose, tmp_path):
         (["--inner-steps", "0"], "--inner-steps must be a positive integer, got 0"),
         (["--rso-rank", "129"], "--rso-rank 129 is more than the width of tiny, 128"),
         (["--rso-rank", "1", "--distribution", "principal"], "--distribution principal needs a --rso-rank of 2 at least, got 1"),
-        (["--principal-rank", "8", "--distribution", "principal"], "--principal-rank 8 is not less than --rso-rank 8"),
+        (["--principal-rank", "64", "--distribution", "principal"], "--principal-rank 64 is not less than --rso-rank"),
         (["--scale", "0"], "--scale must be positive"),
         (["--clip", "-1"], "--clip must not be negative"),
         (["--batch-size", "6", "--accumulate", "4"], "--accumulate 4 does not divide --batch-size 6"),

@@ -117,10 +117,10 @@ def test_a_run_begun_between_the_look_and_the_lock_is_not_overwritten(pretrain, 
 
     new_plan = script.new_plan
 
-    def meanwhile(args):
+    def meanwhile(args, processes):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / script.PLAN).write_text("another's")
-        return new_plan(args)
+        return new_plan(args, processes)
 
     monkeypatch.setattr(script, "new_plan", meanwhile)
     assert "already holds a run" in refused(pretrain, "--out", tmp_path / "run")

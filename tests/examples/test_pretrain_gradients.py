@@ -105,6 +105,7 @@ def test_bytes_sent(compressed):
     assert sent["rso"][0] < whole / 2
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_two_processes_goes_on(compressed, command, tmp_path):
     directory = tmp_path / "run"
     started = subprocess.Popen(
