@@ -160,8 +160,8 @@ def _build(case: GradientsCase, name: str, model: nn.Module) -> tuple[nn.Module,
         update = "deferred" if name == IN_BACKWARD else "immediately"
         handle = lrk.in_backward(model, optimizer, update=update, process_group=torch.distributed.group.WORLD)
         return model, optimizer, lambda: handle.projected
-    # PowerSGD's hook starts further all-reduces where others have ended. With several buckets their order differs
-    # between processes, which gloo finds out as messages of another size.
+    # PowerSGD's hook starts further all-reduces where others have ended. With several buckets their order
+    # differs between processes, which gloo finds out as messages of another size.
     whole = sum(param.nbytes for param in model.parameters()) / 2**20 + 1
     parallel = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=whole if name == POWER_SGD else 25)
     if name == OURS:
