@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import shapes
-from ..cases import Context, Selection
+from ..cases import Context, Selection, Unavailable
 from ..checks import WrongResult
 from ..records import OURS, Row, timed_rows
 from ..timing import Timing
@@ -70,6 +70,8 @@ def cases(selection: Selection, on_gpu: bool) -> list[GradientsCase]:
 
 
 def run(case: GradientsCase, context: Context) -> list[Row]:
+    if context.on_gpu:
+        raise Unavailable("two processes on a CPU say nothing about a GPU; on a machine without one this suite runs")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(_process, (case, case.weights, folder), nprocs=PROCESSES, start_method="spawn")
         found: dict[str, dict[str, Any]] = torch.load(Path(folder) / "0.pt")

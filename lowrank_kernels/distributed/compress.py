@@ -85,11 +85,10 @@ def compress_gradients(model: nn.parallel.DistributedDataParallel, optimizer: Lo
 
 
 class CompressedGradients:
-    """The state of the hook. sent_bytes: what this process has given to all-reduces so far. whole: how many
-    gradients of projected parameters it has sent whole."""
+    """The state of the hook. sent_bytes: what this process has given to all-reduces so far."""
 
     def __init__(self, optimizer: LowRankOptimizer, places: dict[Tensor, tuple[int, int]], process_group: Any) -> None:
-        self.sent_bytes, self.whole = 0, 0
+        self.sent_bytes = 0
         self._optimizer, self._places, self._process_group = weakref.ref(optimizer), places, process_group
 
     @outside_training
@@ -132,10 +131,7 @@ class CompressedGradients:
         layout = functools.partial(optimizer._layout, optimizer._hyper(group))
         members = bucket_of_one(group, index, optimizer.state, layout, place, grad)
         optimizer._waiting.settle(optimizer.state, wait=True)
-        if optimizer._due(group, [members]):
-            self.whole += 1
-            return None
-        return members
+        return None if optimizer._due(group, [members]) else members
 
 
 def _hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP takes the classes themselves as annotations, or none

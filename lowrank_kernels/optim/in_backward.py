@@ -370,7 +370,9 @@ class InBackward:
                 "returned, before scaler.step(optimizer)"
             )
         if found_inf is not None and (self.projected or self._infinite) and not self._shown:
-            raise RuntimeError("no ordinary parameter has a gradient, through which the GradScaler would see R")
+            raise RuntimeError(
+                "no ordinary parameter had a gradient when the backward pass ended, through which the GradScaler would see R"
+            )
         self._average_all()
         if found_inf is not None and grad_scale is None:
             self._unscale()

@@ -131,6 +131,11 @@ def test_the_gradients_suite_counts_what_is_sent_and_held(measured):
     assert half[gradients.AT_ONCE]["gradient_mb"] == 0 < half[gradients.RSO]["sent_mb"] < full["sent_mb"]
 
 
+def test_the_gradients_suite_puts_no_times_of_a_cpu_under_a_gpus_name():
+    with pytest.raises(cases.Unavailable, match="say nothing about a GPU"):
+        gradients.run(gradients.GradientsCase("60m", 8, SINGLE), dataclasses.replace(HERE, on_gpu=True))
+
+
 def test_results_are_appended(measured, tmp_path):
     path = tmp_path / "x.jsonl"
     for _ in range(2):
