@@ -190,7 +190,7 @@ class _Plan:
             alike: Counter[tuple[Any, ...]] = Counter()
             for param in group["params"]:
                 rows, columns = groups.matrix_shape(param)
-                right, batch = groups.is_right((rows, columns), group["proj_type"]), param.shape[0] if param.dim() == 3 else 1
+                right, batch = groups.is_right(param, group["proj_type"]), param.shape[0] if param.dim() == 3 else 1
                 r, m, n = min(group["rank"], rows, columns), *((columns, rows) if right else (rows, columns))
                 for shape, dtype in optimizer._layout(hyper, param, right, r).values():
                     self.states += batch * torch.Size(shape).numel() * dtype.itemsize

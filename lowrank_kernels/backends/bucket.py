@@ -67,9 +67,10 @@ class Bucket:
 
     @property
     def extents(self) -> tuple[int, int, int]:
-        """m, n, r."""
+        """m, n, r. n is that of R where the bucket brings R: a process may hold R of a piece of the columns
+        alone."""
         m, rank = self.bases[0].shape
-        return m, self.weights[0].shape[0 if self.right else 1], rank
+        return m, self.weights[0].shape[0 if self.right else 1] if self.projected is None else self.projected[0].shape[1], rank
 
     def part(self, start: int, stop: int) -> Bucket:
         """The bucket of the matrices from `start` to `stop`, without copying them."""

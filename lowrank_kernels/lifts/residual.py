@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .lift import Lift
-from .limiter import limit_growth, ratio_of_norms
+from .limiter import Limited
 
 
-class Residual(Lift):
+class Residual(Limited):
     """D = P·N + φ·S,  S = G' − P·R,  φⱼ = ‖Nⱼ‖ / ‖Rⱼ‖ for column j, and φⱼ = 0 where Rⱼ = 0.
 
     ‖φ·S‖ may grow by at most a factor of γ = 1.01 a step. Where it would grow by more, φ·S is scaled down to
@@ -18,12 +17,11 @@ class Residual(Lift):
     """
 
     name = "residual"
-    takes_gradient = True
     needs_orthonormal = True
+    limit = "residual_norm"
 
-    def state(self) -> dict[str, tuple[int, ...]]:
-        return {"residual_norm": ()}
+    def along(self, basis: Tensor, normalised: Tensor) -> Tensor:
+        return basis @ normalised
 
-    def direction(self, basis: Tensor, normalised: Tensor, *, grad: Tensor, projected: Tensor, state: dict[str, Tensor]) -> Tensor:
-        residual = ratio_of_norms(normalised, projected) * (grad - basis @ projected)
-        return basis @ normalised + limit_growth(residual, state["residual_norm"])
+    def outside(self, basis: Tensor, grad: Tensor, projected: Tensor) -> Tensor:
+        return grad - basis @ projected

@@ -5,29 +5,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .lift import Lift
-from .limiter import limit_growth, ratio_of_norms
+from .limiter import Limited
 
 
-class ChannelScaling(Lift):
+class ChannelScaling(Limited):
     """D = s·G',  sⱼ = ‖Nⱼ‖ / ‖Rⱼ‖ for column j, and sⱼ = 0 where Rⱼ = 0. The basis need not be orthonormal.
 
     ‖D‖ may grow by at most a factor of γ = 1.01 a step, as ‖φ·S‖ in residual.py.
     """
 
     name = "channel_scaling"
-    takes_gradient = True
-    dim: int | None = 0
+    limit = "scaled_norm"
 
-    def state(self) -> dict[str, tuple[int, ...]]:
-        return {"scaled_norm": ()}
+    def along(self, basis: Tensor, normalised: Tensor) -> None:
+        return None
 
-    def direction(self, basis: Tensor, normalised: Tensor, *, grad: Tensor, projected: Tensor, state: dict[str, Tensor]) -> Tensor:
-        return limit_growth(ratio_of_norms(normalised, projected, self.dim) * grad, state["scaled_norm"])
+    def outside(self, basis: Tensor, grad: Tensor, projected: Tensor) -> Tensor:
+        return grad
 
 
 class TensorScaling(ChannelScaling):
     """D = s·G',  s = ‖N‖ / ‖R‖ of the whole matrix, which APOLLO-Mini uses at rank 1."""
 
     name = "tensor_scaling"
-    dim = None
+    by = (-2, -1)

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharded import Sharding, is_sharded, local, sharding_of
+from ..sharded.layout import ALONG_M, OVER_EXPERTS
+from ..sharded.refresh import anywhere, total_
+from ..sharded.state import Part, like, parts
 from ..storage.eight_bit import MOMENTS, SCALES
 from ..storage.storage import Layout
 from ..subspaces import own_memory
@@ -18,6 +22,9 @@ from .groups import check_param, describe, is_right, matrix_shape
 
 States = dict[Tensor, dict[str, Any]]
 Expected = dict[str, tuple[torch.Size, torch.dtype]]
+LayoutOf = Callable[..., Layout]
+"""(parameter, right, rank, n) → what the state holds beside the basis, with the shapes for one matrix with n
+columns. Without n it is that of the whole matrix."""
 NOTHING: Mapping[Tensor, Tensor] = MappingProxyType({})
 
 
@@ -29,6 +36,9 @@ class Members:
     matrices one parameter stands for; more than one for experts. places: the parameters' positions in the
     group. states: the parameters' states, empty before the first step. grads: one for each matrix, as stored;
     where is_projected, they are R instead, (r, n).
+
+    sharding: how the parameters are spread over processes, where they are DTensors. per_param then counts the
+    matrices of which this process has a part, and grads are those parts.
     """
 
     right: bool
@@ -39,6 +49,45 @@ class Members:
     places: list[int] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
+    sharding: Sharding | None = None
+
+    @property
+    def cut(self) -> str | None:
+        """Where the cut between processes goes; None where there is none."""
+        return None if self.sharding is None else self.sharding.cut(self.right)
+
+    @property
+    def first_matrix(self) -> int:
+        """The number of this process's first matrix among those of a parameter."""
+        return self.sharding.piece(self.params[0].shape[0])[0] if self.cut == OVER_EXPERTS else 0
+
+    @property
+    def extents(self) -> tuple[int, int]:
+        """m, n of the whole matrices."""
+        rows, columns = matrix_shape(self.params[0])
+        return (columns, rows) if self.right else (rows, columns)
+
+    def state_parts(self, layout: LayoutOf) -> dict[str, Part]:
+        """This process's parts of the state, where the parameters are DTensors."""
+        param = self.params[0]
+        return parts(
+            lambda columns: layout(param, self.right, self.rank, columns), self.sharding, self.right, self.rank, *self.extents, param.dtype
+        )
+
+    def anywhere(self, flags: Tensor) -> Tensor:
+        """Flags of this process's part of the matrices → whether they are set in any part."""
+        return anywhere(flags, self.sharding) if self.cut in (ALONG_M, OVER_EXPERTS) else flags
+
+    def inner(self, basis: Tensor, old: Tensor) -> Tensor:
+        """PᵀQ (…, r, r) of two bases, of whose rows this process may have a part, in fp32 (fp64 for fp64)."""
+        dtype = torch.promote_types(basis.dtype, torch.float32)
+        product = basis.mT.to(dtype) @ old.to(dtype)
+        return total_(product, self.sharding) if self.cut == ALONG_M else product
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """This process's part of each parameter."""
+        return self.params if self.sharding is None else list(map(local, self.params))
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +95,7 @@ class Members:
 
     def of_matrices(self, name: str) -> list[Tensor]:
         """The state tensor of this name, one for each matrix."""
-        whole = [state[name] for state in self.states]
+        whole = [local(state[name]) for state in self.states] if self.sharding else [state[name] for state in self.states]
         return whole if self.params[0].dim() != 3 else [matrix for tensor in whole for matrix in tensor.unbind()]
 
     def to_device(self, scalar: Tensor) -> Tensor:
@@ -69,13 +118,12 @@ def buckets(
     group: dict[str, Any],
     group_index: int,
     states: States,
-    layout: Callable[[Tensor, bool, int], Layout],
+    layout: LayoutOf,
     projected: Mapping[Tensor, Tensor] = NOTHING,
 ) -> list[Members]:
     """The buckets of a low-rank group's parameters that have a gradient, in order of first appearance. Those
     whose gradients are projected already come last.
 
-    layout: (parameter, right, rank) → what the state holds beside the basis, with the shapes for one matrix.
     projected: parameter → R, (r, n) or (experts, r, n), of parameters whose gradient is gone. Raises
     TypeError, ValueError or RuntimeError for gradients and states that no step can use. These checks run once
     for each bucket, since its members have the same shapes.
@@ -85,7 +133,7 @@ def buckets(
         places = sorted({id(param): place for place, param in reversed(list(enumerate(held)))}.values())
     with_grad = [place for place in places if held[place].grad is not None]
     grads = [held[place].grad for place in with_grad]
-    found = _sorted(group, group_index, states, layout, with_grad, grads, is_projected=False)
+    found = _sorted_all(group, group_index, states, layout, with_grad, grads, is_projected=False)
     if not projected:
         return found
     for place in with_grad:
@@ -100,21 +148,93 @@ def buckets(
         if not states.get(held[place]):
             where = describe(group, group_index, place)
             raise RuntimeError(f"the state of {where} is gone since its gradient was projected; call optimizer.zero_grad()")
-    return found + _sorted(group, group_index, states, layout, arrived, [projected[held[place]] for place in arrived], is_projected=True)
+    return found + _sorted_all(
+        group, group_index, states, layout, arrived, [projected[held[place]] for place in arrived], is_projected=True
+    )
 
 
-def bucket_of_one(
-    group: dict[str, Any], group_index: int, states: States, layout: Callable[[Tensor, bool, int], Layout], place: int, grad: Tensor
-) -> Members:
+def members_of(param: Tensor, group: dict[str, Any]) -> Members:
+    """A bucket of one DTensor, which needs no gradient and has none."""
+    shape = matrix_shape(param)
+    return Members(is_right(param, group["proj_type"]), min(group["rank"], *shape), 1, params=[param], sharding=sharding_of(param))
+
+
+def bucket_of_one(group: dict[str, Any], group_index: int, states: States, layout: LayoutOf, place: int, grad: Tensor) -> Members:
     """The bucket of one parameter alone, with this gradient. Raises as `buckets` does."""
-    return _sorted(group, group_index, states, layout, [place], [grad], is_projected=False)[0]
+    return _sorted_all(group, group_index, states, layout, [place], [grad], is_projected=False)[0]
+
+
+def _sorted_all(
+    group: dict[str, Any],
+    group_index: int,
+    states: States,
+    layout: LayoutOf,
+    places: list[int],
+    grads: list[Tensor],
+    is_projected: bool,
+) -> list[Members]:
+    """The parameters in `places`, whose gradients or Rs are `grads`, as buckets; sharded ones last."""
+    held = group["params"]
+    sharded = [slot for slot, place in enumerate(places) if is_sharded(held[place])]
+    if not sharded:
+        return _sorted(group, group_index, states, layout, places, grads, is_projected)
+    plain = sorted(set(range(len(places))) - set(sharded))
+    found = _sorted(group, group_index, states, layout, [places[slot] for slot in plain], [grads[slot] for slot in plain], is_projected)
+    return found + _sorted_sharded(
+        group, group_index, states, layout, [places[slot] for slot in sharded], [grads[slot] for slot in sharded], is_projected
+    )
+
+
+def _sorted_sharded(
+    group: dict[str, Any],
+    group_index: int,
+    states: States,
+    layout: LayoutOf,
+    places: list[int],
+    grads: list[Tensor],
+    is_projected: bool,
+) -> list[Members]:
+    """Buckets of DTensors. They are sorted by what is the same in all processes, which must send the same
+    messages in the same order."""
+    held = [group["params"][place] for place in places]
+    for place, grad in zip(places, grads, strict=True):
+        if not is_projected and not is_sharded(grad):
+            where = describe(group, group_index, place)
+            raise TypeError(f"the gradient is a plain tensor in {where}, whose parameter is a DTensor; make it one too")
+    alike: dict[Any, list[int]] = {}
+    for slot, (param, grad) in enumerate(zip(held, grads, strict=True)):
+        key = (param.device_mesh, param.placements, param.shape, param.stride(), param.dtype, param.device, grad.dtype)
+        alike.setdefault(key, []).append(slot)
+    found = []
+    for slots in alike.values():
+        members = _bucket_of(group, group_index, places[slots[0]], grads[slots[0]], is_projected)
+        members.params = [held[slot] for slot in slots]
+        members.places = [places[slot] for slot in slots]
+        members.states = [states.get(param) or {} for param in members.params]
+        first = members.sharding = sharding_of(held[slots[0]])
+        if members.cut == OVER_EXPERTS:
+            members.per_param = first.piece(first.shape[0])[1]
+        members.grads = [grads[slot] if is_projected else _part(grads[slot], held[slot]) for slot in slots]
+        if members.params[0].dim() != 2:
+            members.grads = [matrix for grad in members.grads for matrix in matrices_of(grad)]
+        _check_states(members, group, group_index, layout)
+        found.append(members)
+    return found
+
+
+def _part(grad: Tensor, param: Tensor) -> Tensor:
+    """This process's part of a gradient, in the memory order of the parameter's."""
+    if grad.placements != param.placements:  # a partial sum, say
+        grad = grad.redistribute(placements=param.placements)
+    part, like = local(grad), local(param)
+    return part if part.stride() == like.stride() else torch.empty_like(like, dtype=part.dtype).copy_(part)
 
 
 def _sorted(
     group: dict[str, Any],
     group_index: int,
     states: States,
-    layout: Callable[[Tensor, bool, int], Layout],
+    layout: LayoutOf,
     places: list[int],
     grads: list[Tensor],
     is_projected: bool,
@@ -143,7 +263,7 @@ def _sorted(
         members.grads = [grads[slot] for slot in slots]
         if members.params[0].dim() != 2:
             members.grads = [matrix for grad in members.grads for matrix in matrices_of(grad)]
-        _check_states(members, group, group_index, layout(members.params[0], members.right, members.rank))
+        _check_states(members, group, group_index, layout)
         found.append(members)
     return found
 
@@ -158,7 +278,7 @@ def _bucket_of(group: dict[str, Any], group_index: int, place: int, grad: Tensor
             raise ValueError(f"the gradient is {tuple(grad.shape)} in {where}; it was computed before the parameter's shape changed")
     shape = matrix_shape(param)
     experts = param.shape[0] if param.dim() == 3 else 1
-    return Members(is_right(shape, group["proj_type"]), min(group["rank"], *shape), experts, is_projected)
+    return Members(is_right(param, group["proj_type"]), min(group["rank"], *shape), experts, is_projected)
 
 
 def check_grad(group: dict[str, Any], group_index: int, place: int, grad: Tensor) -> None:
@@ -171,27 +291,32 @@ def check_grad(group: dict[str, Any], group_index: int, place: int, grad: Tensor
         raise TypeError(f"the gradient is {grad.dtype} in {where}; a low-rank group takes real floating-point gradients")
 
 
-def _check_states(members: Members, group: dict[str, Any], group_index: int, layout: Layout) -> None:
+def _check_states(members: Members, group: dict[str, Any], group_index: int, layout: LayoutOf) -> None:
     """Raises ValueError where a state does not fit its parameter. Kernels rely on this check.
 
     Casts and moves states whose parameters were cast or moved with their model.
     """
-    present = [state for state in members.states if state]
-    if not present:
+    if not any(members.states):
         return
-    param = members.params[0]
-    rows, columns = matrix_shape(param)
-    batch = () if param.dim() != 3 else (members.per_param,)
-    expected = {"basis": ((columns if members.right else rows, members.rank), param.dtype)} | layout
-    expected = {name: (torch.Size((*batch, *shape)), dtype) for name, (shape, dtype) in expected.items()}
+    param, states = members.params[0], members.states
+    if members.sharding is None:
+        batch = () if param.dim() != 3 else (members.per_param,)
+        expected = {"basis": ((members.extents[0], members.rank), param.dtype)} | layout(param, members.right, members.rank)
+        expected = {name: (torch.Size((*batch, *shape)), dtype) for name, (shape, dtype) in expected.items()}
+    else:
+        expected = {name: (torch.Size(part.shape), part.dtype) for name, part in members.state_parts(layout).items()}
+        states = [{name: local(value) for name, value in state.items()} for state in states]
     expected["step"] = torch.Size(), torch.float32
-    if _all_fit(present, expected, param.get_device()):
+    if _all_fit(list(filter(None, states)), expected, members.weights[0].get_device()):
         return
-    for place, parameter, state in zip(members.places, members.params, members.states, strict=True):
+    for place, weight, state, stored in zip(members.places, members.weights, states, members.states, strict=True):
         if state:
             where = describe(group, group_index, place)
             _check_state(state, expected, group, where)
-            _follow(state, parameter, expected)
+            _follow(state, weight, expected)
+            for name, value in state.items() if state is not stored else ():
+                if value is not local(stored[name]):
+                    stored[name] = like(stored[name], value) if is_sharded(stored[name]) else value
 
 
 def _all_fit(states: list[dict[str, Any]], expected: Expected, device: int) -> bool:

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from ..rules import Rule
+from ..sharded import local
+from ..sharded.layout import ALONG_M
 from ..storage import Storage
+from .buckets import Members
 
 
-def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storage: Storage) -> None:
+def carry(members: Members, moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storage: Storage) -> None:
     """Changes the moments in `state`, in place. Call it before state["basis"] becomes `fresh`, (m, r) or
-    (experts, m, r).
+    (experts, m, r), of which this process has a part.
 
     "keep": the moments stay as they are and are read in the coordinates of the new basis (GaLore, I3S).
     "rotate": the rule turns the moments by C = P_newᵀ·P_old (LDAdam, arXiv 2410.16103). Each expert is turned
@@ -26,15 +29,17 @@ def carry(moments: str, state: dict[str, Any], fresh: Tensor, rule: Rule, storag
     """
     if moments == "keep":
         return
-    old = state["basis"]
-    changed = (fresh != old).flatten(-2).any(-1)[..., None, None]
+    old = local(state["basis"])
     state_dtype = torch.promote_types(old.dtype, torch.float32)
-    stored = {name: state[name] for name in storage.layout(rule.state(1, 1), state_dtype)}
+    stored = {name: local(state[name]) for name in storage.layout(rule.state(1, 1), state_dtype)}
     if moments == "rotate":
         values = storage.load(stored, state_dtype)
-        turn = fresh.mT.to(state_dtype) @ old.to(state_dtype)
-        rule.rotate(values, torch.where(changed, turn, torch.eye(turn.shape[-1], dtype=state_dtype, device=turn.device)))
+        changed = (fresh != old).flatten(-2).any(-1)
+        changed = members.anywhere(changed) if members.cut == ALONG_M else changed
+        turn = members.inner(fresh, old)
+        rule.rotate(values, torch.where(changed[..., None, None], turn, torch.eye(turn.shape[-1], dtype=state_dtype, device=turn.device)))
         storage.store_(values, stored, state["step"])
         return
+    changed = members.anywhere((fresh != old).any())
     for tensor in (*stored.values(), state["step"]):  # all experts: they share one count
-        tensor.copy_(torch.where(changed.any(), 0, tensor))
+        tensor.copy_(torch.where(changed, 0, tensor))

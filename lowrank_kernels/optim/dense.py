@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from ..backends.reference import kept_where
+from ..sharded import is_sharded, local
 
 FUSED_DEVICES = ("cpu", "cuda")
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,11 +30,13 @@ def dense_adamw_step_(
     current = {param: states.get(param) or _new_state(param, group.get("capturable", False)) for param in params}
     fused, plain, counted_on_host = [], [], []
     for param, state in current.items():
+        if is_sharded(param) and param.grad.placements != param.placements:
+            param.grad = param.grad.redistribute(placements=param.placements)
         if (state["exp_avg"].dtype, state["exp_avg"].device) != (param.dtype, param.device):  # the model was cast or moved
             state |= {key: torch.empty_like(param).copy_(state[key]) for key in MOMENTS}
             state["step"] = state["step"].to(param.device)
         has_kernel = param.is_floating_point() and param.device.type in FUSED_DEVICES
-        if has_kernel and _paired_in_memory(param, param.grad, *(state[key] for key in MOMENTS)):
+        if has_kernel and _paired_in_memory(*map(local, (param, param.grad, *(state[key] for key in MOMENTS)))):
             fused.append(param)
         elif state["step"].is_cuda:
             plain.append(param)
@@ -44,8 +47,8 @@ def dense_adamw_step_(
     for others in filter(None, (plain, counted_on_host)):
         if grad_scale is not None:
             for param in others:
-                param.grad.div_(grad_scale.to(param.device))
-        moving = [*others, *(current[param][key] for param in others for key in ("step", *MOMENTS))]
+                local(param.grad).div_(grad_scale.to(param.device))
+        moving = list(map(local, [*others, *(current[param][key] for param in others for key in ("step", *MOMENTS))]))
         with kept_where(found_inf, moving):
             _adamw_(others, current, group, fused=False)
     states |= {param: state for param, state in current.items() if not states.get(param)}
@@ -59,10 +62,10 @@ def _adamw_(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    steps, exp_avgs, exp_avg_sqs = ([states[param][key] for param in params] for key in ("step", *MOMENTS))
+    steps, exp_avgs, exp_avg_sqs = ([local(states[param][key]) for param in params] for key in ("step", *MOMENTS))
     adamw(
-        params,
-        [param.grad for param in params],
+        list(map(local, params)),
+        [local(param.grad) for param in params],
         exp_avgs,
         exp_avg_sqs,
         [],

@@ -9,48 +9,65 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..subspaces import subspace_overlap
+from ..sharded import is_sharded, local, sharding_of
+from ..sharded.layout import ALONG_M, OVER_EXPERTS
+from ..sharded.state import like
 from . import groups
 from .buckets import Members, split
+from .waiting import is_chosen_each
 
 if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
+    from .refreshes import Fresh
 
 KEY = "refresh_diagnostics"
 """The figures of a parameter's last refresh in its state, (3,) or (experts, 3) in fp32."""
 FIGURES = ("overlap", "captured_energy", "effective_rank")
 
 
-def of_member(group: dict[str, Any], members: Members, slot: int, fresh: Tensor) -> Tensor:
-    """The figures of one parameter's new basis, (m, r) or (experts, m, r). Its state still holds the old
-    one. Without orthonormal bases only the effective rank has a meaning; the others are NaN."""
-    grads = members.grads[slot * members.per_param : (slot + 1) * members.per_param]
-    bases, old = split(fresh), members.states[slot].get("basis")
-    each = zip(grads, bases, [None] * len(bases) if old is None else split(old), strict=True)
-    figures = [_of_matrix(grad.mT if members.right else grad, basis, before) for grad, basis, before in each]
-    found = torch.stack(figures) if fresh.dim() == 3 else figures[0]
+def of_member(group: dict[str, Any], members: Members, fresh: Fresh) -> Tensor:
+    """The figures of one parameter's new basis. Its state still holds the old one. Without orthonormal bases
+    only the effective rank has a meaning; the others are NaN."""
+    slot, basis, figures = fresh.slot, fresh.basis, fresh.figures
+    if figures is None:
+        grads = members.grads[slot * members.per_param : (slot + 1) * members.per_param]
+        each = [of_matrix(grad.mT if members.right else grad, one) for grad, one in zip(grads, split(basis), strict=True)]
+        figures = torch.stack(each) if each else basis.new_empty((0, len(FIGURES)), dtype=torch.float32)
+    if (old := local(members.states[slot].get("basis"))) is not None:  # a basis that is zero has waited for its first gradient
+        had = old.flatten(-2).any(-1)
+        had = members.anywhere(had) if members.cut == ALONG_M else had
+        overlap = members.inner(basis, old).square().sum((-2, -1)) / members.rank
+        figures[:, 0] = torch.where(had, overlap, torch.nan)
     if group["selection"] == "gaussian":
-        found[..., :2] = torch.nan
-    return found
+        figures[:, :2] = torch.nan
+    found = figures if basis.dim() == 3 else figures[0]
+    if members.cut != OVER_EXPERTS:
+        return found
+    return members.sharding.wrap(found, 0, members.params[slot].shape[0])
 
 
-def _of_matrix(grad: Tensor, basis: Tensor, old: Tensor | None) -> Tensor:
-    """(3,) for G' (m, n). The Gram matrix of its shorter side costs 2·m²·n flops."""
+def of_matrix(grad: Tensor, basis: Tensor) -> Tensor:
+    """(3,) for G' (m, n), of which the first, the overlap, is NaN. The Gram matrix of its shorter side costs
+    2·m²·n flops."""
     grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
     grad = grad / grad.abs().amax()  # squares of squares may leave the range of fp32
     energy = grad.square().sum()
     captured = (basis.mT.to(grad.dtype) @ grad).square().sum() / energy
     gram = grad @ grad.mT if grad.shape[0] <= grad.shape[1] else grad.mT @ grad
-    overlap = torch.full_like(captured, torch.nan)
-    if old is not None:  # a basis that is zero has waited for its first gradient
-        overlap = torch.where(old.any(), subspace_overlap(basis, old).to(grad.dtype), overlap)
-    return torch.stack((overlap, captured, energy.square() / gram.square().sum())).float()
+    return torch.stack((torch.full_like(captured, torch.nan), captured, energy.square() / gram.square().sum())).float()
+
+
+def of_stored(right: bool, grad: Tensor, basis: Tensor) -> Tensor:
+    """As `of_matrix`, for a gradient as stored."""
+    return of_matrix(grad.mT if right else grad, basis)
 
 
 def where_new(state: dict[str, Any], measured: Tensor) -> Tensor:
     """The figures where a matrix had no basis before, and those that it had elsewhere."""
-    waited = ~state["basis"].flatten(-2).any(-1)[..., None]
-    return torch.where(waited, measured, state[KEY].to(measured.device) if KEY in state else torch.nan)
+    waited = ~is_chosen_each(state["basis"])[..., None]
+    before = local(state[KEY]).to(local(measured).device) if KEY in state else torch.nan
+    found = torch.where(waited, local(measured), before)
+    return like(measured, found) if is_sharded(measured) else found
 
 
 def rows(optimizer: LowRankOptimizer) -> list[dict[str, Any]]:
@@ -63,8 +80,10 @@ def rows(optimizer: LowRankOptimizer) -> list[dict[str, Any]]:
             state, name = optimizer.state.get(param, {}), groups.name_of(group, place)
             if KEY in state:
                 of_param = {"param": index if name is None else name, "refreshed_at": state["refreshed_at"]}
-                each = state[KEY].view(-1, len(FIGURES))
-                mine = [{**of_param, "expert": expert if state[KEY].dim() == 2 else None} for expert in range(len(each))]
+                each, first = local(state[KEY]).view(-1, len(FIGURES)), 0
+                if is_sharded(state[KEY]):
+                    first = sharding_of(state[KEY]).piece(state[KEY].shape[0])[0]
+                mine = [{**of_param, "expert": first + expert if state[KEY].dim() == 2 else None} for expert in range(len(each))]
                 figures[each.device].append((each, mine))
                 found += mine
             index += 1

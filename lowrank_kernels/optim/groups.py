@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharded import is_sharded, sharding_of
 from . import keys
 
 NAME = "_lowrank_kernels_name"
@@ -50,10 +51,15 @@ def matrix_shape(param: Tensor) -> tuple[int, int]:
     return param.shape[0], math.prod(param.shape[1:])
 
 
-def is_right(shape: tuple[int, int], proj_type: str) -> bool:
+def is_right(param: Tensor, proj_type: str) -> bool:
     """Whether the right side is projected. `std` projects the shorter side, and the right side of a square
-    matrix."""
-    rows, columns = shape
+    matrix. `unsharded` projects the side along which a DTensor is not cut, and is `std` elsewhere."""
+    rows, columns = matrix_shape(param)
+    if proj_type == "unsharded":
+        dim = sharding_of(param).dim if is_sharded(param) else None
+        if dim is not None and (cut := dim - (param.dim() == 3)) >= 0:
+            return cut == 0
+        proj_type = "std"
     if proj_type == "std":
         return rows >= columns
     if proj_type == "reverse_std":
@@ -170,7 +176,12 @@ def refuse_flattened(group: dict[str, Any], group_index: int, param_index: int) 
     if is_flattened(group["params"][param_index]):
         raise TypeError(
             f"FullyShardedDataParallel (FSDP1) keeps flat pieces of matrices, which cannot be projected "
-            f"({describe(group, group_index, param_index)}); replicate the model instead, as with DistributedDataParallel"
+            f"({describe(group, group_index, param_index)}); use FSDP2, torch.distributed.fsdp.fully_shard, which cuts them by rows"
+        )
+    if hasattr(group["params"][param_index], "ds_id"):
+        raise TypeError(
+            f"DeepSpeed's ZeRO keeps flat pieces of matrices, which cannot be projected ({describe(group, group_index, param_index)}); "
+            "use FSDP2, torch.distributed.fsdp.fully_shard, which cuts them by rows"
         )
 
 
@@ -180,15 +191,20 @@ def check_param(group: dict[str, Any], group_index: int, param_index: int) -> No
     where = describe(group, group_index, param_index)
     refuse_flattened(group, group_index, param_index)
     if param.dim() < 2:
-        raise ValueError(f"a low-rank group takes matrices, got a {param.dim()}-D parameter ({where}); put it in a group without rank")
+        raise ValueError(
+            f"a low-rank group takes matrices, got a {param.dim()}-D parameter ({where}); put it in a group without rank. DeepSpeed, which "
+            "puts flat pieces of matrices into the groups, cannot be used: use FSDP2, torch.distributed.fsdp.fully_shard"
+        )
     if param.numel() == 0:
         raise ValueError(f"a low-rank group cannot hold an empty parameter ({where}); put it in a group without rank")
     if not param.is_floating_point():
         raise TypeError(f"a low-rank group takes real floating-point parameters, got {param.dtype} ({where}); use a group without rank")
-    if param.layout != torch.strided or hasattr(param, "device_mesh"):
-        raise TypeError(
-            f"a low-rank group takes plain dense tensors, got {type(param).__name__} with layout {param.layout} ({where}); "
-            "sharded and sparse parameters are not supported there yet"
-        )
+    if is_sharded(param):
+        try:
+            sharding_of(param)
+        except TypeError as error:
+            raise TypeError(f"{error} ({where})") from None
+    elif param.layout != torch.strided:
+        raise TypeError(f"a low-rank group takes dense tensors, got layout {param.layout} ({where}); use a group without rank")
     if group["rounding"] == "stochastic" and param.dtype != torch.bfloat16:
         raise ValueError(f"rounding='stochastic' is for bfloat16 parameters, got {param.dtype} ({where}); put it in a group without")

@@ -163,8 +163,9 @@ LOW_RANK = (
     Choice(
         "proj_type",
         "std",
-        "side: `std` projects the shorter one; `reverse_std`, `left`, `right`",
-        choices=("std", "reverse_std", "left", "right"),
+        "side: `std` projects the shorter one; `reverse_std`, `left`, `right`; `unsharded` the one by which a sharded weight's step sends "
+        "nothing (elsewhere `std`)",
+        choices=("std", "reverse_std", "left", "right", "unsharded"),
     ),
     Choice(
         "selection",

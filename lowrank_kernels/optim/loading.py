@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..sharded import is_sharded
 from ..subspaces import own_memory
 from . import groups, keys
 from .dense import MOMENTS
@@ -141,9 +142,20 @@ def restore_dense(state: dict[str, Any], saved: dict[str, Any], param: Tensor) -
     for key, value in saved.items():
         if isinstance(value, Tensor):
             if key in MOMENTS:
-                state[key] = torch.empty_like(param).copy_(value.detach())
+                state[key] = torch.empty_like(param).copy_(_as_sharded(value.detach(), param))
             else:
                 state[key] = value.detach().to(param.device, copy=True)
+
+
+def _as_sharded(value: Tensor, param: Tensor) -> Tensor:
+    """The value as a DTensor like the parameter, or whole for a plain parameter."""
+    if is_sharded(value):
+        return value if is_sharded(param) else value.full_tensor()
+    if not is_sharded(param):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(param.device), param.device_mesh, param.placements, src_data_rank=None)
 
 
 def check_dense(state: dict[str, Any], param: Tensor, where: str) -> None:

@@ -18,19 +18,22 @@ from ..backends.upload import pack, upload
 from ..lifts import Lift
 from ..ops.dispatch import outside_training
 from ..rules import Rule
+from ..sharded import is_sharded, local
+from ..sharded import state as sharded_state
+from ..sharded import step as sharded_step
 from ..storage import Storage
-from . import diagnosis, groups, keys, loading, ranks, refreshes
-from .buckets import NOTHING, Members, buckets, check_grad, matrices_of
+from ..storage.eight_bit import SCALES
+from . import diagnosis, groups, initialising, keys, loading, ranks, refreshes
+from .buckets import NOTHING, Members, buckets, check_grad, matrices_of, members_of
 from .carry import carry
 from .clipping import clip_grad_norm_
 from .dense import dense_adamw_step_
 from .in_backward import InBackward
 from .periods import Periods
-from .refreshes import Due
+from .refreshes import Due, Fresh
 from .scaler import Skips, unscaled
-from .waiting import Waiting
+from .waiting import Waiting, is_chosen
 
-Fresh = tuple[int, str, Tensor]
 HOST = ("cpu",)
 """Types of devices whose tensors the host can read without waiting."""
 
@@ -183,6 +186,7 @@ class LowRankOptimizer(Optimizer):
                 raise RuntimeError("step() after in_backward cannot be captured in a CUDA graph, whose replays would not make R anew")
             self._in_backward.finish(grad_scale, found_inf)
         work = self._work(capturing)
+        counts_before = None if capturing or self.state else initialising.counts(self)
         if not (capturing or self._compared):
             self._compare_ranks()
             self._compared = True
@@ -197,7 +201,10 @@ class LowRankOptimizer(Optimizer):
             counts = low_rank or (groups.is_low_rank(group) and (not group["params"] or self._has_moved(group)))
             if not skipped and counts:
                 self._step_group(group, low_rank, grad_scale, found_inf, capturing)
-        self._after_step(skipped)
+        if counts_before is None:
+            self._after_step(skipped)
+        else:
+            initialising.forget(self, counts_before)
         if self._in_backward is not None:
             self._in_backward.clear()
 
@@ -247,31 +254,47 @@ class LowRankOptimizer(Optimizer):
         due = [] if capturing else self._due(group, low_rank)
         if found_inf is not None and refreshes.is_refresh(due) and found_inf.item():
             return
-        for slot, members in enumerate(low_rank):
-            with unscaled(members, grad_scale):
-                if due:
-                    self._refresh(group, members, self._chosen(group, members, due[slot], found_inf), hyper)
-                self._move(group, members, hyper, found_inf)
+        each = (
+            self._step_bucket(group, members, hyper, due[slot] if due else {}, grad_scale, found_inf)
+            for slot, members in enumerate(low_rank)
+        )
+        sharded_step.overlapped(each)
         if found_inf is not None and not capturing:
             self._skips.note(group, found_inf)
         group["calls"] += not capturing
 
+    def _step_bucket(
+        self, group: dict[str, Any], members: Members, hyper: Hyper, due: Due, grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> sharded_step.Steps:
+        with unscaled(members, grad_scale):
+            if due:
+                self._refresh(group, members, self._chosen(group, members, due, found_inf), hyper)
+            yield from self._moving(group, members, hyper, found_inf)
+
     def _move(self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None) -> None:
+        sharded_step.overlapped([self._moving(group, members, hyper, found_inf)])
+
+    def _moving(self, group: dict[str, Any], members: Members, hyper: Hyper, found_inf: Tensor | None) -> sharded_step.Steps:
+        """Moves a bucket. Yields while messages to other processes are under way."""
         found_inf = None if found_inf is None else members.to_device(found_inf)
-        if members.params[0].dim() == 2:
-            weights, counts = members.params, [state["step"] for state in members.states]
+        params = members.weights
+        if params[0].dim() == 2:
+            weights, counts = params, [state["step"] for state in members.states]
             copied = []
         else:
-            each = [matrices_of(param.detach()) for param in members.params]
+            each = [matrices_of(param.detach()) for param in params]
             weights = [weight for matrices in each for weight in matrices]
             counts = [state["step"] for state in members.states for _ in range(members.per_param)]
             # Some strides allow no view as a matrix. The matrix is then a copy, to be written back.
-            copied = [(param, m[0]) for param, m in zip(members.params, each, strict=True) if m[0].data_ptr() != param.data_ptr()]
+            copied = [(param, m[0]) for param, m in zip(params, each, strict=True) if m and m[0].data_ptr() != param.data_ptr()]
         source = {"projected" if members.is_projected else "grads": members.grads}
         bucket = self._bucket(group, members, hyper, found_inf, weights=weights, bases=members.of_matrices("basis"), steps=counts, **source)
         if isinstance(hyper.lr, Tensor):
             hyper = dataclasses.replace(hyper, lr=members.to_device(hyper.lr))
-        backends.step(bucket, hyper)
+        if members.sharding is None:
+            backends.step(bucket, hyper)
+        elif weights:
+            yield from sharded_step.step(bucket, hyper, members.sharding, members.extents[1])
         for param, matrix in copied:
             param.copy_(matrix.view(param.shape))
         self._count(members, found_inf)
@@ -302,6 +325,8 @@ class LowRankOptimizer(Optimizer):
             # The random bits depend on the count of updates, which "reset" sets to zero in each period.
             # Without this number every period would round alike.
             period = (state["refreshed_at"],) if group["moments"] == "reset" else ()
+            if refreshes.needs_others(members):  # elements are counted from a part's first one, and parts should round apart
+                period = (*period, members.sharding.index)
             places = self._places(group, members, slot)
             seeds += [philox.signed64(philox.derive_seed(group["seed"], *place, *period)) for place in places]
         return upload(pack([seeds]), 1, members.device)[0]
@@ -310,7 +335,7 @@ class LowRankOptimizer(Optimizer):
         """(key of the parameter, number of the matrix in it) for each of a parameter's matrices. The random
         draws of a matrix are keyed by this pair."""
         key = self._draw_key(group, members.places[slot], members.states[slot])
-        return [(key, number) for number in range(members.per_param)]
+        return [(key, members.first_matrix + number) for number in range(members.per_param)]
 
     def _draw_key(self, group: dict[str, Any], place: int, state: dict[str, Any]) -> int:
         """The number that keys the parameter's random draws. It is made from the parameter's name. It is the
@@ -364,7 +389,8 @@ class LowRankOptimizer(Optimizer):
         kind: "first" where there is no state yet; "next" where a new period begins; "waits" where the basis
         may still be zero, because no gradient other than zero has come yet.
         """
-        self._waiting.settle(self.state)
+        # Processes that share a matrix must find the same bases due.
+        self._waiting.settle(self.state, wait=any(members.sharding is not None for members in low_rank))
         due = self._due_now(group, low_rank)
         if refreshes.is_refresh(due) and (skipped := self._skips.ask(group)):
             group["calls"] -= skipped
@@ -376,31 +402,41 @@ class LowRankOptimizer(Optimizer):
         return [{} if each.is_projected else refreshes.due(group, each, self._waiting.params, self._periods) for each in low_rank]
 
     def _chosen(self, group: dict[str, Any], members: Members, due: Due, found_inf: Tensor | None) -> list[Fresh]:
-        """(slot, kind, new basis) of each member that is due. A basis is (m, r) or (experts, m, r). Changes
-        nothing."""
+        """The new bases of the members that are due. Changes nothing."""
         fresh: list[Fresh] = []
         for (number, kind), slots in due.items():
             places = [place for slot in slots for place in self._places(group, members, slot)]
-            may_look = members.device.type in HOST
-            chosen = iter(refreshes.choose(group, members, number, kind, slots, places, may_look, found_inf))
-            for slot in slots:
-                matrices = [next(chosen) for _ in range(members.per_param)]
-                whole = torch.stack(matrices) if members.params[slot].dim() == 3 else matrices[0]
-                fresh.append((slot, kind, whole))
+            chosen = figures = None
+            if refreshes.needs_others(members):
+                measure = functools.partial(diagnosis.of_stored, members.right) if group["diagnostics"] else None
+                bases, chosen, figures = refreshes.choose_sharded(group, members, number, kind, slots, places, found_inf, measure)
+            else:
+                bases = refreshes.choose(group, members, number, kind, slots, places, members.device.type in HOST, found_inf)
+            each = members.per_param
+            for place, slot in enumerate(slots):
+                mine = slice(place * each, (place + 1) * each)
+                if members.params[slot].dim() != 3:
+                    basis = bases[place]
+                elif each:
+                    basis = torch.stack(bases[mine])
+                else:  # a process without any of the experts
+                    basis = torch.empty((0, members.extents[0], members.rank), dtype=members.params[0].dtype, device=members.device)
+                flags, found = (None if table is None else table[mine] for table in (chosen, figures))
+                fresh.append(Fresh(slot, kind, basis, flags, found))
         return fresh
 
     def _refresh(self, group: dict[str, Any], members: Members, fresh: list[Fresh], hyper: Hyper) -> None:
         """Writes new bases into the states. An existing basis keeps its memory, since a CUDA graph may hold
         its address."""
         first = []
-        if group["refresh_threshold"] < 1 and (again := [(slot, basis) for slot, kind, basis in fresh if kind == "next"]):
-            slots, bases = zip(*again, strict=True)
-            self._periods.lengthen(group, [members.params[slot] for slot in slots], [members.states[slot] for slot in slots], bases)
-        for slot, kind, basis in fresh:
+        if group["refresh_threshold"] < 1 and (again := [(each.slot, each.basis) for each in fresh if each.kind == "next"]):
+            self._periods.lengthen(group, members, *map(list, zip(*again, strict=True)))
+        for each in fresh:
+            slot, kind, basis = each.slot, each.kind, each.basis
             param, state = members.params[slot], members.states[slot]
-            measured = diagnosis.of_member(group, members, slot, basis) if group["diagnostics"] else None
+            measured = diagnosis.of_member(group, members, each) if group["diagnostics"] else None
             if kind == "first" or param in self._waiting.params:
-                first.append(slot)
+                first.append((param, is_chosen(basis) if each.chosen is None else each.chosen.all()))
             if kind == "first":
                 with torch.inference_mode(False):  # the states outlive a step in inference mode
                     state |= self._new_state(group, members, slot, subspaces.own_memory(basis), hyper)
@@ -411,11 +447,11 @@ class LowRankOptimizer(Optimizer):
             if measured is not None:
                 state[diagnosis.KEY] = measured if kind == "next" else diagnosis.where_new(state, measured)
             if kind == "next":
-                carry(group["moments"], state, basis, hyper.rule, hyper.storage)
+                carry(members, group["moments"], state, basis, hyper.rule, hyper.storage)
                 state["refreshed_at"] = group["calls"]
-            state["basis"].copy_(basis)
-        if group["selection"] not in subspaces.BLIND:
-            self._waiting.note([members.params[slot] for slot in first], [members.states[slot]["basis"] for slot in first])
+            local(state["basis"]).copy_(basis)
+        if first and group["selection"] not in subspaces.BLIND:
+            self._waiting.note(*map(list, zip(*first, strict=True)))
 
     @torch._disable_dynamo
     def diagnostics(self) -> list[dict[str, Any]]:
@@ -436,16 +472,29 @@ class LowRankOptimizer(Optimizer):
         state = {"step": torch.zeros((), dtype=torch.float32, device=param.device), "basis": basis, "refreshed_at": group["calls"]}
         if key != self._first_index(group) + members.places[slot]:
             state["draw_key"] = key
-        batch = param.shape[:1] if param.dim() == 3 else ()
-        for name, (shape, dtype) in self._layout(hyper, param, members.right, members.rank).items():
-            state[name] = torch.zeros((*batch, *shape), dtype=dtype, device=param.device)
+        layout = functools.partial(self._layout, hyper)
+        if members.sharding is None:
+            batch = param.shape[:1] if param.dim() == 3 else ()
+            for name, (shape, dtype) in layout(param, members.right, members.rank).items():
+                state[name] = torch.zeros((*batch, *shape), dtype=dtype, device=param.device)
+            return state
+        each = members.state_parts(layout)
+        state["basis"] = members.sharding.wrap(basis, each["basis"].dim, each["basis"].length)
+        for name, part in each.items():
+            if name != "basis":
+                state[name] = sharded_state.zeros(part, members.sharding, members.device)
         return state
 
-    def _layout(self, hyper: Hyper, param: Tensor, right: bool, rank: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Name → (shape for one matrix, dtype) of the tensors that the rule and the lift keep."""
-        rows, columns = groups.matrix_shape(param)
+    def _layout(
+        self, hyper: Hyper, param: Tensor, right: bool, rank: int, n: int | None = None
+    ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Name → (shape for one matrix, dtype) of the tensors that the rule and the lift keep, of n columns
+        or all."""
+        if n is None:
+            rows, columns = groups.matrix_shape(param)
+            n = rows if right else columns
         state_dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-        layout = hyper.storage.layout(hyper.rule.state(rank, rows if right else columns), state_dtype)
+        layout = hyper.storage.layout(hyper.rule.state(rank, n), state_dtype)
         return layout | {name: (shape, torch.float32) for name, shape in hyper.lift.state().items()}
 
     @torch.compiler.disable
@@ -528,7 +577,10 @@ class LowRankOptimizer(Optimizer):
         """As torch's. It holds only tensors and Python's own types, so that torch.load(...,
         weights_only=True) accepts it."""
         self._ask_for_skips()
-        return super().state_dict()
+        packed = super().state_dict()
+        if any(groups.is_low_rank(group) and group["state_bits"] == 8 for group in self.param_groups):
+            packed["state"] = {key: sharded_state.decoded(state) for key, state in packed["state"].items()}
+        return packed
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -559,6 +611,8 @@ class LowRankOptimizer(Optimizer):
             if len(group["params"]) == len(saved["params"]):  # else torch raises
                 for place, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
                     if state := final["state"].get(saved_id):
+                        if groups.is_low_rank(saved):
+                            sharded_state.normalise_(state, is_sharded(param), saved["state_bits"] == 8)
                         self._check_loaded_state(state, param, saved, group, index, place)
         groups.warn_of_changes(changes)
         return final
@@ -591,17 +645,24 @@ class LowRankOptimizer(Optimizer):
             loading.check_dense(state, param, where)
             return
         shape = groups.matrix_shape(param)
-        right = groups.is_right(shape, saved["proj_type"])
+        right = groups.is_right(param, saved["proj_type"])
         m, rank = shape[1 if right else 0], min(saved["rank"], *shape)
         batch = param.shape[:1] if param.dim() == 3 else ()
         layout = self._layout(self._hyper(saved), param, right, rank)
+        if is_sharded(param):
+            layout = {name: each for name, each in layout.items() if name not in SCALES}
         loading.check_low_rank(state, {"basis": (m, rank), **{name: each for name, (each, _) in layout.items()}}, batch, saved, where)
 
     def _restore(self, final: dict[str, Any]) -> None:
         for group, saved_group in zip(self.param_groups, final["param_groups"], strict=True):
             for param, saved_id in zip(group["params"], saved_group["params"], strict=True):
                 saved = final["state"].get(saved_id, {})
-                if groups.is_low_rank(group):
+                if groups.is_low_rank(group) and is_sharded(param) and saved:
+                    hyper = self._hyper({**group, **saved_group, "params": group["params"]})
+                    members = members_of(param, saved_group)
+                    parts = members.state_parts(functools.partial(self._layout, hyper))
+                    sharded_state.restore(self.state[param], saved, members.sharding, parts, param.device)
+                elif groups.is_low_rank(group):
                     loading.restore_low_rank(self.state.get(param, {}), saved, param)
                 else:
                     loading.restore_dense(self.state.get(param, {}), saved, param)

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..subspaces import subspace_overlap
+from ..sharded import local
+from ..sharded.layout import ALONG_M
 from .arriving import Arriving
+from .buckets import Members
 
 KEY = "periods"
 """p in a parameter's state, one fp32; 1 where it is missing."""
@@ -46,16 +48,19 @@ class Periods:
         self._known[param] = known
         return known
 
-    def lengthen(self, group: dict[str, Any], params: list[Tensor], states: list[dict[str, Any]], fresh: list[Tensor]) -> None:
+    def lengthen(self, group: dict[str, Any], members: Members, slots: list[int], fresh: list[Tensor]) -> None:
         """Doubles p where the new bases are like the old ones, which are still in the states. A basis that
         has not changed at all says nothing: its gradient was not finite."""
         longest, lengthened = most(group), []
+        params, states = ([each[slot] for slot in slots] for each in (members.params, members.states))
         with torch.inference_mode(False):  # the states outlive a step in inference mode
             for state, basis in zip(states, fresh, strict=True):
-                old = state["basis"]
+                old = local(state["basis"])
                 p = state[KEY].to(old.device) if KEY in state else torch.ones((), dtype=torch.float32, device=old.device)
-                alike = (subspace_overlap(basis, old) > group["refresh_threshold"]) & (basis != old).flatten(-2).any(-1)
-                state[KEY] = torch.where(alike.all() & (2 * p <= longest), 2 * p, p)
+                differs = (basis != old).flatten(-2).any(-1)
+                differs = members.anywhere(differs) if members.cut == ALONG_M else differs
+                alike = (members.inner(basis, old).square().sum((-2, -1)) / members.rank > group["refresh_threshold"]) & differs
+                state[KEY] = torch.where(~members.anywhere(~alike.all()) & (2 * p <= longest), 2 * p, p)
                 lengthened.append(state[KEY])
         arriving = Arriving(torch.stack(lengthened))
         for place, param in enumerate(params):

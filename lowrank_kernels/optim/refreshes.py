@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..sharded import local
+from ..sharded import refresh as sharded
+from ..sharded.layout import ALONG_M, ALONG_N
+from ..subspaces import BLIND
 from . import groups
 from .buckets import Members, matrices_of
 from .periods import Periods, most
@@ -22,6 +28,19 @@ Due = dict[tuple[int, str], list[int]]
 kind: "first" where there is no state yet; "next" where a new period begins; "waits" where the basis may still
 be zero, because no gradient other than zero has come yet.
 """
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """The new basis of one member: this process's part, (m, r) or (experts, m, r). chosen: whether each of
+    its matrices has one, where other processes have the rest of the matrix. figures: what `measure` found of
+    each whole matrix."""
+
+    slot: int
+    kind: str
+    basis: Tensor
+    chosen: Tensor | None = None
+    figures: Tensor | None = None
 
 
 def due(group: dict[str, Any], members: Members, waiting: set[Tensor], periods: Periods) -> Due:
@@ -72,9 +91,9 @@ def choose(
     may look, bases are chosen for those matrices alone. A GPU chooses one for every matrix, and keeps or
     takes it on the device. places: what the random draws of each matrix are keyed by.
     """
-    each = members.per_param
-    grads = [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
-    previous = None if kind == "first" else [m for slot in slots for m in matrices_of(members.states[slot]["basis"])]
+    grads, previous = _grads(members, slots), _previous(members, kind, slots)
+    if not grads:
+        return []
     wanted = range(len(grads))
     if kind == "waits" and may_look:
         wanted = [matrix for matrix in wanted if not previous[matrix].any()]
@@ -85,24 +104,91 @@ def choose(
     chosen: list[Tensor] = []
     for start in range(0, len(wanted), at_once):
         part = wanted[start : start + at_once]
-        chosen += ops.choose_bases(
-            [grads[matrix] for matrix in part],
-            None if previous is None else [previous[matrix] for matrix in part],
-            rank=members.rank,
-            right=members.right,
-            selection=group["selection"],
-            svd=group["svd"],
-            oversample=group["oversample"],
-            power_iters=group["power_iters"],
-            seed=group["seed"],
-            refresh_number=number,
-            places=[places[matrix] for matrix in part],
-            dtype=members.params[0].dtype,
-            found_inf=found_inf,
-        )
+        old = None if previous is None else [previous[matrix] for matrix in part]
+        chosen += _chosen(group, members, number, [grads[matrix] for matrix in part], old, [places[matrix] for matrix in part], found_inf)
     if kind != "waits":
         return chosen
     bases = list(previous)
     for matrix, basis in zip(wanted, chosen, strict=True):
         bases[matrix] = torch.where(bases[matrix].any(), bases[matrix], basis)
     return bases
+
+
+def choose_sharded(
+    group: dict[str, Any],
+    members: Members,
+    number: int,
+    kind: str,
+    slots: list[int],
+    places: list[tuple[int, int]],
+    found_inf: Tensor | None,
+    measure: Callable[[Tensor, Tensor], Tensor] | None,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """As `choose`, for members of which other processes have other parts: this process's part of each basis;
+    whether each matrix has a basis now; and what `measure` found of each. All processes get the same."""
+    grads, previous = _grads(members, slots), _previous(members, kind, slots)
+    found_inf = None if found_inf is None or kind != "waits" else members.to_device(found_inf)
+    m = members.extents[0]
+    figures = None
+    if group["selection"] in BLIND and measure is None:
+        shape = grads[0].new_ones(()).expand(members.extents if not members.right else members.extents[::-1])
+        wholes = _chosen(group, members, number, [shape] * len(grads), None, places, None)
+        bases = [members.sharding.piece_of(basis, 0) if members.cut == ALONG_M else basis for basis in wholes]
+        chosen = torch.ones(len(bases), dtype=torch.bool, device=members.device)
+    else:
+
+        def choose_whole(matrices: Sequence[int], wholes: list[Tensor]) -> list[Tensor]:
+            # A basis of zeros comes back where none was chosen, and the old one then stays.
+            old = None if kind == "first" else [wholes[0].new_zeros((m, members.rank), dtype=members.params[0].dtype)] * len(wholes)
+            return _chosen(group, members, number, wholes, old, [places[matrix] for matrix in matrices], found_inf)
+
+        first = members.places[slots[0]] % members.sharding.size
+        options = (members.sharding, members.right, members.rank, members.params[0].dtype, choose_whole, measure, first)
+        bases, chosen, figures = sharded.choose(grads, *options)
+    if previous is not None:
+        keep = ~chosen
+        if kind == "waits":
+            had = members.anywhere(torch.stack([basis.any() for basis in previous]))
+            keep, chosen = keep | had, chosen | had
+        bases = [torch.where(keeps, old, basis) for keeps, old, basis in zip(keep, previous, bases, strict=True)]
+    return bases, chosen, figures
+
+
+def needs_others(members: Members) -> bool:
+    """Whether this process holds only a part of each matrix."""
+    return members.cut in (ALONG_M, ALONG_N)
+
+
+def _grads(members: Members, slots: list[int]) -> list[Tensor]:
+    each = members.per_param
+    return [members.grads[slot * each + matrix] for slot in slots for matrix in range(each)]
+
+
+def _previous(members: Members, kind: str, slots: list[int]) -> list[Tensor] | None:
+    return None if kind == "first" else [matrix for slot in slots for matrix in matrices_of(local(members.states[slot]["basis"]))]
+
+
+def _chosen(
+    group: dict[str, Any],
+    members: Members,
+    number: int,
+    grads: list[Tensor],
+    previous: list[Tensor] | None,
+    places: list[tuple[int, int]],
+    found_inf: Tensor | None,
+) -> list[Tensor]:
+    return ops.choose_bases(
+        grads,
+        previous,
+        rank=members.rank,
+        right=members.right,
+        selection=group["selection"],
+        svd=group["svd"],
+        oversample=group["oversample"],
+        power_iters=group["power_iters"],
+        seed=group["seed"],
+        refresh_number=number,
+        places=places,
+        dtype=members.params[0].dtype,
+        found_inf=found_inf,
+    )

@@ -44,7 +44,7 @@ def buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
         places, params = (list(each) for each in zip(*members, strict=True))
         grads = [param.grad for param in params]
         held = [layers[param] for param in params]
-        result.append(LayerMembers(not transposed, params[0].shape[0], 1, True, params, places, [], grads, held))
+        result.append(LayerMembers(not transposed, params[0].shape[0], 1, True, params, places, [], grads, layers=held))
     return result
 
 

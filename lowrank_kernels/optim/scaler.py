@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharded import local
+from ..sharded.state import like
 from .buckets import Members
 
 
@@ -39,9 +41,13 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
     remaining = iter(members.grads)
     for param in () if members.is_projected else members.params:
         divided = [next(remaining) for _ in range(members.per_param)]
-        if divided[0].data_ptr() != param.grad.data_ptr():
+        grad = local(param.grad)
+        if divided and divided[0].data_ptr() != grad.data_ptr():
             whole = torch.stack(divided) if param.dim() == 3 else divided[0]
-            param.grad.copy_(whole.reshape(param.shape))
+            if whole.numel() == grad.numel():
+                grad.copy_(whole.reshape(grad.shape))
+            else:  # it had other placements than the parameter
+                param.grad = like(param, whole.reshape(local(param).shape).to(grad.dtype))
     members.grads = grads  # frees the fp32 copies
 
 

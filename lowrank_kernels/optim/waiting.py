@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..sharded import is_sharded, local
+from ..sharded.refresh import anywhere_in
 from .arriving import Arriving
-from .buckets import split
 
 
 class Waiting:
@@ -26,12 +27,12 @@ class Waiting:
         self._examined = False
         self._unknown: list[tuple[Arriving, list[Tensor]]] = []
 
-    def note(self, params: list[Tensor], bases: list[Tensor]) -> None:
-        """Records parameters that a basis was just chosen for. The basis, or that of some experts, is zero
-        where the gradient was zero."""
+    def note(self, params: list[Tensor], chosen: list[Tensor]) -> None:
+        """Records parameters that a basis was just chosen for. chosen: whether all matrices of a parameter
+        have one; the basis is zero where the gradient was zero."""
         if not params:
             return
-        chosen = torch.stack([_is_chosen(basis) for basis in bases])
+        chosen = torch.stack(chosen)
         self.params.update(params)
         self._unknown.append((Arriving(chosen), params))
         self._take_in()
@@ -42,7 +43,7 @@ class Waiting:
         if not self._examined:
             self._examined = True
             bases = {param: state["basis"] for param, state in states.items() if "basis" in state}
-            self.params.update(param for param, basis in bases.items() if not _is_chosen(basis))
+            self.params.update(param for param, basis in bases.items() if not is_chosen(basis))
         self._take_in(wait)
 
     def _take_in(self, wait: bool = False) -> None:
@@ -51,5 +52,13 @@ class Waiting:
             self.params.difference_update(param for param, is_chosen in zip(params, chosen.values().tolist(), strict=True) if is_chosen)
 
 
-def _is_chosen(basis: Tensor) -> Tensor:
-    return torch.stack([matrix.any() for matrix in split(basis)]).all()
+def is_chosen(basis: Tensor) -> Tensor:
+    """Whether all matrices of a parameter have a basis. Of experts that are spread over processes, those of
+    this process count."""
+    return is_chosen_each(basis).all()
+
+
+def is_chosen_each(basis: Tensor) -> Tensor:
+    """Whether each matrix of a parameter has a basis, () or (experts,)."""
+    flags = local(basis).flatten(-2).any(-1)
+    return anywhere_in(basis, flags) if is_sharded(basis) else flags

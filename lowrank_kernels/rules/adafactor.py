@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .rule import Rule
+from .rule import WHOLE, Across, Rule
 
 EPS = 1e-30
 """ε₁, added to R²."""
@@ -31,16 +31,23 @@ class Factored(Rule):
         return {"row_var": (rank, 1), "col_var": (1, n)}
 
     def update(
-        self, projected: Tensor, state: dict[str, Tensor], step: float | Tensor, *, beta2_decay: float, clip_threshold: float
+        self,
+        projected: Tensor,
+        state: dict[str, Tensor],
+        step: float | Tensor,
+        *,
+        beta2_decay: float,
+        clip_threshold: float,
+        across: Across = WHOLE,
     ) -> Tensor:
         rows, columns, new = state["row_var"], state["col_var"], step**beta2_decay
         squares = projected.square() + EPS
-        rows.mul_(1 - new).add_(new * squares.mean(-1, keepdim=True))
+        rows.mul_(1 - new).add_(new * across.mean(squares, (-1,)))
         columns.mul_(1 - new).add_(new * squares.mean(-2, keepdim=True))
         # Two roots, because the product may underflow. Where even the root does, R has always been zero.
         root = (rows / rows.mean(-2, keepdim=True)).sqrt() * columns.sqrt()
         update = projected / root.clamp_min(torch.finfo(root.dtype).tiny)
-        size = update.square().mean((-2, -1), keepdim=True).sqrt()
+        size = across.mean(update.square(), (-2, -1)).sqrt()
         return update / (size / clip_threshold).clamp_min(1)
 
     def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .rule import Rule
+from .rule import WHOLE, Across, Rule
 
 
 class AdamMini(Rule):
@@ -23,11 +23,18 @@ class AdamMini(Rule):
         return {"exp_avg": (rank, n), "row_var": (rank, 1)}
 
     def update(
-        self, projected: Tensor, state: dict[str, Tensor], step: float | Tensor, *, betas: tuple[float, float], eps: float
+        self,
+        projected: Tensor,
+        state: dict[str, Tensor],
+        step: float | Tensor,
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        across: Across = WHOLE,
     ) -> Tensor:
         (beta1, beta2), m, v = betas, state["exp_avg"], state["row_var"]
         m.mul_(beta1).add_(projected, alpha=1 - beta1)
-        v.mul_(beta2).add_(projected.square().mean(-1, keepdim=True), alpha=1 - beta2)
+        v.mul_(beta2).add_(across.mean(projected.square(), (-1,)), alpha=1 - beta2)
         return m / ((1 - beta1**step) * ((v / (1 - beta2**step)).sqrt() + eps)).to(m.dtype)  # all but one division on (r, 1)
 
     def rotate(self, state: dict[str, Tensor], turn: Tensor) -> None:

@@ -12,6 +12,7 @@ class AdamW(Rule):
 
     name = "adamw"
     keys = ("betas", "eps")
+    elementwise = True
 
     def state(self, rank: int, n: int) -> dict[str, tuple[int, int]]:
         return {"exp_avg": (rank, n), "exp_avg_sq": (rank, n)}

@@ -4,7 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+
+class Across:
+    """Means and norms over rows of R. A rule and a lift take them by this class, because each process may
+    hold a piece of the rows."""
+
+    def mean(self, values: Tensor, dim: tuple[int, ...]) -> Tensor:
+        """The mean over `dim`, which has -1, with the dimensions kept."""
+        return values.mean(dim, keepdim=True)
+
+    def norm(self, values: Tensor, dim: tuple[int, ...]) -> Tensor:
+        """The norm over `dim`, with the dimensions kept."""
+        return torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+
+
+WHOLE = Across()
+"""Where the rows are whole."""
 
 
 class Rule:
@@ -14,6 +32,10 @@ class Rule:
     name: str
     keys: tuple[str, ...] = ()
     """Keys of the group that `update` takes."""
+
+    elementwise = False
+    """Whether each element of N depends on the same element of R and of the state alone. If not, `update`
+    takes `across`, by which it adds up what it needs of the other columns of a row."""
 
     def state(self, rank: int, n: int) -> dict[str, tuple[int, int]]:
         """Names and shapes of the tensors that are kept between steps. They start as zeros."""

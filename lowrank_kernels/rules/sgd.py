@@ -12,6 +12,7 @@ class SGD(Rule):
 
     name = "sgd"
     keys = ("momentum",)
+    elementwise = True
 
     def state(self, rank: int, n: int) -> dict[str, tuple[int, int]]:
         return {"momentum_buffer": (rank, n)}

@@ -125,7 +125,7 @@ def codes_of_v(share: Tensor, fraction: Tensor) -> Tensor:
 def _peak(values: Tensor) -> Tensor:
     """The largest |value| of each block, in fp32. It is NaN for a block that is not finite, and 0 where it is
     under the smallest normal number."""
-    padded = torch.nn.functional.pad(values.abs(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    padded = torch.nn.functional.pad(values.abs(), (0, -values.shape[-1] % BLOCK)).unflatten(-1, (-(-values.shape[-1] // BLOCK), BLOCK))
     peak = padded.amax(-1).to(torch.float32)
     return peak.where(peak >= SMALLEST, 0 * peak).where(peak.isfinite(), torch.nan)
 

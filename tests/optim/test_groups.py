@@ -243,10 +243,3 @@ def test_numbers_become_pythons_own():
     numpy = pytest.importorskip("numpy")
     (found,) = lrk.LowRankAdamW([group(rank=numpy.int64(3), scale=numpy.float64(0.5), lr=numpy.float64(0.1))]).param_groups
     assert [type(found[key]) for key in ("rank", "scale", "lr")] == [int, float, float]
-
-
-def test_sharded_parameters_are_refused_in_words():
-    weight = parameter(8, 9)
-    weight.device_mesh = object()  # what a DTensor has
-    with pytest.raises(TypeError, match="plain dense tensors"):
-        lrk.LowRankAdamW([{"params": [weight], "rank": 2}])

@@ -24,8 +24,8 @@ def project(bucket: Bucket) -> list[Tensor]:
 
 def update(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
     """N (B, r, n) in fp32. Updates M and V in place."""
-    _, n, rank = bucket.extents
     bucket = replace(bucket, grads=None, projected=projected)
+    _, n, rank = bucket.extents
     normalised = torch.empty((len(bucket), rank, n), dtype=torch.float32, device=bucket.device)
     start = 0
     for part in table.launchable(bucket):
