@@ -23,7 +23,7 @@ from ..sharded import state as sharded_state
 from ..sharded import step as sharded_step
 from ..storage import Storage
 from ..storage.eight_bit import SCALES
-from . import diagnosis, groups, initialising, keys, loading, ranks, refreshes
+from . import diagnosis, groups, initialising, keys, loading, periods, ranks, refreshes
 from .buckets import NOTHING, Members, buckets, check_grad, matrices_of, members_of
 from .carry import carry
 from .clipping import clip_grad_norm_
@@ -472,6 +472,8 @@ class LowRankOptimizer(Optimizer):
         state = {"step": torch.zeros((), dtype=torch.float32, device=param.device), "basis": basis, "refreshed_at": group["calls"]}
         if key != self._first_index(group) + members.places[slot]:
             state["draw_key"] = key
+        if group["refresh_threshold"] < 1:
+            state[periods.KEY] = torch.ones((), dtype=torch.float32, device=param.device)
         layout = functools.partial(self._layout, hyper)
         if members.sharding is None:
             batch = param.shape[:1] if param.dim() == 3 else ()
@@ -651,6 +653,7 @@ class LowRankOptimizer(Optimizer):
         layout = self._layout(self._hyper(saved), param, right, rank)
         if is_sharded(param):
             layout = {name: each for name, each in layout.items() if name not in SCALES}
+            saved = {**saved, "state_bits": 32}  # its moments are decoded
         loading.check_low_rank(state, {"basis": (m, rank), **{name: each for name, (each, _) in layout.items()}}, batch, saved, where)
 
     def _restore(self, final: dict[str, Any]) -> None:

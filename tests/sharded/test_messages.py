@@ -1,0 +1,162 @@
+"""What sharded steps and refreshes send, by formula; and what is refused."""
+
+import functools
+import re
+
+import gloo
+import pytest
+import runs
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import lowrank_kernels as lrk
+
+RANKS, RANK = 2, 4
+SENT = {"all_reduce": 0, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_to_all_single": 1}
+"""Collective → the position of the tensor that a process gives."""
+
+
+class Counted:
+    """Bytes given to each collective inside the context, by its name."""
+
+    def __enter__(self):
+        self.bytes, self._originals = {}, {name: getattr(dist, name) for name in SENT}
+        for name, original in self._originals.items():
+            setattr(dist, name, functools.partial(self._count, name, original))
+        return self
+
+    def _count(self, name, original, *args, **options):
+        self.bytes[name] = self.bytes.get(name, 0) + args[SENT[name]].nbytes
+        return original(*args, **options)
+
+    def __exit__(self, *_):
+        for name, original in self._originals.items():
+            setattr(dist, name, original)
+
+
+def sent(shape, placement, dtype=torch.float32, count=3, steps=2, **options):
+    """Of a refresh with its step, and of a step without."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    params = [torch.nn.Parameter(runs.spread(torch.randn(shape, dtype=dtype), mesh, [placement])) for _ in range(count)]
+    optimizer = lrk.LowRankAdamW([dict(params=params, rank=RANK, update_proj_gap=2) | options], lr=1e-2)
+    found = []
+    for number in range(1 + steps):
+        for index, param in enumerate(params):
+            param.grad = runs.spread(runs.gradient(shape, index, number, dtype), mesh, [placement])
+        with Counted() as counted:
+            optimizer.step()
+        found.append(counted.bytes)
+    return found[1:]  # the first step compares the processes' settings
+
+
+def fp32_is_exact():
+    """Sums of the same products in the same order: a process's columns of R and of P·N are those of the whole
+    matrices, bit for bit."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    torch.manual_seed(0)
+    weights = [torch.randn(256, 128) for _ in range(2)]
+    found = []
+    for place in (None, (mesh, [Shard(0)])):
+        params = [torch.nn.Parameter(weight.clone() if place is None else runs.spread(weight, *place)) for weight in weights]
+        optimizer = lrk.I3SAdamW([dict(params=params, rank=32, update_proj_gap=4)], lr=1e-2)
+        for number in range(10):
+            runs.step(params, optimizer, number, torch.float32, place)
+        found.append([runs.whole(param) for param in params])
+    return all(map(torch.equal, *found))
+
+
+def refusals():
+    mesh = init_device_mesh("cpu", (1, RANKS))
+    weight = torch.randn(8, 6)
+    conv = torch.randn(8, 6, 3, 3)
+    found = {}
+    for name, local, placements in (
+        ("two cuts", weight, [Shard(0), Shard(1)]),
+        ("FSDP2 over TP", weight, [_StridedShard(0, split_factor=2), Replicate()]),
+        ("convolution", conv, [Replicate(), Shard(1)]),
+    ):
+        param = torch.nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))
+        found[name] = message(lambda param=param: lrk.I3SAdamW([dict(params=[param], rank=2)]))
+    found["flat"] = message(lambda: lrk.I3SAdamW([dict(params=[torch.nn.Parameter(torch.randn(48))], rank=2)]))
+    zero3 = torch.nn.Parameter(torch.randn(8, 6))
+    zero3.ds_id = 0
+    found["ZeRO-3"] = message(lambda: lrk.I3SAdamW([dict(params=[zero3], rank=2)]))
+    return found
+
+
+def message(function):
+    try:
+        function()
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def process(rank):
+    return {
+        "along n": sent((24, 16), Shard(0)),
+        "along m": sent((16, 24), Shard(0)),
+        "along m, uneven": sent((16, 25), Shard(0)),
+        "along m, unsharded": sent((16, 24), Shard(0), proj_type="unsharded"),
+        "random": sent((24, 16), Shard(0), selection="random"),
+        "experts": sent((4, 16, 24), Shard(0), count=1),
+        "fp32": fp32_is_exact(),
+        "refusals": refusals(),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    return gloo.results(process, tmp_path_factory.mktemp("messages"), RANKS)
+
+
+STEP, REFRESH = 0, 1
+"""Which of the two steps that `sent` returns has no refresh, and which has one."""
+
+
+def test_cut_along_n_a_step_sends_nothing(found):
+    for case in ("along n", "along m, unsharded", "random", "experts"):
+        assert found[0][case][STEP] == {}, case
+    assert found[0]["random"][REFRESH] == found[0]["experts"][REFRESH] == {}
+
+
+@pytest.mark.parametrize("case, n", [("along m", 24), ("along m, uneven", 25)])
+def test_cut_along_m_a_step_sends_r_once_and_its_share_of_n(found, case, n):
+    piece = -(-n // RANKS)
+    expected = {"reduce_scatter_tensor": 4 * 3 * RANK * piece * RANKS, "all_gather_into_tensor": 4 * 3 * RANK * piece}
+    assert found[0][case][STEP] == expected
+
+
+def test_a_refresh_sends_each_piece_once_and_the_bases(found):
+    """Three matrices go to two processes. Cut along n every process gets all bases; cut along m, its rows. A
+    flag a matrix says whether it was chosen."""
+    pieces, flags = 4 * 3 * 16 * 24 // RANKS, 4 * 2
+    along_n, along_m = found[0]["along n"][REFRESH], dict(found[0]["along m"][REFRESH])
+    assert along_n == {"all_to_all_single": pieces, "all_gather_into_tensor": 4 * 2 * 16 * RANK + flags}
+    step = found[0]["along m"][STEP]
+    along_m["all_gather_into_tensor"] -= step["all_gather_into_tensor"]
+    assert along_m.pop("reduce_scatter_tensor") == step["reduce_scatter_tensor"]
+    owned = [other["along m"][REFRESH]["all_to_all_single"] - pieces for other in found]
+    assert sorted(owned) == [4 * 1 * 16 * RANK, 4 * 2 * 16 * RANK]
+    assert along_m["all_gather_into_tensor"] == flags
+
+
+def test_fp32_steps_without_sums_between_processes_are_exact(found):
+    assert all(each["fp32"] for each in found)
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("two cuts", "two dimensions of the mesh"),
+        ("FSDP2 over TP", "cut along one dimension, got _S"),
+        ("convolution", "may be cut along the first alone"),
+        ("flat", "fully_shard"),
+        ("ZeRO-3", "DeepSpeed's ZeRO.*fully_shard"),
+    ],
+)
+def test_what_cannot_be_projected_is_refused_in_words(found, case, words):
+    assert re.search(words, found[0]["refusals"][case] or "")
