@@ -118,11 +118,16 @@ def _warn_of_narrow(narrow: dict[str, nn.Module], rank: int) -> None:
 
 def to_dense(model: nn.Module) -> nn.Module:
     """Turns every converted layer back into its original class, in place, and returns the model. The layers
-    keep their current weights, which require a gradient again."""
+    keep their current weights, which require a gradient again. Raises ValueError for a model that is sharded
+    or in DistributedDataParallel."""
     _check_not_wrapped(model)
-    for module in list(model.modules()):
-        if isinstance(module, SubspaceLayer):
-            module._leave()
+    layers = [module for module in model.modules() if isinstance(module, SubspaceLayer)]
+    if any(hasattr(layer.weight, "device_mesh") for layer in layers):
+        raise ValueError(
+            "the model's parameters are sharded, and FSDP2 would miss their coordinates; load its state_dict into a dense model"
+        )
+    for layer in layers:
+        layer._leave()
     return model
 
 
@@ -156,7 +161,10 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
         )
     for name, layer in found.items():
         if hasattr(layer.weight, "device_mesh"):
-            raise TypeError(f"{name!r} has a sharded weight ({type(layer.weight).__name__}); sharded parameters are not supported yet")
+            raise TypeError(
+                f"{name!r} has a sharded weight ({type(layer.weight).__name__}), and FSDP2 would not know of its coordinates; convert the "
+                "model first, then call fully_shard(…, shard_placement_fn=lowrank_kernels.distributed.shard_placement)"
+            )
         if "forward" in vars(layer):
             raise ValueError(
                 f"the forward method of {name!r} has been replaced, as by accelerate's hooks, and would go on computing a linear layer; "

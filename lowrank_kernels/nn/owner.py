@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ..sharded import is_sharded
+
 if TYPE_CHECKING:
     from .linear import SubspaceLayer
 
 ATTRIBUTE = "_lowrank_kernels_layer"
 """Attribute of a layer's weight and coordinates that holds their Owner."""
+
+_layers: weakref.WeakSet[SubspaceLayer] = weakref.WeakSet()
+"""All converted layers that are alive."""
 
 
 class Owner:
@@ -40,12 +45,29 @@ def layer_of(parameter: Tensor) -> SubspaceLayer | None:
 
 def claim(layer: SubspaceLayer) -> None:
     _guard()
+    _layers.add(layer)
     for parameter in (layer.weight, layer.coordinates):
         if layer_of(parameter) is None:  # a shallow copy shares its parameters with the original, which keeps them
             setattr(parameter, ATTRIBUTE, Owner(layer))
 
 
+def claim_sharded() -> None:
+    """Claims the parameters that FSDP2 has put in place of layers' own."""
+    for layer in list(_layers):
+        if any(is_sharded(parameter) and layer_of(parameter) is None for parameter in (layer.weight, layer.coordinates)):
+            claim(layer)
+
+
+def is_unsharded_now(parameter: Tensor) -> bool:
+    """Whether FSDP2 has put whole tensors in the place of a layer's sharded parameters, of which this is
+    one."""
+    owner = getattr(parameter, ATTRIBUTE, None) if is_sharded(parameter) else None
+    layer = owner() if isinstance(owner, Owner) else None
+    return layer is not None and layer_of(parameter) is None and not is_sharded(layer.weight)
+
+
 def release(layer: SubspaceLayer) -> None:
+    _layers.discard(layer)
     for parameter in (layer.weight, layer.coordinates):
         if layer_of(parameter) is layer:
             delattr(parameter, ATTRIBUTE)
@@ -68,6 +90,8 @@ def _refuse_others(optimizer: Optimizer, *_: object) -> None:
     if getattr(optimizer, "moves_coordinates", False):
         return
     name = type(optimizer).__name__
+    if _layers and any(is_sharded(parameter) for group in optimizer.param_groups for parameter in group["params"][:1]):
+        claim_sharded()
     held = [(parameter, layer_of(parameter)) for group in optimizer.param_groups for parameter in group["params"]]
     held = [(parameter, layer) for parameter, layer in held if layer is not None and layer.coordinates.requires_grad]
     for layer in (layer for parameter, layer in held if parameter is layer.coordinates):

@@ -17,7 +17,10 @@ from ..backends.reference import kept_where
 from ..backends.upload import pack, upload
 from ..lifts.back_projection import BackProjection
 from ..nn import Subspace, SubspaceLayer, layer_of
+from ..nn.owner import claim_sharded, is_unsharded_now
 from ..nn.sketch import principal_directions
+from ..sharded import Sharding, is_sharded, local, sharding_of
+from ..sharded.state import taken
 from ..storage import Plain
 from . import groups, keys, loading, ranks, rso_buckets, rso_groups
 from .buckets import Members, check_grad
@@ -127,9 +130,8 @@ class RSOAdamW(LowRankOptimizer):
         own = dict(
             inner_steps=inner_steps, scale=scale, moments=moments, proximal=proximal, inner=inner, momentum=momentum, rounding=rounding
         )
+        claim_sharded()
         super().__init__(params, adamw | own | keys.defaults(keys.POSITION))
-        if any(hasattr(param, "device_mesh") for group in self.param_groups for param in group["params"]):
-            raise TypeError("params are sharded (DTensor), which RSOAdamW does not support yet; replicate the model, as with DDP")
         for index, group in enumerate(self.param_groups):
             for param_index in range(len(group["params"])):
                 groups.refuse_flattened(group, index, param_index)
@@ -190,6 +192,11 @@ class RSOAdamW(LowRankOptimizer):
     def _check_converted(self, found: list[Layers]) -> None:
         """Raises RuntimeError where a layer was converted after the optimizer was built, so that its
         coordinates are not in the optimizer. found: the layers of each group."""
+        if any(is_unsharded_now(param) for group in self.param_groups for param in group["params"]):
+            raise RuntimeError(
+                "FSDP2 keeps the parameters of converted layers whole after the backward pass; call model.reshard() before step(), or leave"
+                " set_reshard_after_backward at True"
+            )
         owned = {param for layers in found for param in layers}
         for index, (group, layers) in enumerate(zip(self.param_groups, found, strict=True)):
             for param in group["params"]:
@@ -267,18 +274,20 @@ class RSOAdamW(LowRankOptimizer):
         self, group: dict[str, Any], members: rso_buckets.LayerMembers, hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         states, device = members.states, members.device
-        weights = [layer.weight for layer in members.layers]
+        weights = [local(layer.weight) for layer in members.layers]
         found_inf = None if found_inf is None else members.to_device(found_inf)
         projected = self._projected(group, members, grad_scale)
         bases = [layer.subspace.matrix(device, weight.dtype) for layer, weight in zip(members.layers, weights, strict=True)]
         steps = [state["step"] for state in states]
         bucket = self._bucket(group, members, hyper, found_inf, weights=weights, bases=bases, steps=steps, projected=projected)
-        if not any("displacement" in state for state in states):
+        if not weights[0].numel():  # a process without any of the output features
+            pass
+        elif not any("displacement" in state for state in states):
             backends.step(bucket, hyper)
         else:  # B moves by N too
             normalised = backends.update(bucket, hyper, projected)
             backends.lift(bucket, hyper, projected, normalised)
-            moved = [(state["displacement"], n) for state, n in zip(states, normalised, strict=True) if "displacement" in state]
+            moved = [(local(state["displacement"]), n) for state, n in zip(states, normalised, strict=True) if "displacement" in state]
             displacements, updates = (list(tensors) for tensors in zip(*moved, strict=True))
             with kept_where(found_inf, displacements):
                 torch._foreach_mul_(displacements, 1 - hyper.lr * hyper.weight_decay)
@@ -296,14 +305,16 @@ class RSOAdamW(LowRankOptimizer):
             projected = list(torch._foreach_div(projected, members.to_device(grad_scale).reshape(())))
             torch._foreach_copy_(members.grads, projected)  # as torch's fused AdamW leaves them
         if group["proximal"]:
-            displacements = [state["displacement"] for state in members.states]
+            displacements = [local(state["displacement"]) for state in members.states]
             projected = [r.to(displacement.dtype) for r, displacement in zip(projected, displacements, strict=True)]
             projected = list(torch._foreach_add(projected, displacements, alpha=group["proximal"]))
         return projected
 
     def _rounding_seeds(self, group: dict[str, Any], members: rso_buckets.LayerMembers) -> Tensor:
+        # Elements are counted from a process's first one, and the parts should round apart.
+        part = () if members.sharding is None else (members.sharding.index,)
         seeds = [
-            philox.signed64(philox.derive_seed(layer.subspace.fingerprint, group["outer_step"], place))
+            philox.signed64(philox.derive_seed(layer.subspace.fingerprint, group["outer_step"], place, *part))
             for layer, place in zip(members.layers, members.places, strict=True)
         ]
         return upload(pack([seeds]), 1, members.device)[0]
@@ -319,16 +330,21 @@ class RSOAdamW(LowRankOptimizer):
             rso_groups.forget_carried(state)
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
             state["subspace"] = layer.subspace.fingerprint
-            state |= {key: torch.zeros(param.shape, dtype=state_dtype, device=param.device) for key in needed}
+            state |= {key: _zeros(param, layer, state_dtype) for key in needed}
         elif any(
             isinstance(value, Tensor) and value.dtype != state_dtype for key, value in state.items() if key not in rso_groups.UNCAST
         ):  # the model was cast
             cast = (key for key, value in state.items() if isinstance(value, Tensor) and key not in rso_groups.UNCAST)
             state |= {key: state[key].to(state_dtype) for key in list(cast)}
         if group["proximal"] and "displacement" not in state:
-            state["displacement"] = torch.zeros(param.shape, dtype=state_dtype, device=param.device)
+            state["displacement"] = _zeros(param, layer, state_dtype)
+        if group["moments"] == "carry" and "carried" not in state:
+            state |= {"carried": 0, "since": 0}
         if layer.subspace.principal is not None:
             state["principal"] = layer.subspace.principal
+        elif layer.subspace.principal_rank and "principal" not in state:
+            shape = layer.subspace.in_features, layer.subspace.principal_rank
+            state["principal"] = torch.zeros(shape, dtype=torch.float32, device=param.device)
         return state
 
     # The refresh: the next P, for the next forward pass.
@@ -446,13 +462,37 @@ class RSOAdamW(LowRankOptimizer):
                 for key, value in saved.items():
                     if isinstance(value, Tensor):
                         dtype = torch.float32 if key in rso_groups.UNCAST else state_dtype
-                        state[key] = value.detach().to(param.device, dtype, copy=True, memory_format=torch.contiguous_format)
+                        state[key] = _loaded(key, value.detach().to(dtype), layers[param], param)
             states = ((self.state.get(param, {}), layer) for param, layer in layers.items())
-            held = [(state, layer) for state, layer in states if "principal" in state]
+            held = [(state, layer) for state, layer in states if rso_groups.principal_of(state) is not None]
             _move_subspaces(layers, group["outer_step"], {layer.subspace: state["principal"] for state, layer in held})
             for state, layer in held:  # one Q for layers that share P
                 state["principal"] = layer.subspace.principal
             _watch_inputs(group, layers)
+
+
+def _loaded(key: str, value: Tensor, layer: SubspaceLayer, param: Tensor) -> Tensor:
+    """A checkpoint's value in memory of its own; of a sharded layer, this process's part in a DTensor."""
+    if key in rso_groups.UNCAST or not is_sharded(layer.weight):
+        value = value.full_tensor() if is_sharded(value) else value
+        return value.to(param.device, copy=True, memory_format=torch.contiguous_format)
+    sharding, out = sharding_of(layer.weight), param.shape[1]
+    dim, length = _cut(sharding, out)
+    return sharding.wrap(taken(value, sharding, dim, param.device).contiguous(), dim, length)
+
+
+def _zeros(param: Tensor, layer: SubspaceLayer, dtype: torch.dtype) -> Tensor:
+    """A state (r, out) of zeros. It is cut like the layer's output features."""
+    if not is_sharded(layer.weight):
+        return torch.zeros(param.shape, dtype=dtype, device=param.device)
+    sharding, (rank, out) = sharding_of(layer.weight), param.shape
+    columns = sharding.piece(out)[1] if sharding.dim is not None else out
+    return sharding.wrap(torch.zeros((rank, columns), dtype=dtype, device=param.device), *_cut(sharding, out))
+
+
+def _cut(sharding: Sharding, out: int) -> tuple[int | None, int]:
+    """The dimension and length of `Sharding.wrap`, for a state (r, out)."""
+    return (None, 0) if sharding.dim is None else (1, out)
 
 
 def _move_subspaces(layers: Layers, outer_step: int, principals: dict[Subspace, Tensor | None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..nn import SubspaceLayer
+from ..sharded import is_sharded, local, sharding_of
 from . import rso_groups
 from .buckets import Members
 from .rso_groups import Layers
@@ -38,13 +39,19 @@ def buckets(group: dict[str, Any], layers: Layers) -> list[LayerMembers]:
         if param.grad is not None:
             weight = layer.weight
             key = layer.transposed, weight.shape, weight.stride(), weight.dtype, weight.device, param.shape, param.device, param.grad.dtype
+            if is_sharded(weight):
+                key = (*key, weight.device_mesh, weight.placements)
             found[key].append((places[param], param))
     result = []
     for (transposed, *_), members in found.items():
         places, params = (list(each) for each in zip(*members, strict=True))
-        grads = [param.grad for param in params]
         held = [layers[param] for param in params]
-        result.append(LayerMembers(not transposed, params[0].shape[0], 1, True, params, places, [], grads, layers=held))
+        sharding = sharding_of(held[0].weight) if is_sharded(held[0].weight) else None
+        grads = [param.grad for param in params]
+        if sharding is not None:  # the columns of R must be cut as W's output features are
+            wanted = sharding.placements(1)
+            grads = [local(grad if grad.placements == wanted else grad.redistribute(placements=wanted)) for grad in grads]
+        result.append(LayerMembers(not transposed, params[0].shape[0], 1, True, params, places, [], grads, sharding, held))
     return result
 
 

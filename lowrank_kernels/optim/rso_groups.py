@@ -13,6 +13,8 @@ from ..nn import SubspaceLayer, layer_of
 from ..rules import Rule
 from ..rules.adamw import AdamW
 from ..rules.sgd import SGD
+from ..sharded import is_sharded, local, sharding_of
+from ..sharded.layout import ALONG_M
 from . import groups, keys
 from .loading import check_step, check_tensors
 
@@ -57,7 +59,7 @@ def reset(states: Iterable[dict[str, Any]]) -> None:
     for state in states:
         for key, value in state.items():
             if isinstance(value, Tensor) and key != "principal":
-                value.zero_()
+                local(value).zero_()
         forget_carried(state)
 
 
@@ -73,29 +75,37 @@ def carry(held: list[tuple[dict[str, Any], SubspaceLayer]]) -> None:
     then on."""
     for state, layer in held:
         subspace = layer.subspace
-        first = subspace.principal is not None and "principal" not in state
+        had = principal_of(state)
+        first = subspace.principal is not None and had is None
         if first or "exp_avg_sq" not in state:  # or of another inner optimizer, and not used since
             reset([state])
             continue
-        v = state["exp_avg_sq"]
-        known = subspace.principal_rank if "principal" in state else 0
+        v = local(state["exp_avg_sq"])
+        known = 0 if had is None else subspace.principal_rank
         of_principal, of_random = v[:known], v[known:]
         mean = of_random.mean(0, keepdim=True)
         if known:
-            shares = (subspace.principal.to(v).mT @ state["principal"].to(v)).square()
+            shares = (subspace.principal.to(v).mT @ had.to(v)).square()
             outside = (1 - shares.sum(1, keepdim=True)).clamp_min(0)
             gain = (subspace.in_features - known) / (len(v) - known)
             of_principal.copy_(shares @ of_principal + outside * (mean / gain))
         of_random.copy_(mean)
         for key, value in state.items():
             if isinstance(value, Tensor) and key not in ("exp_avg_sq", *UNCAST):
-                value.zero_()
+                local(value).zero_()
         state |= {"carried": int(state["step"].item()), "since": 0}
 
 
 def forget_carried(state: dict[str, Any]) -> None:
-    state.pop("carried", None)
-    state.pop("since", None)
+    """The counts stay in the state where they are, because torch.distributed.checkpoint loads only what is in
+    a state already."""
+    state |= {key: 0 for key in ("carried", "since") if key in state}
+
+
+def principal_of(state: dict[str, Any]) -> Tensor | None:
+    """The principal directions of a state. Zeros stand for none. It waits for a GPU."""
+    found = state.get("principal")
+    return found if found is not None and found.any() else None
 
 
 def correction(state: dict[str, Any], beta1: float) -> float:
@@ -128,8 +138,18 @@ def check_layer(layer: SubspaceLayer, group: dict[str, Any], index: int, param: 
     if flattened is not None:
         raise RuntimeError(
             f"{describe(group, index, param)} or its layer's weight is {flattened.dim()}-D, as FullyShardedDataParallel (FSDP1) makes "
-            "them, which keeps flat pieces of matrices; replicate the model instead, as with DistributedDataParallel"
+            "them, which keeps flat pieces of matrices; use FSDP2, torch.distributed.fsdp.fully_shard"
         )
+    if is_sharded(layer.weight):
+        try:
+            cut = sharding_of(layer.weight).cut(not layer.transposed)
+        except TypeError as error:
+            raise TypeError(f"{error} (the weight of {describe(group, index, param)})") from None
+        if cut == ALONG_M:
+            raise RuntimeError(
+                f"the weight of {describe(group, index, param)} is cut along its input features; cut it along its output features: "
+                "fully_shard(…, shard_placement_fn=lowrank_kernels.distributed.shard_placement)"
+            )
     if not isinstance(layer.weight, torch.nn.Parameter):
         raise RuntimeError(
             f"the weight that {describe(group, index, param)} stands for is no parameter any more, as after weight_norm or pruning; undo "

@@ -268,7 +268,7 @@ def test_v_of_the_next_directions():
     for _ in range(3):
         step(layer, optimizer, x)
     state = optimizer.state[layer.coordinates]
-    assert state["step"] == 0 and "carried" not in state  # the first directions: V starts anew
+    assert state["step"] == state["carried"] == 0  # the first directions: V starts anew
     for _ in range(2):
         step(layer, optimizer, x)
     layer.coordinates.grad = torch.randn(8, 16)

@@ -20,10 +20,6 @@ def test_construction_errors():
     others = [p for p in model.parameters() if not any(p is layer.coordinates for layer in converted(model).values())]
     with pytest.raises(ValueError, match="params hold no coordinates"):
         lrk.RSOAdamW(others)
-    sharded = torch.nn.Parameter(torch.ones(3, 4))
-    sharded.device_mesh = object()  # what a DTensor has
-    with pytest.raises(TypeError, match="sharded .* does not support yet"):
-        lrk.RSOAdamW([*model.parameters(), sharded])
     for options, error, message in [
         (dict(inner_steps=0), ValueError, "inner_steps must be a positive int, got 0"),
         (dict(inner_steps=2.0), TypeError, "inner_steps must be a positive int, got 2.0"),

@@ -1,0 +1,209 @@
+"""RSOAdamW under FSDP2 trains as in one process, and its checkpoints resume."""
+
+import functools
+import warnings
+
+import gloo
+import pytest
+import test_fsdp
+import torch
+from test_fsdp import AFTER, BEFORE, CLOSE, LEAST, RANKS, Net, batch, difference, restore, weights, whole_batch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import lowrank_kernels as lrk
+
+CASES = {
+    "plain": {},
+    "haar": dict(distribution="haar"),
+    "proximal": dict(proximal=0.1),
+    "carry": dict(moments="carry"),
+    "principal": dict(distribution="principal", moments="carry"),
+    "sgd": dict(inner="sgd"),
+    "uneven": dict(width=37, placed=False),
+}
+OF_LAYERS = ("distribution",)
+
+
+class Wide(Net):
+    """Output features that two processes can share evenly."""
+
+    def __init__(self, width=36):
+        nn.Module.__init__(self)
+        self.up = nn.Linear(12, width)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.down = nn.Linear(width, 10)
+        self.to(torch.float64)
+
+
+def converted(width=36, seed=0, **options):
+    torch.manual_seed(seed)
+    return lrk.to_subspace(Wide(width), rank=5, target_modules=["up", "layers"], **options)
+
+
+def build(spread, placed=True, width=36, seed=0, mp_policy=None, **options):
+    model = converted(width, seed, **{key: options.pop(key) for key in OF_LAYERS if key in options})
+    if spread:
+        how = dict(shard_placement_fn=lrk.distributed.shard_placement) if placed else {}
+        how |= {} if mp_policy is None else dict(mp_policy=mp_policy)
+        for layer in model.layers:
+            fully_shard(layer, **how)
+        fully_shard(model, **how)
+    return model, lrk.RSOAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, inner_steps=3, **options)
+
+
+def train(model, optimizer, steps, start=0, get=batch, dtype=torch.float64):
+    for step in range(start, start + steps):
+        x, y = (value.to(dtype) for value in get(step))
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
+
+
+def one_process(case, steps):
+    model, optimizer = build(False, **CASES[case])
+    return train(model, optimizer, steps, get=whole_batch)
+
+
+def saved(case, folder):
+    model, optimizer = build(True, **CASES[case])
+    train(model, optimizer, BEFORE)
+    torch.distributed.checkpoint.save(test_fsdp.checkpoint(model, optimizer), checkpoint_id=folder)
+    return train(model, optimizer, AFTER, start=BEFORE), resumed(case, folder)
+
+
+def resumed(case, folder):
+    model, optimizer = build(True, **CASES[case] | dict(seed=1))
+    restore(model, optimizer, folder)
+    return train(model, optimizer, AFTER, start=BEFORE)
+
+
+def no_trace(case):
+    found = []
+    for ask in (False, True):
+        model, optimizer = build(True, **CASES[case])
+        if ask:
+            dcp_state.get_optimizer_state_dict(model, optimizer)
+        found.append(train(model, optimizer, BEFORE + AFTER))
+    return all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def mixed_precision():
+    model, optimizer = build(True, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    before = weights(model)
+    after = train(model, optimizer, 5)
+    return all(torch.isfinite(value).all() and not torch.equal(value, before[name]) for name, value in after.items())
+
+
+def messages():
+    """What a step sends where the layers are placed, and where they are not."""
+    from test_messages import Counted
+
+    found = []
+    for placed in (True, False):
+        model, optimizer = build(True, placed=placed)
+        train(model, optimizer, 1)
+        x, y = batch(1)
+        (model(x) - y).square().mean().backward()
+        with Counted() as counted:
+            optimizer.step()
+        found.append(sum(counted.bytes.values()))
+    return found
+
+
+def refusals():
+    found = {}
+
+    def refused(name, function):
+        try:
+            function()
+        except (TypeError, ValueError, RuntimeError) as error:
+            found[name] = str(error)
+
+    def late():
+        model = fully_shard(Wide())
+        lrk.to_subspace(model, rank=5)
+
+    def dense():
+        model, _ = build(True)
+        lrk.to_dense(model)
+
+    def other():
+        model, _ = build(True)
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer, 1)
+
+    def whole():
+        model, optimizer = build(True)
+        model.set_reshard_after_backward(False)
+        train(model, optimizer, 1)
+
+    refused("late", late)
+    refused("dense", dense)
+    refused("other", other)
+    refused("whole", whole)
+    return found
+
+
+def process(folder, rank):
+    warnings.simplefilter("ignore")
+    found = {"mixed precision": mixed_precision(), "messages": messages(), "refusals": refusals()}
+    for case, options in CASES.items():
+        model, optimizer = build(True, **options)
+        found[f"trained {case}"] = train(model, optimizer, 8)
+        found[f"saved {case}"] = saved(case, f"{folder}/two {case}")
+        found[f"no trace {case}"] = no_trace(case)
+    return found
+
+
+def alone(folder, rank):
+    warnings.simplefilter("ignore")
+    return {case: resumed(case, f"{folder}/two {case}") for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    two = gloo.results(functools.partial(process, folder), tmp_path_factory.mktemp("rso"), RANKS)
+    return two, gloo.results(functools.partial(alone, folder), tmp_path_factory.mktemp("alone"), 1)[0]
+
+
+def close(case):
+    """The sketches from which principal directions come are sums in fp32."""
+    return 1e-6 if case == "principal" else CLOSE
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_is_that_of_one_process(found, case):
+    (two, other), _ = found
+    expected = one_process(case, 8)
+    assert all(torch.equal(value, other[f"trained {case}"][name]) for name, value in two[f"trained {case}"].items())
+    assert difference(expected, weights(converted(CASES[case].get("width", 36)))) > LEAST
+    assert difference(two[f"trained {case}"], expected) < close(case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_checkpoints(found, case):
+    (two, _), one = found
+    uninterrupted, again = two[f"saved {case}"]
+    assert all(torch.equal(uninterrupted[name], again[name]) for name in again)
+    assert two[f"no trace {case}"]
+    assert difference(one[case], uninterrupted) < close(case)
+
+
+def test_mixed_precision(found):
+    assert found[0][0]["mixed precision"]
+
+
+def test_a_step_sends_nothing_where_the_layers_are_placed(found):
+    assert found[0][0]["messages"][0] == 0
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [("late", "convert the model first"), ("dense", "parameters are sharded"), ("other", "only RSOAdamW moves"), ("whole", "reshard")],
+)
+def test_refusals(found, case, words):
+    assert words in found[0][0]["refusals"].get(case, "")
