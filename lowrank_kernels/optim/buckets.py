@@ -214,7 +214,7 @@ def _sorted_sharded(
         first = members.sharding = sharding_of(held[slots[0]])
         if members.cut == OVER_EXPERTS:
             members.per_param = first.piece(first.shape[0])[1]
-        members.grads = [grads[slot] if is_projected else _part(grads[slot], held[slot]) for slot in slots]
+        members.grads = [local(grads[slot]) if is_projected else _part(grads[slot], held[slot]) for slot in slots]
         if members.params[0].dim() != 2:
             members.grads = [matrix for grad in members.grads for matrix in matrices_of(grad)]
         _check_states(members, group, group_index, layout)

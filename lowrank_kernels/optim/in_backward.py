@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from .. import backends
 from ..backends import Bucket, Hyper
 from ..ops.dispatch import outside_training
+from ..sharded import is_sharded, local
+from ..sharded.layout import OVER_EXPERTS
+from ..sharded.refresh import anywhere
+from ..sharded.step import project as project_sharded
 from . import groups, refreshes
 from .averaging import average_
 from .buckets import Members, bucket_of_one, matrices_of
@@ -77,7 +81,8 @@ def in_backward(
             gradients of ordinary parameters too, and of a gradient from which a basis is chosen. Where
             `model` is a DistributedDataParallel it is that one's, and its own reduction is turned off;
             buffers are then broadcast once a step. Every parameter needs a gradient in each step, and the
-            gradients must come in the same order in all processes.
+            gradients must come in the same order in all processes. Leave it out for a model of FSDP2, whose
+            gradients arrive reduced and sharded: each process then projects its parts.
 
     Returns:
         InBackward, whose remove() ends it.
@@ -193,7 +198,11 @@ class InBackward:
         if parallel is not None and parallel.static_graph:
             raise ValueError("DistributedDataParallel(static_graph=True) cannot be kept from reducing gradients; leave static_graph out")
         self._process_group = process_group if parallel is None else parallel.process_group
-        if self._process_group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        spread = [is_sharded(param) for param in model.parameters() if param.requires_grad]
+        if any(spread) and self._process_group is not None:
+            raise ValueError("gradients of sharded parameters arrive as means over the processes already; leave process_group out")
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if self._process_group is None and several and not any(spread):
             raise ValueError(
                 f"torch.distributed runs {dist.get_world_size()} processes: pass process_group (torch.distributed.group.WORLD for all), or "
                 "the model in DistributedDataParallel; a group of this process alone keeps its gradients apart"
@@ -287,12 +296,13 @@ class InBackward:
                 self._compare_once()
                 self._average(members.grads)
                 self._chose = True
-            if self._scaler is not None and refreshes.is_refresh(due) and not all(bool(grad.isfinite().all()) for grad in members.grads):
+            infinite = self._is_infinite(members)
+            if self._scaler is not None and refreshes.is_refresh(due) and bool(infinite):
                 # The scale was too large, and the scaler will skip this step.
                 self._infinite.add(param)
                 param.grad = None
                 return
-            optimizer._refresh(group, members, optimizer._chosen(group, members, due[0], self._is_infinite(members)), hyper)
+            optimizer._refresh(group, members, optimizer._chosen(group, members, due[0], infinite), hyper)
         if self._at_once:
             self._move(group, members, hyper, bool(due))
             self.moved.add(param)
@@ -320,7 +330,9 @@ class InBackward:
         the gradient is not finite. None without a scaler."""
         if self._scaler is None:
             return None
-        return torch.stack([~grad.isfinite().all() for grad in members.grads]).any().float()
+        flags = [~grad.isfinite().all() for grad in members.grads]
+        found = torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=members.device)
+        return (found if members.sharding is None else anywhere(found, members.sharding)).float()
 
     def _compare_once(self) -> None:
         optimizer = self.optimizer
@@ -330,11 +342,18 @@ class InBackward:
 
     def _add(self, param: Tensor, members: Members) -> None:
         each = project(members)
-        arrived = torch.stack(each) if param.dim() == 3 else each[0]
-        if param in self.projected:
-            self.projected[param].add_(arrived)
+        if param.dim() != 3:
+            arrived = each[0]
         else:
-            self.projected[param] = arrived if arrived.dtype == torch.float64 else arrived.to(self._dtype)
+            arrived = torch.stack(each) if each else torch.empty((0, members.rank, members.extents[1]), device=members.device)
+        if param in self.projected:
+            local(self.projected[param]).add_(arrived)
+            return
+        arrived = arrived if arrived.dtype == torch.float64 else arrived.to(self._dtype)
+        if members.sharding is not None:  # so that clipping finds the norm of the whole
+            dim = None if members.cut is None else 0 if members.cut == OVER_EXPERTS else arrived.dim() - 1
+            arrived = members.sharding.wrap(arrived, dim, param.shape[0] if members.cut == OVER_EXPERTS else members.extents[1])
+        self.projected[param] = arrived
 
     def _move(self, group: dict[str, Any], members: Members, hyper: Hyper, is_mean: bool) -> None:
         """Updates one parameter. is_mean: whether its gradient is that of all processes already."""
@@ -470,7 +489,7 @@ class InBackward:
         if self._unscaled:
             return
         self._unscaled = True
-        for tensor in self.projected.values():
+        for tensor in map(local, self.projected.values()):
             tensor.div_(self._scaler.scale(torch.ones((), device=tensor.device)))
 
     @torch.no_grad()
@@ -479,14 +498,16 @@ class InBackward:
         alone."""
         if not self.projected and not self._infinite:
             return
-        held = next((param.grad for param in self._params() if param.grad is not None and param.grad.numel()), None)
-        if held is None:
+        ordinary = [param.grad for param in self._params() if param.grad is not None and param.grad.numel()]
+        self._shown = bool(ordinary)
+        held = next((grad for grad in map(local, ordinary) if grad.numel()), None)
+        if held is None:  # of sharded gradients another process shows its part
             return
-        self._shown = True
         first = held[(0,) * held.dim()]
         if self._infinite:
             first.fill_(torch.nan)
-        for largest in torch._foreach_norm(list(self.projected.values()), torch.inf):
+        parts = [part for part in map(local, self.projected.values()) if part.numel()]
+        for largest in torch._foreach_norm(parts, torch.inf) if parts else ():
             first.add_((largest * 0).to(first.device, first.dtype, non_blocking=first.is_cuda))
 
 
@@ -500,10 +521,13 @@ def find_group(optimizer: LowRankOptimizer, param: Tensor, index: int, place: in
 
 
 def project(members: Members) -> list[Tensor]:
-    """R (r, n) of each matrix."""
-    weights = [matrix for param in members.params for matrix in matrices_of(param.detach())]
+    """R (r, n) of each matrix; of sharded ones this process's columns."""
+    weights = [matrix for param in members.weights for matrix in matrices_of(param.detach())]
     steps = [state["step"] for state in members.states for _ in range(members.per_param)]
-    return backends.project(Bucket(weights, members.of_matrices("basis"), {}, steps, right=members.right, grads=members.grads))
+    if not weights:
+        return []
+    bucket = Bucket(weights, members.of_matrices("basis"), {}, steps, right=members.right, grads=members.grads)
+    return backends.project(bucket) if members.sharding is None else project_sharded(bucket, members.sharding)
 
 
 def _arrived(handle: weakref.ref[InBackward], param: Tensor) -> None:

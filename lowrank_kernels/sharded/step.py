@@ -14,9 +14,9 @@ until it has arrived. All processes send in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,10 @@ from .refresh import total_
 
 IN_FLIGHT = 2
 """How many buckets' messages may be under way at a time."""
+T = TypeVar("T")
 Steps = Iterator[None]
+Sending = Generator[None, None, T]
+"""Yields while messages are under way, and returns a T."""
 
 
 def overlapped(steps: Iterable[Steps]) -> None:
@@ -68,7 +71,8 @@ class _Pieces(Across):
 
 def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Steps:
     """Moves this process's part of the bucket's weights and states by one update, in place. The bucket holds
-    those parts. columns: n of the whole matrices."""
+    those parts; where it brings R, that is of the columns that this process's states are of. columns: n of
+    the whole matrices."""
     cut, limited = sharding.cut(bucket.right), isinstance(hyper.lift, Limited)
     if cut not in (ALONG_M, ALONG_N) or (cut == ALONG_N and hyper.rule.elementwise and not limited):
         if bucket.weights[0].numel():
@@ -76,9 +80,7 @@ def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Step
         return
     projected = bucket.projected
     if projected is None:
-        projected = backends.project(bucket) if bucket.weights[0].numel() else _no_rows(bucket)
-    if cut == ALONG_M:
-        projected = yield from _reduce_scatter(projected, sharding)
+        projected = yield from _project(bucket, sharding)
     normalised = _update(bucket, hyper, projected, _Pieces(sharding, columns))
     if cut == ALONG_M:
         sent = torch.cat((normalised, torch.stack(projected).to(normalised.dtype)), dim=1) if limited else normalised
@@ -91,10 +93,21 @@ def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Step
         backends.lift(bucket, hyper, projected, normalised)
 
 
-def reduce_projected(projected: list[Tensor], sharding: Sharding) -> list[Tensor]:
-    """The sum over the processes of R (r, n) of each matrix, as all processes need it for clipping."""
-    message = torch.stack(projected)
-    return list(total_(message, sharding).unbind())
+def project(bucket: Bucket, sharding: Sharding) -> list[Tensor]:
+    """R (r, n') of each matrix, of the columns that this process's states are of."""
+    projecting = _project(bucket, sharding)
+    while True:
+        try:
+            next(projecting)
+        except StopIteration as done:
+            return done.value
+
+
+def _project(bucket: Bucket, sharding: Sharding) -> Sending[list[Tensor]]:
+    projected = backends.project(bucket) if bucket.weights[0].numel() else _no_rows(bucket)
+    if sharding.cut(bucket.right) == ALONG_M:
+        projected = yield from _reduce_scatter(projected, sharding)
+    return projected
 
 
 def _no_rows(bucket: Bucket) -> list[Tensor]:
@@ -114,7 +127,7 @@ def _update(bucket: Bucket, hyper: Hyper, projected: list[Tensor], across: Acros
     return backends.update(bucket, hyper, projected)
 
 
-def _reduce_scatter(projected: list[Tensor], sharding: Sharding) -> Any:
+def _reduce_scatter(projected: list[Tensor], sharding: Sharding) -> Sending[list[Tensor]]:
     """This process's columns of ΣR, (r, n') of each matrix."""
     whole = torch.stack(projected)
     columns = whole.shape[-1]
@@ -129,7 +142,7 @@ def _reduce_scatter(projected: list[Tensor], sharding: Sharding) -> Any:
     return [matrix[:, :count].contiguous() for matrix in piece.unbind()]
 
 
-def _all_gather(piece: Tensor, columns: int, sharding: Sharding) -> Any:
+def _all_gather(piece: Tensor, columns: int, sharding: Sharding) -> Sending[Tensor]:
     """(B, r, n) from the (B, r, n') of each process."""
     each = -(-columns // sharding.size)
     mine = torch.nn.functional.pad(piece, (0, each - piece.shape[-1])).contiguous()

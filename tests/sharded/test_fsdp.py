@@ -128,22 +128,52 @@ def fsdp(method, steps, **options):
     return weights(model)
 
 
+def in_backward(method, steps, scaled=False, clip=None, accumulate=1, **options):
+    """Gradients that are projected, or used, when FSDP2 has reduced them."""
+    dtype = torch.float32 if scaled else torch.float64
+    model = shard(network(dtype))
+    optimizer = optimizer_of(model, method)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=1000) if scaled else None
+    lrk.in_backward(model, optimizer, accumulate=accumulate, scaler=scaler, **options)
+    moved = []
+    for step in range(steps):
+        before = weights(model)
+        for micro in range(accumulate):
+            x, y = batch(step * accumulate + micro, dtype)
+            x = x * torch.inf if scaled and step in (0, 3, 5) and dist.get_rank() == 0 else x
+            loss = (model(x) - y).square().mean() / accumulate
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        assert all(param.grad is None for param in optimizer.param_groups[1]["params"])
+        if clip is not None:
+            optimizer.clip_grad_norm_(clip)
+        (optimizer if scaler is None else scaler).step(*([] if scaler is None else [optimizer]))
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad()
+        after = weights(model)
+        moved.append(any(not torch.equal(before[name], value) for name, value in after.items()))
+    return moved if scaled else after
+
+
 def tensor_parallel():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 36, dtype=torch.float64), nn.Tanh(), nn.Linear(36, 10, dtype=torch.float64))
     plain = copy.deepcopy(model)
+    plain.append(nn.LayerNorm(10, dtype=torch.float64))  # its parameters stay plain tensors
+    model.append(nn.LayerNorm(10, dtype=torch.float64))
     model = parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
     found = []
     for each in (plain, model):
         groups = [
             {"params": [each[0].weight, each[2].weight], "rank": 4, "update_proj_gap": GAP},
-            {"params": [each[0].bias, each[2].bias]},
+            {"params": [each[0].bias, each[2].bias, *each[3].parameters()]},
         ]
         optimizer = lrk.I3SAdamW(groups, lr=1e-2)
         for step in range(8):
             x, y = whole_batch(step)
             (each(x) - y).square().mean().backward()
+            optimizer.clip_grad_norm_(0.05)
             optimizer.step()
             optimizer.zero_grad()
         found.append(weights(each))
@@ -281,6 +311,9 @@ def on_columns():
     return difference(*found)
 
 
+IN_BACKWARD = ("I3S", "unsharded", "random, stagger", "Adafactor, diagnostics")
+
+
 def process(folder, rank):
     warnings.simplefilter("ignore")
     found = {}
@@ -296,6 +329,12 @@ def process(folder, rank):
     found["tensor parallel"] = tensor_parallel()
     found["mixed precision"] = mixed_precision()
     found["scaled"] = scaled()
+    for method in IN_BACKWARD:
+        found[f"in backward {method}"] = in_backward(method, 8)
+    found["in backward, clipped"] = in_backward("I3S", 8, clip=1e-3)
+    found["in backward, accumulated"] = in_backward("random, stagger", 8, accumulate=3)
+    found["at once"] = in_backward("Fira", 8, update="immediately")
+    found["in backward, scaled"] = in_backward("I3S", 7, scaled=True)
     return found
 
 
@@ -366,6 +405,31 @@ def test_clipping_and_accumulation_are_those_of_one_process(found):
     assert difference(clipped, plain) > LEAST
     assert difference(found[0]["clipped"], clipped) < CLOSE
     assert difference(found[0]["accumulated"], one_process("I3S", 8, accumulate=3)) < CLOSE
+
+
+def test_gradients_that_are_projected_when_they_are_reduced(found):
+    """With one pass a step nothing else changes. Clipping sees ‖R‖, in every process the same."""
+    for method in IN_BACKWARD:
+        assert difference(found[0][f"in backward {method}"], found[0][f"trained {method}"]) < CLOSE
+    assert difference(found[0]["at once"], found[0]["trained Fira"]) < CLOSE
+    assert difference(found[0]["in backward, accumulated"], one_process("random, stagger", 8, accumulate=3)) < CLOSE
+    assert difference(found[0]["in backward, clipped"], found[0]["trained I3S"]) > LEAST
+    assert difference(found[0]["in backward, clipped"], one_process_in_backward(clip=1e-3)) < CLOSE
+    for each in found:
+        assert each["in backward, scaled"] == [False, True, True, False, True, False, True]
+
+
+def one_process_in_backward(clip):
+    model = network()
+    optimizer = optimizer_of(model, "I3S")
+    lrk.in_backward(model, optimizer)
+    for step in range(8):
+        x, y = whole_batch(step)
+        (model(x) - y).square().mean().backward()
+        optimizer.clip_grad_norm_(clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return weights(model)
 
 
 def test_other_ways_to_shard(found):
