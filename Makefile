@@ -1,4 +1,5 @@
 # make demo | test | lint | docs | bench | aot | fuzz: make .venv if it is missing, install what they need, build the extension, and run.
+# make demo-distributed: the example in one process, and in two by DDP and by FSDP2, with their losses side by side.
 # make sanitize: the extension's tests under AddressSanitizer and UBSan.
 # make gpu-dry: the tests marked gpu up to the launch of each kernel, which is compiled for GPUs that need not be here and not run.
 # make cuda-build: the CUDA part against a CUDA build of torch, in a virtual environment of its own that takes 6 GB; needs nvcc, no GPU.
@@ -36,10 +37,13 @@ SEED ?=
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 
-.PHONY: demo test test-all lint docs bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
+.PHONY: demo demo-distributed test test-all lint docs bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
+
+demo-distributed: $(VENV)/.extra-demo
+	$(RUN) examples/side_by_side.py $(ARGS)
 
 test: $(VENV)/.extra-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)

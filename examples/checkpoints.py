@@ -10,11 +10,13 @@ import glob
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 
 TRAILER = b"\nsha256 %s\n"  # SHA-256 of all bytes before it, in hexadecimal; torch.load ignores bytes after its own
 TRAILER_BYTES = len(TRAILER % bytes(64))
@@ -171,3 +173,47 @@ def load(path: Path) -> dict[str, Any] | None:
                 "and give --resume again"
             )
     return torch.load(path, weights_only=True, map_location="cpu")
+
+
+# Of parameters that are spread over processes: torch.distributed.checkpoint writes a directory, of which each
+# process writes its part. The small file of `save` then names it, so that a kill in between leaves the file
+# with the name of the directory before.
+
+
+def save_sharded(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, is_first: bool) -> None:
+    """All processes call this. The directory is whole when it returns."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    if is_first and directory.exists():  # of a process that was killed while it wrote
+        shutil.rmtree(directory)
+    dist.barrier()
+    dcp.save(_state_of(model, optimizer), checkpoint_id=directory)
+
+
+def load_sharded(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Loads what any number of processes have saved. All processes call this. Raises Damaged."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as states
+
+    held = _state_of(model, optimizer)
+    try:
+        dcp.load(held, checkpoint_id=directory)
+    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise Damaged(f"{directory} is damaged ({reason}); put back a copy, or delete the file that names it, to train anew") from None
+    states.set_model_state_dict(model, held["model"])
+    states.set_optimizer_state_dict(model, optimizer, held["optimizer"])
+
+
+def _state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    from torch.distributed.checkpoint import state_dict as states
+
+    return {"model": states.get_model_state_dict(model), "optimizer": states.get_optimizer_state_dict(model, optimizer)}
+
+
+def remove_older(directory: Path) -> None:
+    """Removes the other directories beside this one."""
+    for other in directory.parent.iterdir():
+        if other != directory:
+            shutil.rmtree(other)

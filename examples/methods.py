@@ -18,12 +18,24 @@ SCALING = ("rank", "update_proj_gap", "state_bits", "rounding")  # APOLLO has a 
 RSO = ("rso_rank", "inner_steps", "distribution", "principal_rank", "rso_scale", "rso_moments", "rounding")
 
 
+Builder = Callable[..., torch.optim.Optimizer]
+"""(model, lr, settings, prepare) → the optimizer. It may convert layers of the model, in place. prepare: is
+called with the model after that, and before the optimizer is built; it may replace parameters."""
+
+
+def _nothing(model: nn.Module) -> None:
+    pass
+
+
+Prepare = Callable[[nn.Module], None]
+
+
 @dataclass(frozen=True)
 class Method:
     title: str
     lr: float  # default peak learning rate of the linear layers within the decoder, for the width of tiny and 9m; see `default_lr`
     color: str  # in pictures; from the palette of Okabe and Ito, which colour-blind readers can tell apart
-    build: Callable[[nn.Module, float, Settings], torch.optim.Optimizer]  # may convert layers of the model, in place
+    build: Builder
     reads: tuple[str, ...] = ()  # settings that affect this method's runs but not every method's
     dashed: bool = False  # the line in pictures
     needs_gradient: bool = False  # moves weights by gradients, not by what is projected of them alone
@@ -42,19 +54,19 @@ def _groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     return [{"params": dense, "lr": settings.dense_lr}, {"params": matrices}]
 
 
-def _adamw(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+def _adamw(model: nn.Module, lr: float, settings: Settings, prepare: Prepare = _nothing) -> torch.optim.Optimizer:
+    prepare(model)
     fused = torch.device(settings.device).type in ("cpu", "cuda", "mps", "xpu")
     return torch.optim.AdamW(_groups(model, settings), lr=lr, weight_decay=settings.weight_decay, fused=fused)
 
 
-def _low_rank(
-    class_name: str, reads: tuple[str, ...] = LOW_RANK, **fixed: Any
-) -> Callable[[nn.Module, float, Settings], torch.optim.Optimizer]:
+def _low_rank(class_name: str, reads: tuple[str, ...] = LOW_RANK, **fixed: Any) -> Builder:
     """fixed: keys of the group that the method itself prescribes."""
 
-    def build(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+    def build(model: nn.Module, lr: float, settings: Settings, prepare: Prepare = _nothing) -> torch.optim.Optimizer:
         import lowrank_kernels as lrk  # imported here, so that adamw alone needs nothing but torch
 
+        prepare(model)
         keys = {key: getattr(settings, key) for key in (*reads, "seed", "diagnostics")} | fixed
         dense, projected = lrk.param_groups(model, **keys)
         groups = [dense | {"lr": settings.dense_lr}, projected]
@@ -63,11 +75,12 @@ def _low_rank(
     return build
 
 
-def _rso(model: nn.Module, lr: float, settings: Settings) -> torch.optim.Optimizer:
+def _rso(model: nn.Module, lr: float, settings: Settings, prepare: Prepare = _nothing) -> torch.optim.Optimizer:
     import lowrank_kernels as lrk
 
     principal = {"principal_rank": settings.principal_rank or None} if settings.distribution == "principal" else {}
     lrk.to_subspace(model, rank=settings.rso_rank, distribution=settings.distribution, seed=settings.seed, **principal)
+    prepare(model)
     options = dict(weight_decay=settings.weight_decay, inner_steps=settings.inner_steps, rounding=settings.rounding)
     options |= dict(scale=settings.rso_scale, moments=settings.rso_moments)
     return lrk.RSOAdamW(_groups(model, settings), lr=lr, **options)

@@ -5,6 +5,7 @@ side.
     python examples/pretrain.py --optimizer i3s --rank 16 --lr 2e-2
     python examples/pretrain.py --resume     # go on after a kill or Ctrl-C
     torchrun --nproc-per-node 2 examples/pretrain.py --compress-gradients
+    torchrun --nproc-per-node 2 examples/pretrain.py --parallel fsdp2
 
 Each optimizer starts from the same weights and sees the same batches, and embedding, head and norms train at
 one rate (--dense-lr) under all of them. What differs is how the linear layers within the decoder train: in
@@ -37,7 +38,7 @@ import training
 from checkpoints import Damaged, read_metrics, remove_partials, write_atomically
 from exclusive import exclusive
 from methods import DEFAULT, METHODS, default_lr
-from processes import ALONE, Processes, join
+from processes import ALONE, Processes, is_joined, join
 from settings import CHOICES, Plan, Settings, SettingsError, defaults, flag
 from stopping import stop_on_signal
 from training import Diverged, Files, Stopped
@@ -117,6 +118,13 @@ def parser() -> argparse.ArgumentParser:
         const="deferred",
     )
     how.add_argument("--diagnostics", action="store_true", help="look at each refresh: captured energy and effective rank, in the picture")
+    option(
+        how,
+        "parallel",
+        str,
+        "what the processes of torchrun hold: all parameters each (ddp), or parts of them (fsdp2)",
+        choices=CHOICES["parallel"],
+    )
     how.add_argument("--compress-gradients", action="store_true", help="let the processes of torchrun exchange projected gradients")
 
     where = result.add_argument_group("where and how often")
@@ -170,6 +178,7 @@ def new_plan(args: argparse.Namespace, processes: Processes = ALONE) -> tuple[Pl
         given["data"] = str(given["data"].resolve())
     settings = dataclasses.replace(defaults(given.get("model", "tiny")), **given, processes=processes.count).check()
     _check_device(settings.device)
+    _check_processes(settings)
     methods = list(dict.fromkeys(getattr(args, "optimizer", DEFAULT)))
     _check_gradients(settings, methods)
     chosen = learning_rates(getattr(args, "lr", []), methods)
@@ -193,22 +202,29 @@ def resumed_plan(args: argparse.Namespace, directory: Path, processes: Processes
             now = str(now.resolve())
         if now != was:
             raise SettingsError(f"{flag(field.name)} {now}: the run in {directory} was started with {was} and cannot change")
-    if old.settings.processes != processes.count:
-        raise SettingsError(f"the run in {directory} was started with {old.settings.processes} processes, not {processes.count}")
+    settings = old.settings
+    if settings.processes != processes.count:
+        if settings.parallel != "fsdp2":
+            raise SettingsError(
+                f"the run in {directory} was started with {settings.processes} processes, not {processes.count}; one of --parallel fsdp2 "
+                "can go on with any number"
+            )
+        settings = dataclasses.replace(settings, processes=processes.count).check()
+    _check_processes(settings)
     methods = list(dict.fromkeys([*old.lr, *getattr(args, "optimizer", [])]))
-    _check_gradients(old.settings, methods)
-    lr = {method: old.lr.get(method, default_lr(method, llama.SIZES[old.settings.model].hidden)) for method in methods}
+    _check_gradients(settings, methods)
+    lr = {method: old.lr.get(method, default_lr(method, llama.SIZES[settings.model].hidden)) for method in methods}
     for method, now in learning_rates(getattr(args, "lr", []), methods).items():
         if method in old.lr and now != old.lr[method]:
             raise SettingsError(f"--lr {method}={now:g}: the run in {directory} was started with {old.lr[method]:g} and cannot change")
         lr[method] = now
-    _check_device(old.settings.device)
-    corpus = _load_text(old.settings)
-    if corpus.digest != old.settings.data_digest:
+    _check_device(settings.device)
+    corpus = _load_text(settings)
+    if corpus.digest != settings.data_digest:
         raise SettingsError(f"--data: {corpus.name} has changed since the run in {directory} was started")
     for method in lr:
         Files.of(directory, method).check()
-    return Plan(old.settings, lr), corpus
+    return Plan(settings, lr), corpus
 
 
 def _check_gradients(settings: Settings, methods: list[str]) -> None:
@@ -217,6 +233,11 @@ def _check_gradients(settings: Settings, methods: list[str]) -> None:
             if METHODS[method].needs_gradient:
                 option = "--compress-gradients" if settings.compress_gradients else "--in-backward deferred"
                 raise SettingsError(f"{option} keeps no gradient, by which {METHODS[method].title} moves weights; leave {method} out")
+
+
+def _check_processes(settings: Settings) -> None:
+    if settings.parallel == "fsdp2" and not is_joined():
+        raise SettingsError("--parallel fsdp2 needs torchrun: torchrun --nproc-per-node 2 examples/pretrain.py …")
 
 
 def _check_device(device: str) -> None:
@@ -294,6 +315,7 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, processes: Processes, 
     processes.from_first(str(directory))
     where = f"{settings.dtype} on {settings.device} ({settings.threads} threads)"
     where += f", {processes.count} processes" if processes.count > 1 else ""
+    where += ", FSDP2" if settings.parallel == "fsdp2" else ""
     console.print(f"{describe(plan)}, seed {settings.seed}, {where}", highlight=False)
     console.print(str(corpus), highlight=False)
 

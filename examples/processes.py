@@ -39,12 +39,39 @@ class Processes:
             dist.broadcast_object_list(held)
         return held[0]
 
-    def parallel(self, model: nn.Module) -> nn.Module:
+    def replicate(self, model: nn.Module) -> nn.Module:
         """The model whose backward pass takes the mean of the gradients."""
         return model if self.count == 1 else nn.parallel.DistributedDataParallel(model)
 
+    def shard(self, model: nn.Module) -> None:
+        """Spreads the parameters over the processes by FSDP2, in place."""
+        from torch.distributed.fsdp import fully_shard
+
+        options = {}
+        if any(hasattr(module, "subspace") for module in model.modules()):  # converted for RSO
+            from lowrank_kernels.distributed import shard_placement
+
+            options = {"shard_placement_fn": shard_placement}
+        for layer in model.layers:
+            fully_shard(layer, **options)
+        fully_shard(model, **options)
+
+
+def local(tensor: Any) -> Any:
+    """This process's part of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Any) -> Any:
+    """All of a tensor. The processes that hold parts of it call this together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
 
 ALONE = Processes()
+
+
+def is_joined() -> bool:
+    return dist.is_initialized()
 
 
 def join() -> Processes:

@@ -29,6 +29,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "rso_moments": ("reset", "carry"),
     "dtype": ("fp32", "bf16"),
     "in_backward": ("off", "deferred", "immediately"),
+    "parallel": ("ddp", "fsdp2"),
 }
 
 
@@ -69,6 +70,7 @@ class Settings:
     in_backward: str = "off"  # or when the matrices move whose gradients are projected in the backward pass
     compress_gradients: bool = False  # what the processes exchange of projected gradients
     processes: int = 1  # the batch is shared by them
+    parallel: str = "ddp"  # each process holds all parameters, or (fsdp2) its part of them
 
     dtype: str = "fp32"
     device: str = "cpu"
@@ -115,6 +117,8 @@ class Settings:
             raise SettingsError("--in-backward immediately uses each gradient up at once: it needs --clip 0 and --accumulate 1")
         if self.compress_gradients and self.processes == 1:
             raise SettingsError("--compress-gradients needs several processes: torchrun --nproc-per-node 2 examples/pretrain.py …")
+        if self.compress_gradients and self.parallel == "fsdp2":
+            raise SettingsError("--compress-gradients is for --parallel ddp; FSDP2 reduces each gradient to the process that keeps it")
         if self.compress_gradients and self.in_backward != "off":
             raise SettingsError("--compress-gradients and --in-backward both choose what the processes exchange; leave one out")
         return self
@@ -189,7 +193,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-ADDED = ("lean", "principal_rank", "rso_scale", "rso_moments", "diagnostics", "in_backward", "compress_gradients", "processes")
+ADDED = ("lean", "principal_rank", "rso_scale", "rso_moments", "diagnostics", "in_backward", "compress_gradients", "processes", "parallel")
 """Settings that runs of an earlier version do not have. Theirs are the defaults."""
 
 

@@ -19,7 +19,7 @@ import torch
 from checkpoints import Metrics
 from memory import PeakMemory, saved_activation_bytes
 from methods import METHODS
-from processes import ALONE, Processes
+from processes import ALONE, Processes, local, whole
 from settings import Settings
 from torch import Tensor, nn
 
@@ -39,14 +39,15 @@ class Diverged(RuntimeError):
 
 @dataclass(frozen=True)
 class Files:
-    """Where a run of one optimizer keeps its two files."""
+    """Where a run of one optimizer keeps its two files, and the directories of sharded checkpoints."""
 
     metrics: Path
     checkpoint: Path
+    sharded: Path
 
     @classmethod
     def of(cls, directory: Path, method: str) -> Files:
-        return cls(directory / f"{method}.jsonl", directory / f"{method}.pt")
+        return cls(directory / f"{method}.jsonl", directory / f"{method}.pt", directory / f"{method}.dcp")
 
     def finished(self) -> bool:
         return checkpoints.finished(self.metrics)
@@ -76,10 +77,12 @@ def build_model(settings: Settings) -> nn.Module:
     return model
 
 
-def build_optimizer(model: nn.Module, method: str, lr: float, settings: Settings) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, method: str, lr: float, settings: Settings, prepare: Callable[[nn.Module], None] = lambda model: None
+) -> torch.optim.Optimizer:
     """Two groups, [embedding, head and norms, the matrices within the decoder]. Each keeps its peak rate in
-    "initial_lr", which is torch's name for it."""
-    optimizer = METHODS[method].build(model, lr, settings)
+    "initial_lr", which is torch's name for it. prepare: see methods.Builder."""
+    optimizer = METHODS[method].build(model, lr, settings, prepare)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -91,10 +94,12 @@ def distribute(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Set
     if settings.in_backward != "off" and projects:
         import lowrank_kernels as lrk
 
-        group = torch.distributed.group.WORLD if processes.count > 1 else None
+        group = torch.distributed.group.WORLD if processes.count > 1 and settings.parallel == "ddp" else None
         options = dict(accumulate=settings.accumulate, update=settings.in_backward, process_group=group)
         return model, lrk.in_backward(model, optimizer, **options)
-    parallel = processes.parallel(model)
+    if settings.parallel == "fsdp2":
+        return model, None
+    parallel = processes.replicate(model)
     if settings.compress_gradients and projects:
         import lowrank_kernels as lrk
 
@@ -102,11 +107,13 @@ def distribute(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Set
     return parallel, None
 
 
-def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int) -> float:
+def accumulate_gradients(model: nn.Module, tokens: Tensor, pieces: int, at_once: bool = False) -> float:
     """Adds the gradient of the mean loss over `tokens` to .grad, in `pieces` equal micro-batches. Returns
-    that loss in nats. Processes exchange gradients in the last one."""
+    that loss in nats. Processes exchange gradients in the last one; those of FSDP2 in each, with at_once."""
     losses = []
     for number, piece in enumerate(tokens.chunk(pieces), 1):
+        if hasattr(model, "set_requires_gradient_sync"):  # of FSDP2
+            model.set_requires_gradient_sync(at_once or number == pieces)
         quiet = model.no_sync() if number < pieces and hasattr(model, "no_sync") else contextlib.nullcontext()
         with quiet:
             loss = llama.loss(model, piece) / pieces
@@ -119,7 +126,7 @@ def gradient_bytes(optimizer: torch.optim.Optimizer, exchange: Any) -> int:
     """Of all gradients, and of R where in_backward has projected them."""
     grads = {id(param): param.grad for group in optimizer.param_groups for param in group["params"]}
     projected = getattr(exchange, "projected", {})
-    return sum(tensor.nbytes for tensor in (*grads.values(), *projected.values()) if tensor is not None)
+    return sum(local(tensor).nbytes for tensor in (*grads.values(), *projected.values()) if tensor is not None)
 
 
 def first_tokens(settings: Settings, corpus: text.Corpus, processes: Processes) -> Tensor:
@@ -130,9 +137,15 @@ def first_tokens(settings: Settings, corpus: text.Corpus, processes: Processes) 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, windows: Tensor, batch_size: int, processes: Processes = ALONE) -> float:
-    """Mean loss of a held-out byte, nats. Each process evaluates its part of the windows."""
+    """Mean loss of a held-out byte, nats. Each process evaluates its part of the windows. All of them make
+    equally many forward passes, for which those of FSDP2 need each other."""
     mine = processes.share(windows)
-    total = sum(llama.loss(model, piece).double().item() * len(piece) for piece in mine.split(batch_size) if len(piece))
+    passes = math.ceil(math.ceil(len(windows) / processes.count) / batch_size)
+    total = 0.0
+    for start in range(0, passes * batch_size, batch_size):
+        piece = mine[start : start + batch_size]
+        loss = llama.loss(model, piece if len(piece) else windows[:1])
+        total += loss.double().item() * len(piece)
     return processes.total(total)[0] / len(windows)
 
 
@@ -141,7 +154,7 @@ def bases(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
     optimizer's peak memory."""
     orthonormal = (group["params"] for group in optimizer.param_groups if group.get("selection") != "gaussian")
     held = (param for params in orthonormal for param in params if "basis" in optimizer.state.get(param, ()))
-    return {param: optimizer.state[param]["basis"].to("cpu", copy=True) for param in held}
+    return {param: whole(optimizer.state[param]["basis"]).to("cpu", copy=True) for param in held}
 
 
 def mean_overlap(before: dict[nn.Parameter, Tensor], after: dict[nn.Parameter, Tensor]) -> float | None:
@@ -165,7 +178,7 @@ def mean_diagnostics(optimizer: torch.optim.Optimizer, refreshed_at: int) -> dic
 
 def state_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
     """Of the states, and of RSO's projections, which its layers hold. What several share counts once."""
-    held = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    held = [local(value) for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     layers = [module for module in model.modules() if hasattr(module, "subspace")]
     held += [layer.subspace.matrix(layer.weight.device, layer.weight.dtype) for layer in layers]
     return sum({tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in held}.values())
@@ -190,7 +203,7 @@ def train(
     Rows are of three kinds. A "step" has the loss in nats a byte, lr and dense_lr of that step, grad_norm
     (None where gradients were used up in the backward pass) and optimizer_ms; at a refresh of bases also the
     overlap with the previous ones, and with settings.diagnostics captured_energy and effective_rank; with
-    several processes also sent_bytes, what this one gave to all-reduces.
+    --parallel ddp also sent_bytes, what this process gave to all-reduces.
     An "eval" has val_loss. The last row is "end", with weight_bytes, gradient_bytes, state_bytes,
     activation_bytes, peak_bytes and wall_s. `step` counts finished steps. The loss of a row is that of the
     weights before its step.
@@ -204,15 +217,24 @@ def train(
     _warm_up(settings)
     peak = PeakMemory(device)
     model = build_model(settings)
-    optimizer = build_optimizer(model, method, lr, settings)
-    windows = text.windows(corpus.val, count=settings.eval_sequences, seq_len=settings.seq_len).to(device)
+    activation_bytes = 0
 
-    activation_bytes = saved_activation_bytes(model, first_tokens(settings, corpus, processes).to(device))
+    def prepare(model: nn.Module) -> None:
+        nonlocal activation_bytes
+        activation_bytes = saved_activation_bytes(model, first_tokens(settings, corpus, processes).to(device))
+        if settings.parallel == "fsdp2":
+            processes.shard(model)
+
+    optimizer = build_optimizer(model, method, lr, settings, prepare)
+    windows = text.windows(corpus.val, count=settings.eval_sequences, seq_len=settings.seq_len).to(device)
 
     done, wall_s, earlier_peak_bytes, position = 0, 0.0, 0, 0
     if resume and (saved := checkpoints.load(files.checkpoint)):
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if settings.parallel == "fsdp2":
+            checkpoints.load_sharded(files.sharded / str(saved["step"]), model, optimizer)
+        else:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
         done, wall_s, earlier_peak_bytes, position = saved["step"], saved["wall_s"], saved["peak_bytes"], saved["metrics_position"]
         del saved
     metrics = Metrics(files.metrics, position) if processes.is_first else None
@@ -231,6 +253,20 @@ def train(
         now = peak.bytes()
         return None if now is None or earlier_peak_bytes is None else max(now, earlier_peak_bytes)
 
+    def save(step: int) -> None:
+        held: dict[str, Any] = {}
+        if settings.parallel == "fsdp2":
+            checkpoints.save_sharded(files.sharded / str(step), model, optimizer, processes.is_first)
+        if not processes.is_first:
+            return
+        if settings.parallel == "ddp":
+            held = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        held |= {"step": step, "metrics_position": metrics.position()}
+        held |= {"wall_s": time.perf_counter() - started_s, "peak_bytes": highest_bytes()}
+        checkpoints.save(files.checkpoint, held)
+        if settings.parallel == "fsdp2":
+            checkpoints.remove_older(files.sharded / str(step))
+
     try:
         for step in range(done, settings.steps):
             row, held_bytes = train_step(parallel, optimizer, step, settings, corpus, processes, exchange)
@@ -239,25 +275,15 @@ def train(
             if last or (step + 1) % settings.eval_every == 0:
                 log({"event": "eval", "step": step + 1, "val_loss": evaluate(model, windows, settings.batch_size, processes)})
             stop = any(processes.total(should_stop())) and not last
-            if processes.is_first and (last or stop or (step + 1) % checkpoint_every == 0):
-                checkpoints.save(
-                    files.checkpoint,
-                    {
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "step": step + 1,
-                        "metrics_position": metrics.position(),
-                        "wall_s": time.perf_counter() - started_s,
-                        "peak_bytes": highest_bytes(),
-                    },
-                )
+            if last or stop or (step + 1) % checkpoint_every == 0:
+                save(step + 1)
             if stop:
                 raise Stopped(step + 1)
         log(
             {
                 "event": "end",
                 "step": settings.steps,
-                "weight_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+                "weight_bytes": sum(local(parameter).nbytes for parameter in model.parameters()),
                 "gradient_bytes": held_bytes,
                 "state_bytes": state_bytes(optimizer, model),
                 "activation_bytes": activation_bytes,
@@ -300,7 +326,8 @@ def train_step(
     dense, matrices = optimizer.param_groups
     sent_before = getattr(exchange, "sent_bytes", 0)
     before = bases(optimizer) if step % settings.update_proj_gap == 0 else {}
-    loss = accumulate_gradients(model, processes.share(tokens).to(settings.device), settings.accumulate)
+    mine, at_once = processes.share(tokens).to(settings.device), settings.in_backward != "off"
+    loss = accumulate_gradients(model, mine, settings.accumulate, at_once)
     loss = processes.total(loss)[0] / processes.count
     held_bytes = gradient_bytes(optimizer, exchange)
     grad_norm = clip(model, optimizer, settings, exchange)
@@ -325,7 +352,7 @@ def train_step(
             row |= mean_diagnostics(optimizer, refreshed_at=matrices["calls"] - 1)
     if matrices.get("outer_step") != outer_step:
         row["refresh"] = True
-    if processes.count > 1:  # DDP's own reduction sends every gradient
+    if processes.count > 1 and settings.parallel == "ddp":  # DDP's own reduction sends every gradient
         row["sent_bytes"] = held_bytes if exchange is None else exchange.sent_bytes - sent_before
     return row, held_bytes
 
@@ -335,7 +362,7 @@ def clip(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Settings,
     projected gradients, the norm is that of what is left of them."""
     limit = settings.clip or math.inf
     if not hasattr(exchange, "projected"):
-        return nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+        return whole(nn.utils.clip_grad_norm_(model.parameters(), limit)).item()
     return None if settings.in_backward == "immediately" else optimizer.clip_grad_norm_(limit).item()
 
 
