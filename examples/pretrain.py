@@ -286,6 +286,10 @@ def describe(plan: Plan) -> str:
     )
 
 
+def _launcher(settings: Settings) -> str:
+    return f"torchrun --nproc-per-node {settings.processes}" if is_joined() else "python"
+
+
 def run_beside(plan: Plan, corpus: text.Corpus, directory: Path, processes: Processes, *, checkpoint_every: int, resume: bool) -> int:
     """The part of a process other than the first, which writes and reports."""
     with stop_on_signal() as received:
@@ -347,7 +351,7 @@ def run(plan: Plan, corpus: text.Corpus, directory: Path, processes: Processes, 
             except Stopped as stop:
                 console.print(
                     f"Stopped; {METHODS[method].title} is saved at step {stop.step}. To go on:\n"
-                    f"  python {sys.argv[0]} --resume --out {directory}",
+                    f"  {_launcher(settings)} {sys.argv[0]} --resume --out {directory}",
                     highlight=False,
                 )
                 return 128 + received[0] if received else 1

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import all_gather
 from .layout import Sharding
 
 
@@ -39,19 +40,6 @@ def gather(pieces: Sequence[Tensor], sharding: Sharding, dim: int, length: int, 
     return list(torch.cat(blocks, dim=dim + 1).unbind())
 
 
-def spread(wholes: Sequence[Tensor], shape: tuple[int, int], count: int, sharding: Sharding, first: int, like: Tensor) -> list[Tensor]:
-    """All `count` bases (m, r) = `shape` in every process, from those of the matrices that each process
-    owns. Every process gets the same bits. like: has their dtype and device."""
-    size = sharding.size
-    most = -(-count // size)
-    mine = like.new_empty((most, *shape))
-    for slot, whole in enumerate(wholes):
-        mine[slot] = whole
-    everyones = like.new_empty((size, most, *shape))
-    dist.all_gather_into_tensor(everyones.view(-1, *shape), mine, group=sharding.group)
-    return [everyones[(first + matrix) % size, matrix // size] for matrix in range(count)]
-
-
 def scatter_rows(
     wholes: Sequence[Tensor], shape: tuple[int, int], count: int, sharding: Sharding, first: int, like: Tensor
 ) -> list[Tensor]:
@@ -68,3 +56,29 @@ def scatter_rows(
     dist.all_to_all_single(incoming, outgoing.to(like.dtype), received, sent, group=sharding.group)
     blocks = [block.view(number, mine, rank) for block, number in zip(incoming.split(received), held, strict=True)]
     return [blocks[(first + matrix) % size][matrix // size] for matrix in range(count)]
+
+
+def spread(wholes: Sequence[Tensor], shape: tuple[int, int], count: int, sharding: Sharding, first: int, like: Tensor) -> list[Tensor]:
+    """All `count` bases, whole, in every process. Every process gets the same bits.
+
+    Each process first gets its rows of all bases, and these are gathered. Without that, processes that own
+    fewer matrices than others would fill their part of the message up with nothing.
+    """
+    rows = torch.stack(scatter_rows(wholes, shape, count, sharding, first, like))
+    most = sharding.piece(shape[0], 0)[1]
+    mine = torch.nn.functional.pad(rows, (0, 0, 0, most - rows.shape[1])).contiguous()
+    everyones = mine.new_empty((sharding.size, *mine.shape))
+    all_gather(everyones.flatten(0, 1), mine, group=sharding.group)
+    return list(everyones.movedim(0, 1).flatten(1, 2)[:, : shape[0]].unbind())
+
+
+def share(rows: Sequence[Tensor], width: int, count: int, sharding: Sharding, first: int, device: torch.device) -> Tensor:
+    """All `count` rows of numbers, (count, width) in fp32, from those that each process owns."""
+    size = sharding.size
+    most = -(-count // size)
+    mine = torch.zeros((most, width), dtype=torch.float32, device=device)
+    for slot, row in enumerate(rows):
+        mine[slot] = row
+    everyones = mine.new_empty((size, most, width))
+    all_gather(everyones.view(-1, width), mine, group=sharding.group)
+    return torch.stack([everyones[(first + matrix) % size, matrix // size] for matrix in range(count)])

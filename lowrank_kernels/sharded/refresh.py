@@ -57,9 +57,7 @@ def choose(
         chosen = choose_whole(mine, wholes) if mine else []
         table = _table(chosen, [measure(*each) for each in zip(wholes, chosen, strict=True)] if measure else None)
         bases += give(chosen, (m, rank), len(part), sharding, first, like)
-        width = 1 if measure is None else 4
-        found = exchange.spread(table, (1, width), len(part), sharding, first, like.new_empty(0, dtype=torch.float32))
-        tables.append(torch.stack(found).view(len(part), width))
+        tables.append(exchange.share(table, 1 if measure is None else 4, len(part), sharding, first, like.device))
     whole = torch.cat(tables)
     return bases, whole[:, 0] != 0, whole[:, 1:] if measure else None
 
@@ -70,9 +68,9 @@ def _cut_dim(sharding: Sharding) -> int:
 
 
 def _table(chosen: list[Tensor], figures: list[Tensor] | None) -> list[Tensor]:
-    """A row (1, 1 or 4) for each basis: whether there is one, and its figures."""
-    flags = [basis.any().float().view(1, 1) for basis in chosen]
-    return flags if figures is None else [torch.cat((flag, row.view(1, -1)), dim=1) for flag, row in zip(flags, figures, strict=True)]
+    """A row of 1 or 4 numbers for each basis: whether there is one, and its figures."""
+    flags = [basis.any().float().view(1) for basis in chosen]
+    return flags if figures is None else [torch.cat((flag, row)) for flag, row in zip(flags, figures, strict=True)]
 
 
 def total_(tensor: Tensor, sharding: Sharding) -> Tensor:

@@ -27,6 +27,7 @@ from ..backends import Bucket, Hyper, foreach
 from ..backends.reference import compute_dtype, kept_where, move_, number, orient
 from ..lifts.limiter import Limited, limit_
 from ..rules.rule import WHOLE, Across
+from .collectives import all_gather, reduce_scatter
 from .layout import ALONG_M, ALONG_N, Sharding
 from .refresh import total_
 
@@ -135,7 +136,7 @@ def _reduce_scatter(projected: list[Tensor], sharding: Sharding) -> Sending[list
     padded = torch.nn.functional.pad(whole, (0, each * sharding.size - columns))
     outgoing = padded.unflatten(-1, (sharding.size, each)).movedim(-2, 0).contiguous()
     piece = torch.empty_like(outgoing[0])
-    work = dist.reduce_scatter_tensor(piece, outgoing.flatten(0, 1), group=sharding.group, async_op=True)
+    work = reduce_scatter(piece, outgoing.flatten(0, 1), group=sharding.group, async_op=True)
     yield
     work.wait()
     _, count = sharding.piece(columns)
@@ -147,7 +148,7 @@ def _all_gather(piece: Tensor, columns: int, sharding: Sharding) -> Sending[Tens
     each = -(-columns // sharding.size)
     mine = torch.nn.functional.pad(piece, (0, each - piece.shape[-1])).contiguous()
     everyones = mine.new_empty((sharding.size, *mine.shape))
-    work = dist.all_gather_into_tensor(everyones.flatten(0, 1), mine, group=sharding.group, async_op=True)
+    work = all_gather(everyones.flatten(0, 1), mine, group=sharding.group, async_op=True)
     yield
     work.wait()
     return everyones.movedim(0, -2).flatten(-2)[..., :columns].contiguous()

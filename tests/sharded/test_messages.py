@@ -1,40 +1,19 @@
 """What sharded steps and refreshes send, by formula; and what is refused."""
 
-import functools
 import re
 
 import gloo
 import pytest
 import runs
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import lowrank_kernels as lrk
+from benchmarks import scale
 
 RANKS, RANK = 2, 4
-SENT = {"all_reduce": 0, "all_gather_into_tensor": 1, "reduce_scatter_tensor": 1, "all_to_all_single": 1}
-"""Collective → the position of the tensor that a process gives."""
-
-
-class Counted:
-    """Bytes given to each collective inside the context, by its name."""
-
-    def __enter__(self):
-        self.bytes, self._originals = {}, {name: getattr(dist, name) for name in SENT}
-        for name, original in self._originals.items():
-            setattr(dist, name, functools.partial(self._count, name, original))
-        return self
-
-    def _count(self, name, original, *args, **options):
-        self.bytes[name] = self.bytes.get(name, 0) + args[SENT[name]].nbytes
-        return original(*args, **options)
-
-    def __exit__(self, *_):
-        for name, original in self._originals.items():
-            setattr(dist, name, original)
 
 
 def sent(shape, placement, dtype=torch.float32, count=3, steps=2, **options):
@@ -46,9 +25,9 @@ def sent(shape, placement, dtype=torch.float32, count=3, steps=2, **options):
     for number in range(1 + steps):
         for index, param in enumerate(params):
             param.grad = runs.spread(runs.gradient(shape, index, number, dtype), mesh, [placement])
-        with Counted() as counted:
+        with scale.Counted() as counted:
             optimizer.step()
-        found.append(counted.bytes)
+        found.append(dict(counted.given))
     return found[1:]  # the first step compares the processes' settings
 
 
@@ -105,12 +84,19 @@ def process(rank):
         "experts": sent((4, 16, 24), Shard(0), count=1),
         "fp32": fp32_is_exact(),
         "refusals": refusals(),
+        **{f"simulated {method}": scale.counted(method) for method in ("AdamW", "std", "unsharded", "RSO")},
     }
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     return gloo.results(process, tmp_path_factory.mktemp("messages"), RANKS)
+
+
+@pytest.mark.parametrize("method", ["AdamW", "std", "unsharded", "RSO"])
+def test_the_simulation_counts_what_fsdp2_and_the_optimizers_send(found, method):
+    for each in found:
+        assert each[f"simulated {method}"] == scale.expected(method, RANKS)
 
 
 STEP, REFRESH = 0, 1
@@ -126,7 +112,7 @@ def test_cut_along_n_a_step_sends_nothing(found):
 @pytest.mark.parametrize("case, n", [("along m", 24), ("along m, uneven", 25)])
 def test_cut_along_m_a_step_sends_r_once_and_its_share_of_n(found, case, n):
     piece = -(-n // RANKS)
-    expected = {"reduce_scatter_tensor": 4 * 3 * RANK * piece * RANKS, "all_gather_into_tensor": 4 * 3 * RANK * piece}
+    expected = {"reduce_scatter": 4 * 3 * RANK * piece * RANKS, "all_gather": 4 * 3 * RANK * piece}
     assert found[0][case][STEP] == expected
 
 
@@ -135,13 +121,14 @@ def test_a_refresh_sends_each_piece_once_and_the_bases(found):
     flag a matrix says whether it was chosen."""
     pieces, flags = 4 * 3 * 16 * 24 // RANKS, 4 * 2
     along_n, along_m = found[0]["along n"][REFRESH], dict(found[0]["along m"][REFRESH])
-    assert along_n == {"all_to_all_single": pieces, "all_gather_into_tensor": 4 * 2 * 16 * RANK + flags}
+    assert sorted(other["along n"][REFRESH]["all_to_all"] - pieces for other in found) == [4 * 1 * 16 * RANK, 4 * 2 * 16 * RANK]
+    assert along_n["all_gather"] == 4 * 3 * (16 // RANKS) * RANK + flags
     step = found[0]["along m"][STEP]
-    along_m["all_gather_into_tensor"] -= step["all_gather_into_tensor"]
-    assert along_m.pop("reduce_scatter_tensor") == step["reduce_scatter_tensor"]
-    owned = [other["along m"][REFRESH]["all_to_all_single"] - pieces for other in found]
+    along_m["all_gather"] -= step["all_gather"]
+    assert along_m.pop("reduce_scatter") == step["reduce_scatter"]
+    owned = [other["along m"][REFRESH]["all_to_all"] - pieces for other in found]
     assert sorted(owned) == [4 * 1 * 16 * RANK, 4 * 2 * 16 * RANK]
-    assert along_m["all_gather_into_tensor"] == flags
+    assert along_m["all_gather"] == flags
 
 
 def test_fp32_steps_without_sums_between_processes_are_exact(found):
