@@ -79,6 +79,11 @@ def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Step
         if bucket.weights[0].numel():
             backends.step(bucket, hyper)
         return
+    if hyper.lift.takes_gradient and not limited:
+        raise TypeError(
+            f"the lift {hyper.lift.name!r} takes the gradient, of which this process has a part, and says nothing of parts; make it a "
+            "lowrank_kernels.lifts.limiter.Limited, or replicate the parameters"
+        )
     projected = bucket.projected
     if projected is None:
         projected = yield from _project(bucket, sharding)
