@@ -7,8 +7,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import lowrank_kernels as lrk
 
 STEPS, GAP, LR = 20, 6, 1e-2
-SHAPES = [(24, 40), (40, 24), (24, 40), (25, 33), (33, 25), (3, 40), (16, 16), (4, 12, 20)]
-"""Even and uneven ones, two of a shape, one with fewer rows than processes, square, experts."""
+SHAPES = [(24, 40), (40, 24), (24, 40), (25, 33), (3, 40), (4, 12, 20)]
+"""Even and uneven ones, two of a shape, one with fewer rows than processes, experts."""
 SHAPES_OF = {"unsharded": [(24, 40), (40, 24), (25, 33), (16, 16)], "convolution": [(12, 3, 2, 2), (9, 2, 3, 3)]}
 METHODS = {
     "GaLore": lrk.GaLoreAdamW,
@@ -28,6 +28,7 @@ METHODS = {
     "unsharded": lrk.GaLoreAdamW,
     "exact": lrk.GaLoreAdamW,
     "convolution": lrk.I3SAdamW,
+    "bf16, stochastic": lrk.I3SAdamW,
 }
 OPTIONS = {
     "Fira, I3S": dict(selection="importance"),
@@ -40,6 +41,7 @@ OPTIONS = {
     "reset, adaptive": dict(moments="reset", refresh_threshold=0.3, max_update_proj_gap=12, diagnostics=True),
     "unsharded": dict(proj_type="unsharded"),
     "exact": dict(svd="exact"),
+    "bf16, stochastic": dict(rounding="stochastic"),
 }
 MESHES = {
     "Shard(0)": ((-1,), [Shard(0)]),

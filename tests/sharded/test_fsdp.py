@@ -4,6 +4,7 @@ other."""
 import copy
 import functools
 import io
+import os
 import warnings
 
 import gloo
@@ -367,18 +368,20 @@ def together(folder, rank):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("checkpoints")
+    """Of the checkpoints, the same one for all workers of a test run."""
+    root = tmp_path_factory.getbasetemp()
+    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "checkpoints"
 
 
 @pytest.fixture(scope="module")
 def found(folder, tmp_path_factory):
-    return gloo.results(functools.partial(process, folder), tmp_path_factory.mktemp("fsdp"), RANKS)
+    return gloo.shared(tmp_path_factory, functools.partial(process, folder), RANKS)
 
 
 @pytest.fixture(scope="module")
 def other_worlds(found, folder, tmp_path_factory):
-    (one,) = gloo.results(functools.partial(alone, folder), tmp_path_factory.mktemp("alone"), 1)
-    return one, gloo.results(functools.partial(together, folder), tmp_path_factory.mktemp("together"), RANKS)[0]
+    (one,) = gloo.shared(tmp_path_factory, functools.partial(alone, folder), 1)
+    return one, gloo.shared(tmp_path_factory, functools.partial(together, folder), RANKS)[0]
 
 
 CLOSE = 1e-10

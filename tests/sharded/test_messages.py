@@ -90,7 +90,7 @@ def process(rank):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    return gloo.results(process, tmp_path_factory.mktemp("messages"), RANKS)
+    return gloo.shared(tmp_path_factory, process, RANKS)
 
 
 @pytest.mark.parametrize("method", ["AdamW", "std", "unsharded", "RSO"])

@@ -13,7 +13,8 @@ def test_fsdp2_in_fifteen_lines(tmp_path):
     (source,) = re.findall(r"^```python\n(# train.py.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
     body = source[source.index("torch.distributed.init") :]
     assert len(body.splitlines()) <= 15
-    check = "print('moved', optimizer.param_groups[1]['calls'], type(optimizer.state[model[0].weight]['exp_avg']).__name__)\n"
+    check = "kind = type(optimizer.state[model[0].weight]['exp_avg']).__name__\n"
+    check += "import os; os.write(1, f'moved {optimizer.param_groups[1][\"calls\"]} {kind} '.encode())\n"  # in one piece
     (tmp_path / "train.py").write_text(source + check)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PAGE.parents[1])}

@@ -1,6 +1,7 @@
 """RSOAdamW under FSDP2 trains as in one process, and its checkpoints resume."""
 
 import functools
+import os
 import warnings
 
 import gloo
@@ -10,6 +11,7 @@ import torch
 from test_fsdp import AFTER, BEFORE, CLOSE, LEAST, RANKS, Net, batch, difference, restore, weights, whole_batch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import lowrank_kernels as lrk
@@ -43,11 +45,12 @@ def converted(width=36, seed=0, **options):
     return lrk.to_subspace(Wide(width), rank=5, target_modules=["up", "layers"], **options)
 
 
-def build(spread, placed=True, width=36, seed=0, mp_policy=None, **options):
+def build(spread, placed=True, width=36, seed=0, mp_policy=None, mesh=None, **options):
     model = converted(width, seed, **{key: options.pop(key) for key in OF_LAYERS if key in options})
     if spread:
         how = dict(shard_placement_fn=lrk.distributed.shard_placement) if placed else {}
         how |= {} if mp_policy is None else dict(mp_policy=mp_policy)
+        how |= {} if mesh is None else dict(mesh=mesh)
         for layer in model.layers:
             fully_shard(layer, **how)
         fully_shard(model, **how)
@@ -162,11 +165,25 @@ def alone(folder, rank):
     return {case: resumed(case, f"{folder}/two {case}") for case in CASES}
 
 
+def copies_of_two(rank):
+    """Four processes: two copies of a model that two processes share."""
+    warnings.simplefilter("ignore")
+    model, optimizer = build(True, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
+    return train(model, optimizer, 8)
+
+
+def test_copies_of_shared_models(tmp_path):
+    each = gloo.results(copies_of_two, tmp_path, 4)
+    assert difference(each[0], one_process("plain", 8)) < CLOSE
+    assert all(torch.equal(each[0][name], other[name]) for other in each for name in other)
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("checkpoints")
-    two = gloo.results(functools.partial(process, folder), tmp_path_factory.mktemp("rso"), RANKS)
-    return two, gloo.results(functools.partial(alone, folder), tmp_path_factory.mktemp("alone"), 1)[0]
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "checkpoints of RSO"
+    two = gloo.shared(tmp_path_factory, functools.partial(process, folder), RANKS)
+    return two, gloo.shared(tmp_path_factory, functools.partial(alone, folder), 1)[0]
 
 
 def close(case):

@@ -35,7 +35,7 @@ def compare(method, kind):
 
 
 def dtype_of(method):
-    return torch.float32 if method == "8 bits" else torch.float64
+    return {"8 bits": torch.float32, "bf16, stochastic": torch.bfloat16}.get(method, torch.float64)
 
 
 @functools.cache
@@ -80,7 +80,7 @@ def states_agree(alone, together):
     return {"worst": worst, "same": same}
 
 
-OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "Adafactor", "rotate", "unsharded", "convolution")
+OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "bf16, stochastic")
 """The methods that four processes try as well."""
 
 
@@ -91,12 +91,12 @@ def process(rank):
         cases += [(method, "replicated") for method in ("GaLore", "Fira")]
     else:
         cases = [(method, kind) for method in OF_FOUR for kind in ("Shard(0)", "Shard(1)", "HSDP, Shard(0)", "HSDP, Shard(1)")]
-    return {f"{method} | {kind}": compare(method, kind) for method, kind in cases if (method, "Shard(1)") != ("convolution", kind[-8:])}
+    return {f"{method} | {kind}": compare(method, kind) for method, kind in cases if (method, kind) != ("convolution", "Shard(1)")}
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
 def found(request, tmp_path_factory):
-    return gloo.results(process, tmp_path_factory.mktemp("steps"), request.param)
+    return gloo.shared(tmp_path_factory, process, request.param)
 
 
 def cases(found):
@@ -109,7 +109,7 @@ def test_weights_are_those_of_the_whole_run(found):
     for name, row in cases(found):
         if "8 bits" in name:  # blocks and phases of the codes begin at a process's first column
             assert row["relative"] < 0.03, (name, row)
-        else:
+        elif "stochastic" not in name:  # parts round apart
             assert row["weights"] < 1, (name, row)
 
 
@@ -127,8 +127,9 @@ def test_states_are_those_of_the_whole_run(found):
     for name, row in cases(found):
         if "8 bits" not in name:
             assert row["states"]["same"], (name, row)
+            close = 0.02 if "bf16" in name else 1e-10  # of products in bf16
             nothing_left = "Fira" in name and row["shape"] == (3, 40)  # the norm of a residual that is zero is noise
-            assert nothing_left or row["states"]["worst"] < 1e-10, (name, row)
+            assert nothing_left or row["states"]["worst"] < close, (name, row)
 
 
 def test_the_other_processes_saw_the_same(found):
