@@ -55,9 +55,13 @@ MESHES = {
 
 def mesh_of(kind):
     shape, placements = MESHES[kind]
-    world = torch.distributed.get_world_size()
+    world = processes()
     shape = tuple(world // 2 if size == -1 and len(shape) > 1 else world if size == -1 else size for size in shape)
     return init_device_mesh("cpu", shape), placements
+
+
+def processes():
+    return torch.distributed.get_world_size()
 
 
 def spread(tensor, mesh, placements):
@@ -74,7 +78,8 @@ def gradient(shape, place, step, dtype):
 def build(method, dtype, place=None, **options):
     """Parameters, whole or spread by place = (mesh, placements), and the optimizer."""
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES_OF.get(method, SHAPES)]
+    shapes = SHAPES_OF.get(method, SHAPES if processes() == 2 else SHAPES[2:])
+    weights = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     params = [torch.nn.Parameter(weight if place is None else spread(weight, *place)) for weight in weights]
     group = dict(params=params, rank=3, update_proj_gap=GAP) | OPTIONS.get(method, {}) | options
     return params, METHODS[method]([group], lr=LR, weight_decay=0.1)

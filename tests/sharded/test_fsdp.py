@@ -2,12 +2,8 @@
 other."""
 
 import copy
-import functools
 import io
-import os
-import warnings
 
-import gloo
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,6 +66,15 @@ METHODS = {
     "unsharded": (lrk.I3SAdamW, dict(proj_type="unsharded")),
     "Adafactor, diagnostics": (lrk.LowRankAdafactor, dict(diagnostics=True, refresh_threshold=0.5)),
 }
+
+
+SLOW = ("unsharded", "Adafactor, diagnostics")
+"""Only with --all, as tests marked slow are."""
+EACH = pytest.mark.parametrize("method", [pytest.param(method, marks=[pytest.mark.slow] * (method in SLOW)) for method in METHODS])
+
+
+def methods_of(everything):
+    return [method for method in METHODS if method not in SLOW or everything]
 
 
 def optimizer_of(model, method, **options):
@@ -315,10 +320,9 @@ def on_columns():
 IN_BACKWARD = ("I3S", "unsharded", "random, stagger", "Adafactor, diagnostics")
 
 
-def process(folder, rank):
-    warnings.simplefilter("ignore")
-    found = {}
-    for method in METHODS:
+def process(folder, everything):
+    found, methods = {}, methods_of(everything)
+    for method in methods:
         found[f"trained {method}"] = fsdp(method, 8)
         found[f"no trace {method}"] = initialising_leaves_no_trace(method)
         found[f"torch.save {method}"] = by_torch_save(method)
@@ -330,7 +334,7 @@ def process(folder, rank):
     found["tensor parallel"] = tensor_parallel()
     found["mixed precision"] = mixed_precision()
     found["scaled"] = scaled()
-    for method in IN_BACKWARD:
+    for method in (method for method in IN_BACKWARD if method in methods):
         found[f"in backward {method}"] = in_backward(method, 8)
     found["in backward, clipped"] = in_backward("I3S", 8, clip=1e-3)
     found["in backward, accumulated"] = in_backward("random, stagger", 8, accumulate=3)
@@ -343,45 +347,29 @@ ONLY_SHARDED = ("GaLore, 8 bits", "unsharded")
 """Whose checkpoints differ from those of plain parameters: in their moments, and in the side."""
 
 
-def alone(folder, rank):
-    """One process: goes on from what two have saved, and saves for two."""
-    warnings.simplefilter("ignore")
+def alone(folder, everything):
+    """In one process."""
     return {
         method: (
             resumed(method, f"{folder}/two {method}"),
             *save_and_go_on(method, f"{folder}/one {method}"),
             None if method in ONLY_SHARDED else resumed(method, f"{folder}/two {method}", spread=False),
         )
-        for method in METHODS
+        for method in methods_of(everything)
     }
 
 
-def together(folder, rank):
-    """Two processes, as copies of a mesh of one: they go on from what one, and two, have saved."""
-    warnings.simplefilter("ignore")
+def together(folder, everything):
     found = {}
-    for method in METHODS:
+    for method in methods_of(everything):
         found[method] = resumed(method, f"{folder}/one {method}")
         found[f"HSDP {method}"] = resumed(method, f"{folder}/two {method}", mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b")))
     return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the checkpoints, the same one for all workers of a test run."""
-    root = tmp_path_factory.getbasetemp()
-    return (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "checkpoints"
-
-
-@pytest.fixture(scope="module")
-def found(folder, tmp_path_factory):
-    return gloo.shared(tmp_path_factory, functools.partial(process, folder), RANKS)
-
-
-@pytest.fixture(scope="module")
-def other_worlds(found, folder, tmp_path_factory):
-    (one,) = gloo.shared(tmp_path_factory, functools.partial(alone, folder), 1)
-    return one, gloo.shared(tmp_path_factory, functools.partial(together, folder), RANKS)[0]
+@pytest.fixture
+def found(two):
+    return [each["fsdp"] for each in two]
 
 
 CLOSE = 1e-10
@@ -389,7 +377,7 @@ CLOSE = 1e-10
 LEAST = 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EACH
 def test_training_is_that_of_one_process(found, method):
     reference = "I3S" if method == "unsharded" else method
     if method == "unsharded":  # another side is projected: another run
@@ -412,7 +400,7 @@ def test_clipping_and_accumulation_are_those_of_one_process(found):
 
 def test_gradients_that_are_projected_when_they_are_reduced(found):
     """With one pass a step nothing else changes. Clipping sees ‖R‖, in every process the same."""
-    for method in IN_BACKWARD:
+    for method in (method for method in IN_BACKWARD if f"in backward {method}" in found[0]):
         assert difference(found[0][f"in backward {method}"], found[0][f"trained {method}"]) < CLOSE
     assert difference(found[0]["at once"], found[0]["trained Fira"]) < CLOSE
     assert difference(found[0]["in backward, accumulated"], one_process("random, stagger", 8, accumulate=3)) < CLOSE
@@ -452,7 +440,7 @@ def test_all_processes_end_with_the_same_weights(found):
             assert all(torch.equal(value[key], found[1][name][key]) for key in value)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EACH
 def test_a_resumed_run_is_the_uninterrupted_one(found, method):
     uninterrupted, again = found[0][f"saved {method}"]
     assert all(torch.equal(uninterrupted[name], again[name]) for name in again)
@@ -460,20 +448,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(found, method):
     assert found[0][f"full {method}"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EACH
 def test_the_initialising_step_leaves_no_trace(found, method):
     assert found[0][f"no trace {method}"]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_checkpoints_go_to_another_number_of_processes(found, other_worlds, method):
-    one, two = other_worlds
+@EACH
+def test_checkpoints_go_to_another_number_of_processes(found, one, two_again, method):
     close = 1e-3 if "8 bits" in method else CLOSE
     of_two, _ = found[0][f"saved {method}"]
-    from_two, of_one, again, plain = one[method]
+    from_two, of_one, again, plain = one["fsdp"][method]
     assert all(torch.equal(of_one[name], again[name]) for name in again)
     assert difference(of_two, from_two) < close
     if plain is not None:
         assert difference(of_two, plain) < close
-    assert difference(of_one, two[method]) < close
-    assert difference(of_two, two[f"HSDP {method}"]) < close
+    assert difference(of_one, two_again[method]) < close
+    assert difference(of_two, two_again[f"HSDP {method}"]) < close

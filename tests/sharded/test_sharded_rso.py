@@ -1,14 +1,9 @@
 """RSOAdamW under FSDP2 trains as in one process, and its checkpoints resume."""
 
-import functools
-import os
-import warnings
-
-import gloo
 import pytest
 import test_fsdp
 import torch
-from test_fsdp import AFTER, BEFORE, CLOSE, LEAST, RANKS, Net, batch, difference, restore, weights, whole_batch
+from test_fsdp import AFTER, BEFORE, CLOSE, LEAST, Net, batch, difference, restore, weights, whole_batch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,6 +21,9 @@ CASES = {
     "sgd": dict(inner="sgd"),
     "uneven": dict(width=37, placed=False),
 }
+SLOW = ("haar", "proximal", "sgd")
+"""Only with --all, as tests marked slow are."""
+EACH = pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 OF_LAYERS = ("distribution",)
 
 
@@ -149,41 +147,39 @@ def refusals():
     return found
 
 
-def process(folder, rank):
-    warnings.simplefilter("ignore")
+def cases_of(everything):
+    return [case for case in CASES if case not in SLOW or everything]
+
+
+def process(folder, everything):
     found = {"mixed precision": mixed_precision(), "messages": messages(), "refusals": refusals()}
-    for case, options in CASES.items():
-        model, optimizer = build(True, **options)
+    for case in cases_of(everything):
+        model, optimizer = build(True, **CASES[case])
         found[f"trained {case}"] = train(model, optimizer, 8)
-        found[f"saved {case}"] = saved(case, f"{folder}/two {case}")
+        found[f"saved {case}"] = saved(case, f"{folder}/RSO {case}")
         found[f"no trace {case}"] = no_trace(case)
     return found
 
 
-def alone(folder, rank):
-    warnings.simplefilter("ignore")
-    return {case: resumed(case, f"{folder}/two {case}") for case in CASES}
+def alone(folder, everything):
+    return {case: resumed(case, f"{folder}/RSO {case}") for case in cases_of(everything)}
 
 
-def copies_of_two(rank):
+def copies_of_two():
     """Four processes: two copies of a model that two processes share."""
-    warnings.simplefilter("ignore")
     model, optimizer = build(True, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "parts")))
     return train(model, optimizer, 8)
 
 
-def test_copies_of_shared_models(tmp_path):
-    each = gloo.results(copies_of_two, tmp_path, 4)
+def test_copies_of_shared_models(four):
+    each = [found["rso"] for found in four]
     assert difference(each[0], one_process("plain", 8)) < CLOSE
     assert all(torch.equal(each[0][name], other[name]) for other in each for name in other)
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory):
-    root = tmp_path_factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "checkpoints of RSO"
-    two = gloo.shared(tmp_path_factory, functools.partial(process, folder), RANKS)
-    return two, gloo.shared(tmp_path_factory, functools.partial(alone, folder), 1)[0]
+@pytest.fixture
+def found(two, one):
+    return [each["rso"] for each in two], one["rso"]
 
 
 def close(case):
@@ -191,7 +187,7 @@ def close(case):
     return 1e-6 if case == "principal" else CLOSE
 
 
-@pytest.mark.parametrize("case", CASES)
+@EACH
 def test_training_is_that_of_one_process(found, case):
     (two, other), _ = found
     expected = one_process(case, 8)
@@ -200,7 +196,7 @@ def test_training_is_that_of_one_process(found, case):
     assert difference(two[f"trained {case}"], expected) < close(case)
 
 
-@pytest.mark.parametrize("case", CASES)
+@EACH
 def test_checkpoints(found, case):
     (two, _), one = found
     uninterrupted, again = two[f"saved {case}"]

@@ -1,9 +1,7 @@
 """Steps and refreshes of sharded parameters are those of whole ones, in two and in four processes."""
 
 import functools
-import warnings
 
-import gloo
 import pytest
 import runs
 import torch
@@ -80,23 +78,23 @@ def states_agree(alone, together):
     return {"worst": worst, "same": same}
 
 
-OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "bf16, stochastic")
-"""The methods that four processes try as well."""
+METHODS = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "Adafactor", "unsharded", "reset, adaptive", "convolution", "bf16, stochastic")
+OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger")
+"""The methods that two and four processes try without --all. With it, both try all."""
 
 
-def process(rank):
-    warnings.simplefilter("ignore")  # ranks are clamped
-    if dist.get_world_size() == 2:
-        cases = [(method, kind) for method in runs.METHODS for kind in ("Shard(0)", "Shard(1)")]
-        cases += [(method, "replicated") for method in ("GaLore", "Fira")]
-    else:
-        cases = [(method, kind) for method in OF_FOUR for kind in ("Shard(0)", "Shard(1)", "HSDP, Shard(0)", "HSDP, Shard(1)")]
-    return {f"{method} | {kind}": compare(method, kind) for method, kind in cases if (method, kind) != ("convolution", "Shard(1)")}
+def process(everything):
+    methods = tuple(runs.METHODS) if everything else METHODS if runs.processes() == 2 else OF_FOUR
+    kinds = ["Shard(0)", "Shard(1)"]
+    kinds += ["HSDP, Shard(0)", "HSDP, Shard(1)"] if runs.processes() == 4 else []
+    cases = [(method, kind) for method in methods for kind in kinds if (method, kind[-8:]) != ("convolution", "Shard(1)")]
+    cases += [(method, "replicated") for method in ("GaLore", "Fira") if runs.processes() == 2]
+    return {f"{method} | {kind}": compare(method, kind) for method, kind in cases}
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids=["2 processes", "4 processes"])
-def found(request, tmp_path_factory):
-    return gloo.shared(tmp_path_factory, process, request.param)
+@pytest.fixture(params=["two", "four"])
+def found(request):
+    return [each["steps"] for each in request.getfixturevalue(request.param)]
 
 
 def cases(found):
