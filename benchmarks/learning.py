@@ -5,6 +5,7 @@ Each run writes one JSON line.
     python benchmarks/learning.py short-gap --optimizer galore i3s --seeds 0 1 2 --rank 8 32
         --update-proj-gap 10 50 --lr 1e-2 2e-2
     python benchmarks/learning.py short-gap --report
+    python -m benchmarks.learning --report          # the study of all methods, FAMILY
 
 Options that take several values span the grid. --lr is the peak rate of the matrices within the decoder,
 --dense-lr that of embedding, head and norms under every optimizer. The first results have no dense_lr in
@@ -47,6 +48,7 @@ from stopping import stop_on_signal  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 SCRATCH = ROOT / "runs" / "learning"
+FAMILY = "family"
 PARTS = ("weight", "gradient", "state", "activation")
 """Of the memory of a run."""
 METHODS_OWN = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.reads))
@@ -79,7 +81,7 @@ class Run:
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("name", help="of the study: results/learning/NAME.jsonl")
+    result.add_argument("name", nargs="?", default=FAMILY, help=f"of the study: results/learning/NAME.jsonl ({FAMILY})")
     result.add_argument("--report", action="store_true", help="print what is there, mean ± standard deviation over seeds, and run nothing")
     result.add_argument("--model", choices=list(llama.SIZES), default="tiny")
     result.add_argument("--data", type=Path, help="as in examples/pretrain.py")
@@ -240,7 +242,43 @@ def report(records: list[dict[str, Any]], name: str) -> None:
             megabytes(runs, PARTS),
             spread(runs, "wall_s", 0),
         )
-    Console(width=None if sys.stdout.isatty() else 160).print(result)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(result)
+    if name == FAMILY:
+        console.print(by_memory(records, columns))
+
+
+def by_memory(records: list[dict[str, Any]], columns: list[str]) -> Any:
+    """The runs by what they hold in all, with the loss above that of AdamW with the same seed. A difference
+    counts as one where it is more than two of its standard deviations over the seeds, and there are three."""
+    from rich.table import Table
+
+    full = {record["settings"]["seed"]: record["val_loss"] for record in records if record["optimizer"] == "adamw" and "val_loss" in record}
+    groups = defaultdict(list)
+    for record in records:
+        if "val_loss" in record:
+            settings = record["settings"] | {"lr": record["lr"], "optimizer": record["optimizer"]}
+            reads = (*METHODS[record["optimizer"]].reads, "optimizer", "lr")
+            groups[tuple(settings.get(column) if column in reads else None for column in columns)].append(record)
+    result = Table(title="by memory: weights, gradients, optimizer state and saved activations")
+    for column in [*columns, "MB in all", "state MB", "held-out loss", "above AdamW, same seed", "two deviations"]:
+        result.add_column(column, justify="left" if column == "optimizer" else "right")
+    total = {key: sum(runs[0]["bytes"][part] for part in PARTS) / 1e6 for key, runs in groups.items()}
+    for key in sorted(groups, key=total.__getitem__):
+        runs = groups[key]
+        losses = [record["val_loss"] for record in runs]
+        above = [record["val_loss"] - full[record["settings"]["seed"]] for record in runs if record["settings"]["seed"] in full]
+        spread = stdev(above) if len(above) > 1 else None
+        verdict = "–" if key[columns.index("optimizer")] == "adamw" or len(above) < 3 else "yes" if abs(mean(above)) > 2 * spread else "no"
+        result.add_row(
+            *("–" if value is None else str(value) for value in key),
+            f"{total[key]:.1f}",
+            f"{runs[0]['bytes']['state'] / 1e6:.2f}",
+            f"{mean(losses):.4f}" + (f" ± {stdev(losses):.4f}" if len(losses) > 1 else ""),
+            "–" if not above else f"{mean(above):+.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
+            verdict,
+        )
+    return result
 
 
 def main() -> int:

@@ -119,3 +119,28 @@ def test_a_divergence_is_a_result(study):
     (record,) = records(study)
     assert "diverged" in record and "val_loss" not in record
     assert study("--report") == 0
+
+
+def test_the_family_is_sorted_by_memory_and_judged_by_two_deviations(study, capsys, monkeypatch):
+    grid = (*study.arguments, "--optimizer", "adamw", "galore", "--seeds", 0, 1, 2)
+    assert study(*grid) == 0
+    found = records(study)
+    losses = {("adamw", 0): 1.50, ("adamw", 1): 1.60, ("adamw", 2): 1.55, ("galore", 0): 1.52, ("galore", 1): 1.621, ("galore", 2): 1.569}
+    for record in found:
+        record["val_loss"] = losses[record["optimizer"], record["settings"]["seed"]]
+    capsys.readouterr()
+    study.module.report(found, study.module.FAMILY)
+    galore, adamw = [line for line in capsys.readouterr().out.partition("by memory")[2].splitlines() if "galore" in line or "adamw" in line]
+    assert "+0.0200 ± 0.0010" in galore and "yes" in galore and "–" in adamw
+    next(record for record in found if record["optimizer"] == "galore")["val_loss"] = 1.46
+    study.module.report(found, study.module.FAMILY)
+    (galore,) = [line for line in capsys.readouterr().out.partition("by memory")[2].splitlines() if "galore" in line]
+    assert "no" in galore and "yes" not in galore
+
+
+def test_the_committed_study_is_reported_without_a_name(study, capsys, monkeypatch):
+    monkeypatch.setattr(study.module, "RESULTS", ROOT / "benchmarks" / "results" / "learning")
+    monkeypatch.setattr(sys, "argv", ["learning.py", "--report"])
+    assert study.module.main() == 0
+    printed = capsys.readouterr().out
+    assert "by memory" in printed and all(name in printed for name in ("fira-i3s", "adafactor-i3s", "apollo-mini", "rso"))
