@@ -31,8 +31,6 @@ from .collectives import all_gather, reduce_scatter
 from .layout import ALONG_M, ALONG_N, Sharding
 from .refresh import total_
 
-IN_FLIGHT = 2
-"""How many buckets' messages may be under way at a time."""
 T = TypeVar("T")
 Steps = Iterator[None]
 Sending = Generator[None, None, T]
@@ -40,13 +38,12 @@ Sending = Generator[None, None, T]
 
 
 def overlapped(steps: Iterable[Steps]) -> None:
-    """Runs the steps of several buckets. While one waits for a message, the next one works."""
+    """Runs the steps of several buckets. Each time that a bucket has begun, those before it go on by one
+    message, which has had that long to arrive."""
     waiting: list[Steps] = []
     for step in steps:
-        if _goes_on(step):
-            waiting.append(step)
-        while len(waiting) >= IN_FLIGHT:
-            waiting = list(filter(_goes_on, waiting))
+        begun = [step] if _goes_on(step) else []
+        waiting = list(filter(_goes_on, waiting)) + begun
     while waiting:
         waiting = list(filter(_goes_on, waiting))
 

@@ -7,6 +7,8 @@ import runs
 import torch
 import torch.distributed as dist
 
+from lowrank_kernels.sharded.step import overlapped
+
 UNIT = 2.0**-53
 
 
@@ -135,3 +137,16 @@ def test_the_other_processes_saw_the_same(found):
         assert [[row["weights"] for row in rows] for rows in other.values()] == [
             [row["weights"] for row in rows] for rows in found[0].values()
         ]
+
+
+def test_while_a_message_is_under_way_other_buckets_work():
+    done = []
+
+    def step(name):
+        for part in ("R", "N"):
+            done.append(f"{name} {part}")
+            yield
+        done.append(name)
+
+    overlapped(map(step, "abc"))
+    assert done == ["a R", "b R", "a N", "c R", "a", "b N", "b", "c N", "c"]
