@@ -101,14 +101,14 @@ def of_step(shape: Shape, rank: int, processes: int, side: str, count: int = 1) 
     """Our messages for `count` matrices of a bucket, in a step without a refresh."""
     if not is_left(shape, side):
         return []
-    columns = count * rank * piece(shape[1], processes) * R
+    columns = count * min(rank, *shape) * piece(shape[1], processes) * R
     return [Message("reduce_scatter", columns * processes), Message("all_gather", columns)]
 
 
 def of_refresh(shape: Shape, rank: int, processes: int, side: str, count: int = 1, element: int = WEIGHT) -> list[Message]:
     """Our messages for the refresh of `count` matrices: each piece goes to the process that chooses the basis
     of its matrix. Rows of the bases come back, and are gathered where the cut goes along n."""
-    rows, columns = shape
+    (rows, columns), rank = shape, min(rank, *shape)
     owned = math.ceil(count / processes)
     gather = Message("all_to_all", count * piece(rows, processes) * columns * element)
     m = rows if is_left(shape, side) else columns
@@ -128,7 +128,7 @@ def of_gram(shape: Shape, processes: int) -> list[Message]:
 
 def of_sketch(shape: Shape, rank: int, passes: int = 8) -> list[Message]:
     """The alternative of a range finder on pieces: each pass all-reduces short × l elements in fp32."""
-    return [Message("all_reduce", 4 * min(shape) * (rank + 8), passes)]
+    return [Message("all_reduce", 4 * min(shape) * (min(rank, *shape) + 8), passes)]
 
 
 def messages(model: Model, method: str, processes: int) -> list[Message]:
@@ -171,9 +171,9 @@ def held(model: Model, method: str, processes: int) -> float:
             total += model.layers * (WEIGHT * rows * columns + (2 * WEIGHT + 2 * MOMENT) * coordinates) / parts
             continue
         left = is_left((rows, columns), method) if method in ("std", "unsharded") else rows < columns
-        m, n = (rows, columns) if left else (columns, rows)
-        basis = WEIGHT * m * model.rank / (parts if left and method == "std" else 1)
-        moments = 2 * MOMENT * model.rank * n / (parts if method in ("std", "unsharded") else 1)
+        (m, n), rank = (rows, columns) if left else (columns, rows), min(model.rank, rows, columns)
+        basis = WEIGHT * m * rank / (parts if left and method == "std" else 1)
+        moments = 2 * MOMENT * rank * n / (parts if method in ("std", "unsharded") else 1)
         total += model.layers * (2 * WEIGHT * rows * columns / parts + basis + moments)
     if method == "RSO":  # one P for q, k and v, for gate and up
         total += (

@@ -22,11 +22,13 @@ def sgd(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
     return torch.stack(buffers)
 
 
-def batched(bucket: Bucket, hyper: Hyper, projected: list[Tensor]) -> Tensor:
+def batched(bucket: Bucket, hyper: Hyper, projected: list[Tensor], columns: int | None = None) -> Tensor:
     """N (B, r, n) by any rule, on copies of the states as batches. The number of launches does not grow with
-    the number of matrices."""
+    the number of matrices. columns: by how many the batches are measured, where processes that have pieces of
+    the rows must make the same ones."""
     dtype = compute_dtype(bucket.weights[0], bucket.bases[0], projected[0])
-    count = max(1, CHUNK_ELEMENTS // projected[0].numel())
+    rank, n = projected[0].shape
+    count = max(1, CHUNK_ELEMENTS // (rank * (n if columns is None else columns)))
     parts = [
         _batch(bucket.part(start, start + count), hyper, torch.stack(projected[start : start + count]).to(dtype)).to(dtype)
         for start in range(0, len(bucket), count)

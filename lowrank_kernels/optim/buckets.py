@@ -226,8 +226,8 @@ def _part(grad: Tensor, param: Tensor) -> Tensor:
     """This process's part of a gradient, in the memory order of the parameter's."""
     if grad.placements != param.placements:  # a partial sum, say
         grad = grad.redistribute(placements=param.placements)
-    part, like = local(grad), local(param)
-    return part if part.stride() == like.stride() else torch.empty_like(like, dtype=part.dtype).copy_(part)
+    part, weight = grad.to_local(), local(param)  # which waits where the gradient is still under way
+    return part if part.stride() == weight.stride() else torch.empty_like(weight, dtype=part.dtype).copy_(part)
 
 
 def _sorted(

@@ -3,6 +3,7 @@ kernel's result is right."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,45 +28,51 @@ def dense_adamw_step_(
     memory; or there is no fused kernel (complex parameters, other devices).
     """
     params = [param for param in dict.fromkeys(group["params"]) if param.grad is not None]
+    part = local if any(map(is_sharded, params)) else _itself
     current = {param: states.get(param) or _new_state(param, group.get("capturable", False)) for param in params}
     fused, plain, counted_on_host = [], [], []
     for param, state in current.items():
-        if is_sharded(param) and param.grad.placements != param.placements:
+        if part is local and is_sharded(param) and param.grad.placements != param.placements:
             param.grad = param.grad.redistribute(placements=param.placements)
         if (state["exp_avg"].dtype, state["exp_avg"].device) != (param.dtype, param.device):  # the model was cast or moved
             state |= {key: torch.empty_like(param).copy_(state[key]) for key in MOMENTS}
             state["step"] = state["step"].to(param.device)
         has_kernel = param.is_floating_point() and param.device.type in FUSED_DEVICES
-        if has_kernel and _paired_in_memory(*map(local, (param, param.grad, *(state[key] for key in MOMENTS)))):
+        if has_kernel and _paired_in_memory(*map(part, (param, param.grad, *(state[key] for key in MOMENTS)))):
             fused.append(param)
         elif state["step"].is_cuda:
             plain.append(param)
         else:
             counted_on_host.append(param)
     if fused:
-        _adamw_(fused, current, group, fused=True, grad_scale=grad_scale, found_inf=found_inf)
+        _adamw_(fused, current, group, part, fused=True, grad_scale=grad_scale, found_inf=found_inf)
     for others in filter(None, (plain, counted_on_host)):
         if grad_scale is not None:
             for param in others:
-                local(param.grad).div_(grad_scale.to(param.device))
-        moving = list(map(local, [*others, *(current[param][key] for param in others for key in ("step", *MOMENTS))]))
+                part(param.grad).div_(grad_scale.to(param.device))
+        moving = list(map(part, [*others, *(current[param][key] for param in others for key in ("step", *MOMENTS))]))
         with kept_where(found_inf, moving):
-            _adamw_(others, current, group, fused=False)
+            _adamw_(others, current, group, part, fused=False)
     states |= {param: state for param, state in current.items() if not states.get(param)}
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _adamw_(
     params: list[Tensor],
     states: dict[Tensor, dict[str, Any]],
     group: dict[str, Any],
+    part: Callable[[Tensor], Tensor],
     fused: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    steps, exp_avgs, exp_avg_sqs = ([local(states[param][key]) for param in params] for key in ("step", *MOMENTS))
+    steps, exp_avgs, exp_avg_sqs = ([part(states[param][key]) for param in params] for key in ("step", *MOMENTS))
     adamw(
-        list(map(local, params)),
-        [local(param.grad) for param in params],
+        list(map(part, params)),
+        [part(param.grad) for param in params],
         exp_avgs,
         exp_avg_sqs,
         [],

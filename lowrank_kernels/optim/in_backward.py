@@ -292,11 +292,12 @@ class InBackward:
             optimizer._waiting.settle(optimizer.state, wait=True)  # all processes must find the same bases due
         due = optimizer._due(group, [members])
         if due:
-            if self._process_group is not None:
+            if self._process_group is not None or members.sharding is not None:
                 self._compare_once()
+            if self._process_group is not None:
                 self._average(members.grads)
                 self._chose = True
-            infinite = self._is_infinite(members)
+            infinite = self._is_infinite(members, refreshes.is_refresh(due))
             if self._scaler is not None and refreshes.is_refresh(due) and bool(infinite):
                 # The scale was too large, and the scaler will skip this step.
                 self._infinite.add(param)
@@ -325,14 +326,16 @@ class InBackward:
         if self._scaler is not None:
             self._show_to_scaler()
 
-    def _is_infinite(self, members: Members) -> Tensor | None:
+    def _is_infinite(self, members: Members, is_refresh: bool) -> Tensor | None:
         """What a device decides by about a matrix that waits for its first basis: one fp32, not zero where
         the gradient is not finite. None without a scaler."""
         if self._scaler is None:
             return None
         flags = [~grad.isfinite().all() for grad in members.grads]
         found = torch.stack(flags).any() if flags else torch.zeros((), dtype=torch.bool, device=members.device)
-        return (found if members.sharding is None else anywhere(found, members.sharding)).float()
+        # Whether an expert waits for its first basis, only the process that has it knows.
+        together = refreshes.needs_others(members) or (is_refresh and members.sharding is not None)
+        return (anywhere(found, members.sharding) if together else found).float()
 
     def _compare_once(self) -> None:
         optimizer = self.optimizer

@@ -390,7 +390,7 @@ class LowRankOptimizer(Optimizer):
         may still be zero, because no gradient other than zero has come yet.
         """
         # Processes that share a matrix must find the same bases due.
-        self._waiting.settle(self.state, wait=any(members.sharding is not None for members in low_rank))
+        self._waiting.settle(self.state, wait=any(map(refreshes.needs_others, low_rank)))
         due = self._due_now(group, low_rank)
         if refreshes.is_refresh(due) and (skipped := self._skips.ask(group)):
             group["calls"] -= skipped
@@ -541,7 +541,8 @@ class LowRankOptimizer(Optimizer):
         would differ. A process without low-rank parameters takes part in the all-gather as well."""
         held, settings = [], []
         for group in filter(groups.is_low_rank, self.param_groups):
-            compared = (key for key in keys.names((*keys.LOW_RANK, *self.own_keys)) if key != "diagnostics")
+            sends = any(map(is_sharded, group["params"]))  # then diagnostics decide what a refresh sends
+            compared = (key for key in keys.names((*keys.LOW_RANK, *self.own_keys)) if sends or key != "diagnostics")
             settings.append(tuple(group[key] for key in compared))
             first = self._first_index(group)
             for place, param in enumerate(group["params"]):

@@ -86,8 +86,7 @@ class RSOAdamW(LowRankOptimizer):
 
     Raises:
         ValueError, TypeError: at construction for a value out of range, a mistyped key, parameters of which
-        none belongs to a converted layer, sharded parameters, or layers that share P but are in different
-        groups.
+        none belongs to a converted layer, or layers that share P but are in different groups.
         RuntimeError: in step() where a layer of these parameters was converted after the optimizer was built,
         its P belongs to another optimizer, its weight has a gradient of its own or is no longer a parameter,
         or a CUDA graph is being captured.

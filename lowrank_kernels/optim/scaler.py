@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..sharded import local
+from ..sharded import is_sharded, local
 from ..sharded.state import like
 from .buckets import Members
 
@@ -24,7 +24,7 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
     restores the gradients. The restored values are exact for scales that are powers of two, as a scaler's
     are.
     """
-    if grad_scale is None:
+    if grad_scale is None or not members.grads:  # a process may have none of the experts
         yield
         return
     grad_scale, grads = members.to_device(grad_scale), members.grads
@@ -44,9 +44,9 @@ def unscaled(members: Members, grad_scale: Tensor | None) -> Iterator[None]:
         grad = local(param.grad)
         if divided and divided[0].data_ptr() != grad.data_ptr():
             whole = torch.stack(divided) if param.dim() == 3 else divided[0]
-            if whole.numel() == grad.numel():
+            if not is_sharded(param) or param.grad.placements == param.placements:
                 grad.copy_(whole.reshape(grad.shape))
-            else:  # it had other placements than the parameter
+            else:
                 param.grad = like(param, whole.reshape(local(param).shape).to(grad.dtype))
     members.grads = grads  # frees the fp32 copies
 

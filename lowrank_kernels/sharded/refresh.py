@@ -1,9 +1,10 @@
 """New bases for a bucket of sharded gradients, with no whole gradient in more than one process.
 
 Each process gathers some of the bucket's matrices, chooses their bases as a single process would, and the
-bases go back to all. So they are those of an unsharded run, bit for bit, the work is shared, and all
-processes have the same ones even where their GPUs round differently. benchmarks/scale.py compares the bytes
-with those of the alternatives: sums of Gram matrices or of thin products over all processes.
+bases go back to all. So they are those of an unsharded run, up to how a batch of another size rounds, the
+work is shared, and all processes that share a matrix have the same bits, even where their GPUs round
+differently. benchmarks/scale.py compares the bytes with those of the alternatives: sums of Gram matrices or
+of thin products over all processes.
 
 A basis that is drawn at random is drawn in each process, and nothing is sent.
 """

@@ -50,10 +50,12 @@ def parts(
     found = {"basis": Part((*batch, rows, rank), dtype, **by_rows)}
     if cut not in (ALONG_M, ALONG_N):
         return found | {name: Part((*batch, *shape), kind, **of_experts) for name, (shape, kind) in layout(n).items()}
-    each = [layout(sharding.piece(n, index)[1]) for index in range(sharding.size)]
+    # Of n columns so many processes have a full piece, and one has what is left.
+    full = sharding.piece(n, 0)[1]
+    pieces = [(n // full, layout(full)), (1, layout(n % full))]
     depends = {name for name, (shape, _) in layout(eight_bit.BLOCK).items() if layout(2 * eight_bit.BLOCK)[name][0] != shape}
-    for name, (shape, kind) in each[sharding.index].items():
-        length = sum(of_process[name][0][-1] for of_process in each) if name in depends else 0
+    for name, (shape, kind) in layout(sharding.piece(n)[1]).items():
+        length = sum(count * of_piece[name][0][-1] for count, of_piece in pieces) if name in depends else 0
         dim = len(batch) + len(shape) - 1 if name in depends else None
         found[name] = Part((*batch, *shape), kind, dim, length)
     return found
@@ -112,6 +114,8 @@ def restore(state: dict[str, Any], saved: dict[str, Any], sharding: Sharding, ex
                 state[scale] = sharding.wrap(scales, expected[scale].dim, expected[scale].length)
             part = own_memory(part) if key == "basis" else part.contiguous()
             state[key] = sharding.wrap(part, expected[key].dim, expected[key].length)
+        elif isinstance(value, Tensor) and sharding.cut(False) == OVER_EXPERTS and value.dim():  # a row for each expert
+            state[key] = sharding.wrap(taken(value, sharding, 0, device), 0, sharding.shape[0])
         elif isinstance(value, Tensor):
             state[key] = value.detach().clone()
 

@@ -72,7 +72,8 @@ def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Step
     those parts; where it brings R, that is of the columns that this process's states are of. columns: n of
     the whole matrices."""
     cut, limited = sharding.cut(bucket.right), isinstance(hyper.lift, Limited)
-    if cut not in (ALONG_M, ALONG_N) or (cut == ALONG_N and hyper.rule.elementwise and not limited):
+    alone = hyper.rule.elementwise and not hyper.lift.takes_gradient
+    if cut not in (ALONG_M, ALONG_N) or (cut == ALONG_N and alone):
         if bucket.weights[0].numel():
             backends.step(bucket, hyper)
         return
@@ -84,7 +85,7 @@ def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Step
     projected = bucket.projected
     if projected is None:
         projected = yield from _project(bucket, sharding)
-    normalised = _update(bucket, hyper, projected, _Pieces(sharding, columns))
+    normalised = _update(bucket, hyper, projected, _Pieces(sharding, columns), most=sharding.piece(columns, 0)[1])
     if cut == ALONG_M:
         sent = torch.cat((normalised, torch.stack(projected).to(normalised.dtype)), dim=1) if limited else normalised
         sent = yield from _all_gather(sent, columns, sharding)
@@ -93,7 +94,8 @@ def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Step
     if limited:
         yield from _lift(bucket, hyper, projected, normalised, sharding, WHOLE if cut == ALONG_M else _Pieces(sharding, columns))
     elif bucket.weights[0].numel():
-        backends.lift(bucket, hyper, projected, normalised)
+        # A kernel takes n from what the bucket brings, which may have been R of a piece of the columns.
+        backends.lift(replace(bucket, grads=None, projected=list(normalised.unbind())), hyper, projected, normalised)
 
 
 def project(bucket: Bucket, sharding: Sharding) -> list[Tensor]:
@@ -120,13 +122,13 @@ def _no_rows(bucket: Bucket) -> list[Tensor]:
     return [torch.zeros((rank, n), dtype=dtype, device=bucket.device) for _ in range(len(bucket))]
 
 
-def _update(bucket: Bucket, hyper: Hyper, projected: list[Tensor], across: Across) -> Tensor:
-    """N (B, r, n') from R (r, n') of the same columns as the states."""
+def _update(bucket: Bucket, hyper: Hyper, projected: list[Tensor], across: Across, most: int) -> Tensor:
+    """N (B, r, n') from R (r, n') of the same columns as the states. most: the largest n' of a process."""
     bucket = replace(bucket, grads=None, projected=projected)
     if not hyper.rule.elementwise:
-        return foreach.batched(bucket, replace(hyper, options={**hyper.options, "across": across}), projected)
+        return foreach.batched(bucket, replace(hyper, options={**hyper.options, "across": across}), projected, most)
     if not projected[0].numel():
-        return torch.stack(projected)
+        return torch.stack(projected).to(compute_dtype(bucket.weights[0], bucket.bases[0], projected[0]))
     return backends.update(bucket, hyper, projected)
 
 

@@ -9,6 +9,8 @@ import lowrank_kernels as lrk
 STEPS, GAP, LR = 20, 6, 1e-2
 SHAPES = [(24, 40), (40, 24), (24, 40), (25, 33), (3, 40), (4, 12, 20)]
 """Even and uneven ones, two of a shape, one with fewer rows than processes, experts."""
+FOR_FOUR = [*SHAPES[2:], (5, 4), (2, 6, 8)]
+"""Also one whose last process has nothing of either side, and fewer experts than processes."""
 SHAPES_OF = {"unsharded": [(24, 40), (40, 24), (25, 33), (16, 16)], "convolution": [(12, 3, 2, 2), (9, 2, 3, 3)]}
 METHODS = {
     "GaLore": lrk.GaLoreAdamW,
@@ -78,7 +80,7 @@ def gradient(shape, place, step, dtype):
 def build(method, dtype, place=None, **options):
     """Parameters, whole or spread by place = (mesh, placements), and the optimizer."""
     generator = torch.Generator().manual_seed(0)
-    shapes = SHAPES_OF.get(method, SHAPES if processes() == 2 else SHAPES[2:])
+    shapes = SHAPES_OF.get(method, SHAPES if processes() == 2 else FOR_FOUR)
     weights = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     params = [torch.nn.Parameter(weight if place is None else spread(weight, *place)) for weight in weights]
     group = dict(params=params, rank=3, update_proj_gap=GAP) | OPTIONS.get(method, {}) | options

@@ -65,6 +65,26 @@ def refusals():
     return found
 
 
+def columns_that_a_lift_sees():
+    """n of the bucket that a kernel gets after R came in a piece, as from in_backward."""
+    from unittest import mock
+
+    from lowrank_kernels import backends
+    from lowrank_kernels.backends import Bucket
+    from lowrank_kernels.sharded import sharding_of
+    from lowrank_kernels.sharded.step import overlapped, step
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    param = torch.nn.Parameter(runs.spread(torch.randn(16, 24), mesh, [Shard(0)]))
+    optimizer = lrk.I3SAdamW([dict(params=[param], rank=RANK)])
+    piece = [torch.randn(RANK, 24 // RANKS)]
+    states = {name: [torch.zeros(RANK, 24 // RANKS)] for name in ("exp_avg", "exp_avg_sq")}
+    bucket = Bucket([param.to_local().detach()], [torch.randn(8, RANK)], states, [torch.zeros(())], right=False, projected=piece)
+    with mock.patch.object(backends, "lift", side_effect=backends.lift) as lift:
+        overlapped([step(bucket, optimizer._hyper(optimizer.param_groups[0]), sharding_of(param), 24)])
+    return lift.call_args.args[0].extents[1]
+
+
 def message(function):
     try:
         function()
@@ -81,6 +101,7 @@ def process():
         "along m, unsharded": sent((16, 24), Shard(0), proj_type="unsharded"),
         "random": sent((24, 16), Shard(0), selection="random"),
         "experts": sent((4, 16, 24), Shard(0), count=1),
+        "columns": columns_that_a_lift_sees(),
         "fp32": fp32_is_exact(),
         "refusals": refusals(),
         **{f"simulated {method}": scale.counted(method) for method in ("AdamW", "std", "unsharded", "RSO")},
@@ -128,6 +149,10 @@ def test_a_refresh_sends_each_piece_once_and_the_bases(found):
     owned = [other["along m"][REFRESH]["all_to_all"] - pieces for other in found]
     assert sorted(owned) == [4 * 1 * 16 * RANK, 4 * 2 * 16 * RANK]
     assert along_m["all_gather"] == flags
+
+
+def test_a_lift_moves_all_columns_of_its_rows(found):
+    assert [each["columns"] for each in found] == [24, 24]
 
 
 def test_fp32_steps_without_sums_between_processes_are_exact(found):

@@ -81,7 +81,7 @@ def states_agree(alone, together):
 
 
 METHODS = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "Adafactor", "unsharded", "reset, adaptive", "convolution", "bf16, stochastic")
-OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger")
+OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "Adafactor")
 """The methods that two and four processes try without --all. With it, both try all."""
 
 
