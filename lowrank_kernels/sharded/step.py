@@ -31,6 +31,9 @@ from .collectives import all_gather, reduce_scatter
 from .layout import ALONG_M, ALONG_N, Sharding
 from .refresh import total_
 
+PART_ELEMENTS = 2**25
+"""The most elements of R of all columns that one message carries, 128 MiB in fp32, or one matrix. About four
+such tensors exist while it is under way."""
 T = TypeVar("T")
 Steps = Iterator[None]
 Sending = Generator[None, None, T]
@@ -71,18 +74,24 @@ def step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Step
     """Moves this process's part of the bucket's weights and states by one update, in place. The bucket holds
     those parts; where it brings R, that is of the columns that this process's states are of. columns: n of
     the whole matrices."""
-    cut, limited = sharding.cut(bucket.right), isinstance(hyper.lift, Limited)
+    cut = sharding.cut(bucket.right)
     alone = hyper.rule.elementwise and not hyper.lift.takes_gradient
     if cut not in (ALONG_M, ALONG_N) or (cut == ALONG_N and alone):
         if bucket.weights[0].numel():
             backends.step(bucket, hyper)
         return
-    if hyper.lift.takes_gradient and not limited:
+    if hyper.lift.takes_gradient and not isinstance(hyper.lift, Limited):
         raise TypeError(
             f"the lift {hyper.lift.name!r} takes the gradient, of which this process has a part, and says nothing of parts; make it a "
             "lowrank_kernels.lifts.limiter.Limited, or replicate the parameters"
         )
-    projected = bucket.projected
+    at_once = max(1, PART_ELEMENTS // (bucket.extents[2] * columns))
+    for start in range(0, len(bucket), at_once):
+        yield from _step(bucket.part(start, start + at_once), hyper, sharding, columns)
+
+
+def _step(bucket: Bucket, hyper: Hyper, sharding: Sharding, columns: int) -> Steps:
+    cut, limited, projected = sharding.cut(bucket.right), isinstance(hyper.lift, Limited), bucket.projected
     if projected is None:
         projected = yield from _project(bucket, sharding)
     normalised = _update(bucket, hyper, projected, _Pieces(sharding, columns), most=sharding.piece(columns, 0)[1])

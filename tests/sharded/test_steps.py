@@ -1,13 +1,14 @@
 """Steps and refreshes of sharded parameters are those of whole ones, in two and in four processes."""
 
 import functools
+from unittest import mock
 
 import pytest
 import runs
 import torch
 import torch.distributed as dist
 
-from lowrank_kernels.sharded.step import overlapped
+from lowrank_kernels.sharded import step as sharded_step
 
 UNIT = 2.0**-53
 
@@ -91,7 +92,10 @@ def process(everything):
     kinds += ["HSDP, Shard(0)", "HSDP, Shard(1)"] if runs.processes() == 4 else []
     cases = [(method, kind) for method in methods for kind in kinds if (method, kind[-8:]) != ("convolution", "Shard(1)")]
     cases += [(method, "replicated") for method in ("GaLore", "Fira") if runs.processes() == 2]
-    return {f"{method} | {kind}": compare(method, kind) for method, kind in cases}
+    found = {f"{method} | {kind}": compare(method, kind) for method, kind in cases}
+    with mock.patch.object(sharded_step, "PART_ELEMENTS", 1):  # each matrix in messages of its own
+        found |= {f"{method}, apart | Shard(0)": compare(method, "Shard(0)") for method in ("I3S", "Fira")}
+    return found
 
 
 @pytest.fixture(params=["two", "four"])
@@ -148,5 +152,5 @@ def test_while_a_message_is_under_way_other_buckets_work():
             yield
         done.append(name)
 
-    overlapped(map(step, "abc"))
+    sharded_step.overlapped(map(step, "abc"))
     assert done == ["a R", "b R", "a N", "c R", "a", "b N", "b", "c N", "c"]
