@@ -7,7 +7,7 @@ import functools
 import weakref
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -501,6 +501,10 @@ class InBackward:
         alone."""
         if not self.projected and not self._infinite:
             return
+        parts = [part for part in map(local, self.projected.values()) if part.numel()]
+        largest_of = list(torch._foreach_norm(parts, torch.inf)) if parts else []
+        if meshes := dict.fromkeys(r.device_mesh for r in self.projected.values() if is_sharded(r)):
+            largest_of = [_largest_anywhere(largest_of, meshes)]
         ordinary = [param.grad for param in self._params() if param.grad is not None and param.grad.numel()]
         self._shown = bool(ordinary)
         held = next((grad for grad in map(local, ordinary) if grad.numel()), None)
@@ -509,9 +513,19 @@ class InBackward:
         first = held[(0,) * held.dim()]
         if self._infinite:
             first.fill_(torch.nan)
-        parts = [part for part in map(local, self.projected.values()) if part.numel()]
-        for largest in torch._foreach_norm(parts, torch.inf) if parts else ():
+        for largest in largest_of:
             first.add_((largest * 0).to(first.device, first.dtype, non_blocking=first.is_cuda))
+
+
+def _largest_anywhere(largest_of: list[Tensor], meshes: Iterable[Any]) -> Tensor:
+    """0, or NaN where a number is not finite in any process of these meshes."""
+    flag = torch.zeros((), device=next(iter(meshes)).device_type)
+    for largest in largest_of:
+        flag += (~largest.isfinite()).to(flag.device, torch.float32)
+    for mesh in meshes:
+        for mesh_dim in range(mesh.ndim):
+            dist.all_reduce(flag, group=mesh.get_group(mesh_dim))
+    return torch.where(flag > 0, torch.nan, 0.0)
 
 
 def find_group(optimizer: LowRankOptimizer, param: Tensor, index: int, place: int) -> dict[str, Any]:
