@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..sharded import is_sharded
 from ..targets import check_is_module, is_conv1d, matching_modules
 from .linear import SubspaceConv1D, SubspaceLayer, SubspaceLinear
 from .subspace import Subspace
@@ -122,7 +123,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     or in DistributedDataParallel."""
     _check_not_wrapped(model)
     layers = [module for module in model.modules() if isinstance(module, SubspaceLayer)]
-    if any(hasattr(layer.weight, "device_mesh") for layer in layers):
+    if any(is_sharded(layer.weight) for layer in layers):
         raise ValueError(
             "the model's parameters are sharded, and FSDP2 would miss their coordinates; load its state_dict into a dense model"
         )
@@ -160,7 +161,7 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
             "requires_grad=False); unfreeze them before they are converted"
         )
     for name, layer in found.items():
-        if hasattr(layer.weight, "device_mesh"):
+        if is_sharded(layer.weight):
             raise TypeError(
                 f"{name!r} has a sharded weight ({type(layer.weight).__name__}), and FSDP2 would not know of its coordinates; convert the "
                 "model first, then call fully_shard(…, shard_placement_fn=lowrank_kernels.distributed.shard_placement)"

@@ -33,8 +33,8 @@ be zero, because no gradient other than zero has come yet.
 @dataclass(frozen=True)
 class Fresh:
     """The new basis of one member: this process's part, (m, r) or (experts, m, r). chosen: whether each of
-    its matrices has one, where other processes have the rest of the matrix. figures: what `measure` found of
-    each whole matrix."""
+    its matrices has one; None where this process has whole matrices (`needs_others`), and sees it. figures:
+    what `measure` found of each whole matrix."""
 
     slot: int
     kind: str

@@ -111,6 +111,11 @@ def sharding_of(param: Tensor) -> Sharding:
     the beginning of a sentence, without the parameter's name."""
     from torch.distributed.tensor import Replicate, Shard
 
+    if param.device.type not in (param.device_mesh.device_type, "meta"):
+        raise TypeError(
+            f"a sharded parameter is on {param.device.type} and its mesh is one of {param.device_mesh.device_type}, as with FSDP2's "
+            "CPUOffloadPolicy, which is not supported yet"
+        )
     cuts = [(mesh_dim, placement) for mesh_dim, placement in enumerate(param.placements) if not isinstance(placement, Replicate)]
     if len(cuts) > 1:
         raise TypeError(

@@ -1,11 +1,12 @@
 """What sharded steps and refreshes send, by formula; and what is refused."""
 
 import re
+from unittest import mock
 
 import pytest
 import runs
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -58,6 +59,9 @@ def refusals():
     ):
         param = torch.nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))
         found[name] = message(lambda param=param: lrk.I3SAdamW([dict(params=[param], rank=2)]))
+    param = torch.nn.Parameter(DTensor.from_local(weight, mesh, [Replicate(), Shard(0)], run_check=False))
+    with mock.patch.object(DeviceMesh, "device_type", "cuda"):
+        found["offload"] = message(lambda: lrk.I3SAdamW([dict(params=[param], rank=2)]))
     found["flat"] = message(lambda: lrk.I3SAdamW([dict(params=[torch.nn.Parameter(torch.randn(48))], rank=2)]))
     zero3 = torch.nn.Parameter(torch.randn(8, 6))
     zero3.ds_id = 0
@@ -67,8 +71,6 @@ def refusals():
 
 def columns_that_a_lift_sees():
     """n of the bucket that a kernel gets after R came in a piece, as from in_backward."""
-    from unittest import mock
-
     from lowrank_kernels import backends
     from lowrank_kernels.backends import Bucket
     from lowrank_kernels.sharded import sharding_of
@@ -166,6 +168,7 @@ def test_fp32_steps_without_sums_between_processes_are_exact(found):
         ("FSDP2 over TP", "cut along one dimension, got _S"),
         ("convolution", "may be cut along the first alone"),
         ("flat", "fully_shard"),
+        ("offload", "CPUOffloadPolicy"),
         ("ZeRO-3", "DeepSpeed's ZeRO.*fully_shard"),
     ],
 )
