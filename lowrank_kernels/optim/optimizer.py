@@ -614,6 +614,7 @@ class LowRankOptimizer(Optimizer):
             if len(group["params"]) == len(saved["params"]):  # else torch raises
                 for place, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=True)):
                     if state := final["state"].get(saved_id):
+                        sharded_state.check_mesh(state, param, groups.describe(group, index, place))
                         if groups.is_low_rank(saved):
                             sharded_state.normalise_(state, is_sharded(param), saved["state_bits"] == 8)
                         self._check_loaded_state(state, param, saved, group, index, place)

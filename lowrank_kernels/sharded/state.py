@@ -77,6 +77,15 @@ def decoded(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_mesh(state: dict[str, Any], param: Tensor, where: str) -> None:
+    """Raises ValueError where a checkpoint's state is of another mesh than the parameter."""
+    meshes = [value.device_mesh for value in state.values() if is_sharded(value)]
+    if is_sharded(param) and any(mesh != param.device_mesh for mesh in meshes):
+        raise ValueError(
+            f"the checkpoint's states are DTensors of another mesh ({where}); torch.distributed.checkpoint loads and spreads them anew"
+        )
+
+
 def normalise_(state: dict[str, Any], sharded: bool, eight_bit_moments: bool) -> None:
     """Brings a checkpoint's state into the form that a DTensor's checkpoint has, or a plain parameter's.
     Between the two, moments of 8 bits are decoded or coded, and DTensors are put together, in which all
@@ -130,13 +139,9 @@ def like(old: Tensor, piece: Tensor) -> Tensor:
 
 def taken(value: Tensor, sharding: Sharding, dim: int | None, device: torch.device) -> Tensor:
     """This process's part of a checkpoint's tensor, in memory of its own: from a DTensor of any placements on
-    the same mesh, or from a whole tensor."""
+    the same mesh (`check_mesh`), or from a whole tensor."""
     if is_sharded(value):
         wanted = sharding.placements(dim)
-        if value.device_mesh != sharding.mesh:
-            raise ValueError(
-                "the checkpoint's states are DTensors of another mesh; load them by torch.distributed.checkpoint, which spreads them anew"
-            )
         value = value if value.placements == wanted else value.redistribute(placements=wanted)
         return local(value).detach().to(device, copy=True)
     return sharding.piece_of(value.detach(), dim).to(device, copy=True)

@@ -62,6 +62,7 @@ def refusals():
     param = torch.nn.Parameter(DTensor.from_local(weight, mesh, [Replicate(), Shard(0)], run_check=False))
     with mock.patch.object(DeviceMesh, "device_type", "cuda"):
         found["offload"] = message(lambda: lrk.I3SAdamW([dict(params=[param], rank=2)]))
+    found["mesh"] = loaded_from_another_mesh(weight)
     found["flat"] = message(lambda: lrk.I3SAdamW([dict(params=[torch.nn.Parameter(torch.randn(48))], rank=2)]))
     zero3 = torch.nn.Parameter(torch.randn(8, 6))
     zero3.ds_id = 0
@@ -85,6 +86,23 @@ def columns_that_a_lift_sees():
     with mock.patch.object(backends, "lift", side_effect=backends.lift) as lift:
         overlapped([step(bucket, optimizer._hyper(optimizer.param_groups[0]), sharding_of(param), 24)])
     return lift.call_args.args[0].extents[1]
+
+
+def loaded_from_another_mesh(weight):
+    """A refused checkpoint leaves the optimizer as it was."""
+    optimizers = []
+    for mesh, placements in (
+        (init_device_mesh("cpu", (RANKS,)), [Shard(0)]),
+        (init_device_mesh("cpu", (1, RANKS)), [Replicate(), Shard(0)]),
+    ):
+        param = torch.nn.Parameter(runs.spread(weight, mesh, placements))
+        optimizers.append(lrk.I3SAdamW([dict(params=[param], rank=2)]))
+        param.grad = runs.spread(torch.randn(8, 6), mesh, placements)
+        optimizers[-1].step()
+    one, other = optimizers
+    before = dict(other.state[param])
+    said = message(lambda: other.load_state_dict(one.state_dict()))
+    return said if all(other.state[param][key] is value for key, value in before.items()) else None
 
 
 def message(function):
@@ -169,6 +187,7 @@ def test_fp32_steps_without_sums_between_processes_are_exact(found):
         ("convolution", "may be cut along the first alone"),
         ("flat", "fully_shard"),
         ("offload", "CPUOffloadPolicy"),
+        ("mesh", "another mesh .*torch.distributed.checkpoint"),
         ("ZeRO-3", "DeepSpeed's ZeRO.*fully_shard"),
     ],
 )
