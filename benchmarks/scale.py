@@ -26,8 +26,8 @@ import argparse
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -153,6 +153,20 @@ def refresh_messages(model: Model, method: str, processes: int) -> list[Message]
     return [each for shape, count in _buckets(model) for each in of_refresh(shape, model.rank, processes, method, count)]
 
 
+def refresh_ways(model: Model, processes: int) -> dict[str, list[Message]]:
+    """The messages of a refresh of all bases, by what could be done."""
+
+    def each_matrix(of: Callable[[Shape], list[Message]]) -> list[Message]:
+        return [replace(each, count=each.count * count) for shape, count in _buckets(model) for each in of(shape)]
+
+    return {
+        "ours: each matrix to one process": refresh_messages(model, "std", processes),
+        "Gram matrices, all-reduced": each_matrix(lambda shape: of_gram(shape, processes)),
+        "thin products, all-reduced": each_matrix(lambda shape: of_sketch(shape, model.rank)),
+        "whole gradients in each process": [Message("all_gather", math.ceil(model.elements / processes) * WEIGHT)],
+    }
+
+
 def _buckets(model: Model) -> Iterable[tuple[Shape, int]]:
     return ((shape, count * model.layers) for shape, count in Counter(model.matrices).items())
 
@@ -195,11 +209,7 @@ def report(args: argparse.Namespace) -> None:
     print(__doc__.split("\n\n")[2].replace("\n", " "))
     print(f"Given: {args.within:g} GB/s a GPU within {args.node} GPUs, {args.between:g} GB/s beyond, {args.latency:g} µs a message.")
     for name in args.models:
-        model = (
-            MODELS[name]
-            if args.rank is None
-            else Model(*(getattr(MODELS[name], field) for field in ("matrices", "layers", "dense")), args.rank)
-        )
+        model = MODELS[name] if args.rank is None else replace(MODELS[name], rank=args.rank)
         table = Table(
             title=f"LLaMA {name.upper()}, rank {model.rank}, refresh every {args.gap} steps: GB sent a step / ms to send / GB held"
         )
@@ -220,22 +230,10 @@ def report(args: argparse.Namespace) -> None:
         table.add_column("")
         for processes in args.gpus:
             table.add_column(f"{processes} GPUs", justify="right")
-        ways = {
-            "ours: each matrix to one process": lambda processes: refresh_messages(model, "std", processes),  # noqa: B023
-            "Gram matrices, all-reduced": lambda processes: [  # noqa: B023
-                Message(each.collective, each.given, each.count * count)
-                for shape, count in _buckets(model)  # noqa: B023
-                for each in of_gram(shape, processes)
-            ],
-            "thin products, all-reduced": lambda processes: [  # noqa: B023
-                Message(each.collective, each.given, each.count * count)
-                for shape, count in _buckets(model)  # noqa: B023
-                for each in of_sketch(shape, model.rank)  # noqa: B023
-            ],
-            "whole gradients in each process": lambda processes: [Message("all_gather", math.ceil(model.elements / processes) * WEIGHT)],  # noqa: B023
-        }
-        for way, of in ways.items():
-            table.add_row(way, *(f"{sum(each.sent(processes) for each in of(processes)) / 1e9:.2f}" for processes in args.gpus))
+        each = [refresh_ways(model, processes) for processes in args.gpus]
+        for way in each[0]:
+            sent = (sum(message.sent(n) for message in ways[way]) for n, ways in zip(args.gpus, each, strict=True))
+            table.add_row(way, *(f"{total / 1e9:.2f}" for total in sent))
         console.print(table)
 
 
