@@ -178,11 +178,12 @@ def _sorted_all(
     sharded = [slot for slot, place in enumerate(places) if is_sharded(held[place])]
     if not sharded:
         return _sorted(group, group_index, states, layout, places, grads, is_projected)
+    found: list[Members] = []
     plain = sorted(set(range(len(places))) - set(sharded))
-    found = _sorted(group, group_index, states, layout, [places[slot] for slot in plain], [grads[slot] for slot in plain], is_projected)
-    return found + _sorted_sharded(
-        group, group_index, states, layout, [places[slot] for slot in sharded], [grads[slot] for slot in sharded], is_projected
-    )
+    for sort, slots in ((_sorted, plain), (_sorted_sharded, sharded)):
+        own = [places[slot] for slot in slots], [grads[slot] for slot in slots]
+        found += sort(group, group_index, states, layout, *own, is_projected)
+    return found
 
 
 def _sorted_sharded(
@@ -207,10 +208,7 @@ def _sorted_sharded(
         alike.setdefault(key, []).append(slot)
     found = []
     for slots in alike.values():
-        members = _bucket_of(group, group_index, places[slots[0]], grads[slots[0]], is_projected)
-        members.params = [held[slot] for slot in slots]
-        members.places = [places[slot] for slot in slots]
-        members.states = [states.get(param) or {} for param in members.params]
+        members = _bucket_of(group, group_index, [places[slot] for slot in slots], grads[slots[0]], is_projected, states)
         first = members.sharding = sharding_of(held[slots[0]])
         if members.cut == OVER_EXPERTS:
             members.per_param = first.piece(first.shape[0])[1]
@@ -256,10 +254,7 @@ def _sorted(
         alike.setdefault(key, []).append(slot)
     found = []
     for slots in alike.values():
-        members = _bucket_of(group, group_index, places[slots[0]], grads[slots[0]], is_projected)
-        members.params = [held[slot] for slot in slots]
-        members.places = [places[slot] for slot in slots]
-        members.states = [states.get(param) or {} for param in members.params]
+        members = _bucket_of(group, group_index, [places[slot] for slot in slots], grads[slots[0]], is_projected, states)
         members.grads = [grads[slot] for slot in slots]
         if members.params[0].dim() != 2:
             members.grads = [matrix for grad in members.grads for matrix in matrices_of(grad)]
@@ -268,7 +263,9 @@ def _sorted(
     return found
 
 
-def _bucket_of(group: dict[str, Any], group_index: int, place: int, grad: Tensor, is_projected: bool) -> Members:
+def _bucket_of(group: dict[str, Any], group_index: int, places: list[int], grad: Tensor, is_projected: bool, states: States) -> Members:
+    """The bucket of the parameters in `places`, without their gradients. grad: that of the first one."""
+    place = places[0]
     check_param(group, group_index, place)  # again: the parameter may have changed since construction
     param = group["params"][place]
     if not is_projected:
@@ -278,7 +275,11 @@ def _bucket_of(group: dict[str, Any], group_index: int, place: int, grad: Tensor
             raise ValueError(f"the gradient is {tuple(grad.shape)} in {where}; it was computed before the parameter's shape changed")
     shape = matrix_shape(param)
     experts = param.shape[0] if param.dim() == 3 else 1
-    return Members(is_right(param, group["proj_type"]), min(group["rank"], *shape), experts, is_projected)
+    members = Members(is_right(param, group["proj_type"]), min(group["rank"], *shape), experts, is_projected)
+    members.params = [group["params"][each] for each in places]
+    members.places = places
+    members.states = [states.get(each) or {} for each in members.params]
+    return members
 
 
 def check_grad(group: dict[str, Any], group_index: int, place: int, grad: Tensor) -> None:
