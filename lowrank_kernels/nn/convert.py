@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..sharded import is_sharded
 from ..targets import check_is_module, is_conv1d, matching_modules
 from .linear import SubspaceConv1D, SubspaceLayer, SubspaceLinear
+from .sharding import check_can_shard, check_not_sharded_itself, shard_coordinates
 from .subspace import Subspace
 
 SHARED = (
@@ -98,6 +99,8 @@ def to_subspace(
             else:
                 layer.__class__ = SubspaceLinear
                 layer._enter(subspace)
+            if is_sharded(layer.weight):
+                shard_coordinates(layer)
     return model
 
 
@@ -147,6 +150,7 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
                 f"{name!r} is a {type(module).__name__} of rank {module.subspace.rank} already; name other layers in "
                 "target_modules, or call to_dense(model) first"
             )
+        check_not_sharded_itself(name, module)
     linear = {name: module for name, module in matched.items() if _is_plain(module)}
     if not linear:
         kinds = sorted({f"{type(module).__module__}.{type(module).__qualname__}" for module in matched.values()})
@@ -160,12 +164,8 @@ def _convertible(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
             f"target_modules={target_modules!r} matches only layers with a frozen weight ({next(iter(linear))!r} and others have "
             "requires_grad=False); unfreeze them before they are converted"
         )
+    check_can_shard(model, found)
     for name, layer in found.items():
-        if is_sharded(layer.weight):
-            raise TypeError(
-                f"{name!r} has a sharded weight ({type(layer.weight).__name__}), and FSDP2 would not know of its coordinates; convert the "
-                "model first, then call fully_shard(…, shard_placement_fn=lowrank_kernels.distributed.shard_placement)"
-            )
         if "forward" in vars(layer):
             raise ValueError(
                 f"the forward method of {name!r} has been replaced, as by accelerate's hooks, and would go on computing a linear layer; "

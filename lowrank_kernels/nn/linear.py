@@ -58,7 +58,8 @@ class SubspaceLayer(nn.Module):
         """Converts the layer: from now on its weight moves in `subspace`."""
         self.weight.requires_grad_(False)
         self.weight.grad = None
-        self.coordinates = nn.Parameter(self.weight.new_zeros(subspace.rank, self.out_features))
+        weight = self.weight
+        self.coordinates = nn.Parameter(torch.zeros(subspace.rank, self.out_features, dtype=weight.dtype, device=weight.device))
         self.subspace = subspace
         subspace.layers += 1
         claim(self)

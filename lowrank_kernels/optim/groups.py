@@ -56,8 +56,8 @@ def is_right(param: Tensor, proj_type: str) -> bool:
     matrix. `unsharded` projects the side along which a DTensor is not cut, and is `std` elsewhere."""
     rows, columns = matrix_shape(param)
     if proj_type == "unsharded":
-        dim = sharding_of(param).dim if is_sharded(param) else None
-        if dim is not None and (cut := dim - (param.dim() == 3)) >= 0:
+        cut = sharding_of(param).matrix_dim if is_sharded(param) else None
+        if cut is not None:
             return cut == 0
         proj_type = "std"
     if proj_type == "std":

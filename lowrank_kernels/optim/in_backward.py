@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import functools
 import weakref
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import backends
@@ -19,11 +16,11 @@ from ..backends import Bucket, Hyper
 from ..ops.dispatch import outside_training
 from ..sharded import is_sharded, local
 from ..sharded.layout import OVER_EXPERTS
-from ..sharded.refresh import anywhere
+from ..sharded.refresh import anywhere, anywhere_on
 from ..sharded.step import project as project_sharded
 from . import groups, refreshes
-from .averaging import average_
 from .buckets import Members, bucket_of_one, matrices_of
+from .together import Together
 
 if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
@@ -155,25 +152,18 @@ class InBackward:
     ) -> None:
         self.projected: dict[Tensor, Tensor] = {}
         self.moved: set[Tensor] = set()
-        self.sent_bytes = 0
         self._optimizer = weakref.ref(optimizer)
         self._accumulate, self._at_once, self._dtype, self._scaler = accumulate, update == "immediately", dtype, scaler
         self._places: dict[Tensor, tuple[int, int]] = {}
         """Parameter → (index of its group, place in it)."""
         self._hooks: list[Any] = []
-        self._restore_ddp: Callable[[], object] = lambda: None
-        self._buffers: list[Tensor] = []
-        """That DistributedDataParallel would keep equal in all processes."""
-        self._process_group: Any = None
+        self._together: Together
         self._passes: Counter[Tensor] = Counter()
         """How many gradients of a parameter have come since the last step."""
         self._running: set[int] = set()
         """Backward passes that have begun and not ended."""
         self._infinite: set[Tensor] = set()
         """Parameters whose gradient was not finite when a basis was due."""
-        self._order = 0
-        """A digest of the order in which gradients came, and whether a basis was chosen among them."""
-        self._chose = False
         self._closed = self._averaged = self._unscaled = self._shown = False
         """Since the last step: whether gradients were clipped or averaged, so that no more may come; whether
         R is the mean over the processes, is unscaled, and was shown to the scaler."""
@@ -192,34 +182,18 @@ class InBackward:
         if not self._places:
             raise ValueError("no parameter of the model is in a low-rank group of the optimizer")
         model = getattr(model, "_orig_mod", model)  # torch.compile's
-        parallel = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
-        if parallel is not None and process_group is not None and process_group is not parallel.process_group:
-            raise ValueError("process_group is not that of the DistributedDataParallel model; leave it out")
-        if parallel is not None and parallel.static_graph:
-            raise ValueError("DistributedDataParallel(static_graph=True) cannot be kept from reducing gradients; leave static_graph out")
-        self._process_group = process_group if parallel is None else parallel.process_group
-        spread = [is_sharded(param) for param in model.parameters() if param.requires_grad]
-        if any(spread) and self._process_group is not None:
-            raise ValueError("gradients of sharded parameters arrive as means over the processes already; leave process_group out")
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if self._process_group is None and several and not any(spread):
-            raise ValueError(
-                f"torch.distributed runs {dist.get_world_size()} processes: pass process_group (torch.distributed.group.WORLD for all), or "
-                "the model in DistributedDataParallel; a group of this process alone keeps its gradients apart"
-            )
+        together = Together(model, process_group)
         if self._scaler is not None and not any(param.requires_grad for param in self._ordinary()):
             raise ValueError("a GradScaler sees R only through the gradient of an ordinary parameter, and the optimizer has none")
-        if self._process_group is not None:
+        if not together.alone:
             held = {param for group in optimizer.param_groups for param in group["params"]}
             if left := [name for name, param in model.named_parameters() if param.requires_grad and param not in held]:
                 raise ValueError(
                     f"in_backward takes the mean of this optimizer's gradients alone, and {len(left)} parameters of the model are not in "
                     f"it, {left[0]!r} for one; put all into one optimizer, or freeze them"
                 )
-        if parallel is not None:
-            self._buffers = list(parallel.buffers()) if parallel.broadcast_buffers else []
-            parallel.require_backward_grad_sync = False
-            self._restore_ddp = weakref.finalize(self, setattr, parallel, "require_backward_grad_sync", True)
+        together.begin()
+        self._together = together
         me = weakref.ref(self)
         for param in (*self._places, *self._ordinary()):
             requires_grad = param.requires_grad
@@ -230,6 +204,10 @@ class InBackward:
     def _ordinary(self) -> list[Tensor]:
         """The parameters whose gradients stay."""
         return [param for param in self._params() if param not in self._places]
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._together.sent_bytes
 
     @property
     def optimizer(self) -> LowRankOptimizer:
@@ -245,7 +223,7 @@ class InBackward:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        self._restore_ddp()  # only the first time
+        self._together.remove()
         if (optimizer := self._optimizer()) is not None and optimizer._in_backward is self:
             optimizer._in_backward = None
 
@@ -258,8 +236,8 @@ class InBackward:
         """Forgets all since the last step."""
         for held in (self.projected, self.moved, self._passes, self._running, self._infinite):
             held.clear()
-        self._order = 0
-        self._chose = self._closed = self._averaged = self._unscaled = self._shown = False
+        self._together.clear()
+        self._closed = self._averaged = self._unscaled = self._shown = False
 
     # In the backward pass.
 
@@ -287,16 +265,16 @@ class InBackward:
             )
         hyper = optimizer._hyper(group)
         members = bucket_of_one(group, index, optimizer.state, functools.partial(optimizer._layout, hyper), place, param.grad)
-        if self._process_group is not None:
-            self._order = zlib.crc32(f"{index} {place}".encode(), self._order)
+        if not self._together.alone:
+            self._together.note(index, place)
             optimizer._waiting.settle(optimizer.state, wait=True)  # all processes must find the same bases due
         due = optimizer._due(group, [members])
         if due:
-            if self._process_group is not None or members.sharding is not None:
+            if not self._together.alone or members.sharding is not None:
                 self._compare_once()
-            if self._process_group is not None:
-                self._average(members.grads)
-                self._chose = True
+            if not self._together.alone:
+                self._together.average_(members.grads)
+                self._together.chose = True
             infinite = self._is_infinite(members, refreshes.is_refresh(due))
             if self._scaler is not None and refreshes.is_refresh(due) and bool(infinite):
                 # The scale was too large, and the scaler will skip this step.
@@ -360,10 +338,10 @@ class InBackward:
 
     def _move(self, group: dict[str, Any], members: Members, hyper: Hyper, is_mean: bool) -> None:
         """Updates one parameter. is_mean: whether its gradient is that of all processes already."""
-        if self._process_group is not None and not is_mean:
+        if not self._together.alone and not is_mean:
             if not hyper.lift.takes_gradient:
                 members.grads, members.is_projected = project(members), True
-            self._average(members.grads)
+            self._together.average_(members.grads)
         self.optimizer._move(group, members, hyper, None)
 
     # Between the backward pass and the step.
@@ -386,7 +364,7 @@ class InBackward:
             raise RuntimeError(
                 "a GradScaler steps this optimizer, and in_backward does not know it; pass it: in_backward(…, scaler=scaler)"
             )
-        if found_inf is not None and self._process_group is not None and not self._averaged:
+        if found_inf is not None and not self._together.alone and not self._averaged:
             raise RuntimeError(
                 "a GradScaler must look at the mean over all processes: call optimizer.clip_grad_norm_(), or average() of what in_backward "
                 "returned, before scaler.step(optimizer)"
@@ -426,7 +404,7 @@ class InBackward:
         except RuntimeError as error:
             if "already been called" not in str(error):
                 raise
-            if self._process_group is not None and is_first:
+            if is_first and not self._together.alone:
                 raise RuntimeError(
                     "scaler.unscale_(optimizer) came before the mean over all processes, of whose gradients it knew nothing; leave it out: "
                     "clip_grad_norm_() and average() unscale"
@@ -435,11 +413,10 @@ class InBackward:
 
     def _average_all(self) -> None:
         """Takes the mean of all gradients over the processes, once a step."""
-        if self._process_group is None or self._averaged:
+        if self._together.alone or self._averaged:
             return
         self._compare_once()
-        if self._chose:
-            self._compare_order()
+        self._together.compare_order(next(iter(self._places)).device)
         tensors = []
         for param, (index, place) in self._params().items():
             if not param.requires_grad or param in self.moved or param in self._infinite:
@@ -452,25 +429,11 @@ class InBackward:
                     "every step; freeze those that are not used (requires_grad_(False))"
                 )
             tensors.append(tensor)
-        self._average(tensors)
-        for buffer in self._buffers:
-            dist.broadcast(buffer, dist.get_global_rank(self._process_group, 0), group=self._process_group)
+        self._together.average_(tensors)
+        self._together.broadcast_buffers()
         self._averaged = True
         if self._scaler is not None:
             self._show_to_scaler()
-
-    def _compare_order(self) -> None:
-        """Raises RuntimeError where the gradients of two processes came in another order. Then those of
-        different parameters have been averaged with each other."""
-        device = next(iter(self._places)).device
-        orders = torch.tensor([self._order, -self._order], dtype=torch.int64, device=device)
-        dist.all_reduce(orders, dist.ReduceOp.MAX, group=self._process_group)
-        highest, lowest = orders.tolist()
-        if highest != -lowest:
-            raise RuntimeError(
-                "the gradients of two processes came in another order, as where branches of a model run in an order of their own; "
-                "in_backward cannot choose bases then, and those of this step are wrong: go back to a checkpoint, and leave it out"
-            )
 
     def _params(self) -> dict[Tensor, tuple[int, int]]:
         """All parameters of the optimizer, once each → (index of the group, place in it)."""
@@ -479,9 +442,6 @@ class InBackward:
             for place, param in enumerate(group["params"]):
                 found.setdefault(param, (index, place))
         return found
-
-    def _average(self, tensors: list[Tensor]) -> None:
-        self.sent_bytes += average_(tensors, self._process_group)
 
     def _refuse_unfinished(self, what: str) -> None:
         if self._running:
@@ -503,7 +463,7 @@ class InBackward:
             return
         parts = [part for part in map(local, self.projected.values()) if part.numel()]
         largest_of = list(torch._foreach_norm(parts, torch.inf)) if parts else []
-        if meshes := dict.fromkeys(r.device_mesh for r in self.projected.values() if is_sharded(r)):
+        if meshes := [r.device_mesh for r in self.projected.values() if is_sharded(r)]:
             largest_of = [_largest_anywhere(largest_of, meshes)]
         ordinary = [param.grad for param in self._params() if param.grad is not None and param.grad.numel()]
         self._shown = bool(ordinary)
@@ -517,15 +477,12 @@ class InBackward:
             first.add_((largest * 0).to(first.device, first.dtype, non_blocking=first.is_cuda))
 
 
-def _largest_anywhere(largest_of: list[Tensor], meshes: Iterable[Any]) -> Tensor:
+def _largest_anywhere(largest_of: list[Tensor], meshes: list[Any]) -> Tensor:
     """0, or NaN where a number is not finite in any process of these meshes."""
-    flag = torch.zeros((), device=next(iter(meshes)).device_type)
+    flag = torch.zeros((), dtype=torch.bool, device=meshes[0].device_type)
     for largest in largest_of:
-        flag += (~largest.isfinite()).to(flag.device, torch.float32)
-    for mesh in meshes:
-        for mesh_dim in range(mesh.ndim):
-            dist.all_reduce(flag, group=mesh.get_group(mesh_dim))
-    return torch.where(flag > 0, torch.nan, 0.0)
+        flag |= ~largest.isfinite().to(flag.device)
+    return torch.where(anywhere_on(flag, meshes), torch.nan, 0.0)
 
 
 def find_group(optimizer: LowRankOptimizer, param: Tensor, index: int, place: int) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..sharded import is_sharded, local
+from ..sharded.refresh import anywhere_on
 
 if TYPE_CHECKING:
     from .optimizer import LowRankOptimizer
@@ -42,10 +42,5 @@ def forget(optimizer: LowRankOptimizer, before: list[int | None]) -> None:
 
 def _any(grads: list[Tensor]) -> bool:
     """Whether an element is not zero, in any process that has a part of these gradients."""
-    found = torch.stack([local(grad).count_nonzero().to("cpu", torch.float32) for grad in grads]).sum()
-    for mesh in dict.fromkeys(grad.device_mesh for grad in grads if is_sharded(grad)):
-        on_device = found.to(mesh.device_type)
-        for mesh_dim in range(mesh.ndim):
-            dist.all_reduce(on_device, group=mesh.get_group(mesh_dim))
-        found = on_device.cpu()
-    return bool(found)
+    found = torch.stack([local(grad).any().cpu() for grad in grads]).any()
+    return bool(anywhere_on(found, [grad.device_mesh for grad in grads if is_sharded(grad)]))

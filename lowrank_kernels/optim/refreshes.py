@@ -14,7 +14,7 @@ from ..sharded import local
 from ..sharded import refresh as sharded
 from ..sharded.layout import ALONG_M, ALONG_N
 from ..subspaces import BLIND
-from . import groups
+from . import diagnosis, groups
 from .buckets import Members, matrices_of
 from .periods import Periods, most
 
@@ -125,33 +125,63 @@ def choose_sharded(
     measure: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
     """As `choose`, for members of which other processes have other parts: this process's part of each basis;
-    whether each matrix has a basis now; and what `measure` found of each. All processes get the same."""
+    whether each matrix has a basis now; and what `measure` found of each, NaN where nothing was chosen. All
+    processes get the same."""
     grads, previous = _grads(members, slots), _previous(members, kind, slots)
-    found_inf = None if found_inf is None or kind != "waits" else members.to_device(found_inf)
+    first = members.places[slots[0]] % members.sharding.size
+    if kind != "waits":
+        bases, chosen, figures = _chosen_sharded(group, members, number, kind, grads, places, None, measure, first)
+        return _kept_where(~chosen, previous, bases), chosen, figures
+    # The host may look: `Waiting.settle` has waited already.
+    had = members.anywhere(torch.stack([basis.any() for basis in previous]))
+    figures = None if measure is None else had.new_full((len(grads), len(diagnosis.FIGURES)), torch.nan, dtype=torch.float32)
+    wanted = [matrix for matrix, has_basis in enumerate(had.tolist()) if not has_basis]
+    if not wanted:
+        return previous, had, figures
+    found_inf = None if found_inf is None else members.to_device(found_inf)
+    of_wanted = [grads[matrix] for matrix in wanted], [places[matrix] for matrix in wanted]
+    new, chosen, found = _chosen_sharded(group, members, number, kind, *of_wanted, found_inf, measure, first)
+    bases = list(previous)
+    for matrix, basis in zip(wanted, _kept_where(~chosen, [previous[matrix] for matrix in wanted], new), strict=True):
+        bases[matrix] = basis
+    had[wanted] = chosen
+    if figures is not None:
+        figures[wanted] = found
+    return bases, had, figures
+
+
+def _kept_where(keep: Tensor, previous: list[Tensor] | None, bases: list[Tensor]) -> list[Tensor]:
+    if previous is None:
+        return bases
+    return [torch.where(keeps, old, basis) for keeps, old, basis in zip(keep, previous, bases, strict=True)]
+
+
+def _chosen_sharded(
+    group: dict[str, Any],
+    members: Members,
+    number: int,
+    kind: str,
+    grads: list[Tensor],
+    places: list[tuple[int, int]],
+    found_inf: Tensor | None,
+    measure: Callable[[Tensor, Tensor], Tensor] | None,
+    first: int,
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """This process's parts of new bases from its parts of gradients; whether each was chosen; and the
+    figures. first: the process that chooses the first one."""
     m = members.extents[0]
-    figures = None
     if group["selection"] in BLIND and measure is None:
         shape = grads[0].new_ones(()).expand(members.extents if not members.right else members.extents[::-1])
         wholes = _chosen(group, members, number, [shape] * len(grads), None, places, None)
         bases = [members.sharding.piece_of(basis, 0) if members.cut == ALONG_M else basis for basis in wholes]
-        chosen = torch.ones(len(bases), dtype=torch.bool, device=members.device)
-    else:
+        return bases, torch.ones(len(bases), dtype=torch.bool, device=members.device), None
 
-        def choose_whole(matrices: Sequence[int], wholes: list[Tensor]) -> list[Tensor]:
-            # A basis of zeros comes back where none was chosen, and the old one then stays.
-            old = None if kind == "first" else [wholes[0].new_zeros((m, members.rank), dtype=members.params[0].dtype)] * len(wholes)
-            return _chosen(group, members, number, wholes, old, [places[matrix] for matrix in matrices], found_inf)
+    def choose_whole(matrices: Sequence[int], wholes: list[Tensor]) -> list[Tensor]:
+        # A basis of zeros comes back where none was chosen, and the old one then stays.
+        old = None if kind == "first" else [wholes[0].new_zeros((m, members.rank), dtype=members.params[0].dtype)] * len(wholes)
+        return _chosen(group, members, number, wholes, old, [places[matrix] for matrix in matrices], found_inf)
 
-        first = members.places[slots[0]] % members.sharding.size
-        options = (members.sharding, members.right, members.rank, members.params[0].dtype, choose_whole, measure, first)
-        bases, chosen, figures = sharded.choose(grads, *options)
-    if previous is not None:
-        keep = ~chosen
-        if kind == "waits":
-            had = members.anywhere(torch.stack([basis.any() for basis in previous]))
-            keep, chosen = keep | had, chosen | had
-        bases = [torch.where(keeps, old, basis) for keeps, old, basis in zip(keep, previous, bases, strict=True)]
-    return bases, chosen, figures
+    return sharded.choose(grads, members.sharding, members.right, members.rank, members.params[0].dtype, choose_whole, measure, first)
 
 
 def needs_others(members: Members) -> bool:

@@ -241,8 +241,6 @@ class RSOAdamW(LowRankOptimizer):
                 check_grad(group, index, place, param.grad)
         for param, layer in layers.items():
             rso_groups.check_layer(layer, group, index, param)
-        if group["outer_step"] == 0:
-            self._met.update(param for param in layers if param.grad is not None)
         # A parameter with the state of coordinates but without a layer is left over: to_dense has turned its
         # layer back.
         dense = [param for param in group["params"] if param not in layers and "subspace" not in self.state.get(param, ())]
@@ -352,6 +350,8 @@ class RSOAdamW(LowRankOptimizer):
         """Counts the call, even a skipped one, and starts the next outer step where it is due."""
         for group in self.param_groups:
             group["inner_step"] += 1
+            if group["outer_step"] == 0:
+                self._met.update(param for param in layers_of(group) if param.grad is not None)
         for index, group in enumerate(self.param_groups):
             if group["inner_step"] < group["inner_steps"] - 1:
                 continue
@@ -407,7 +407,8 @@ class RSOAdamW(LowRankOptimizer):
                 )
 
     def _warn_of_unused(self, group: dict[str, Any], index: int, layers: Layers) -> None:
-        unused = [param for param in layers if param not in self.state and param not in self._met and param.requires_grad]
+        unmet = (param for param in layers if param not in self._met and param.requires_grad)
+        unused = [param for param in unmet if not self.state.get(param, {}).get("step", 0) > 0]  # a loaded state has moved
         if unused:
             warnings.warn(
                 f"{len(unused)} layers had no gradient in a whole outer step and did not move, the first one that of "

@@ -63,14 +63,17 @@ class Sharding:
         """Which of them this one is."""
         return 0 if self.mesh_dim is None else self.mesh.get_local_rank(self.mesh_dim)
 
+    @property
+    def matrix_dim(self) -> int | None:
+        """The dimension of each matrix that is cut, 0 or 1; None where every matrix is whole."""
+        of_experts = len(self.shape) == 3
+        return None if self.dim is None or (of_experts and self.dim == 0) else self.dim - of_experts
+
     def cut(self, right: bool) -> str | None:
         """Where the cut goes: ALONG_N, ALONG_M, OVER_EXPERTS, or None where there is none."""
-        if self.dim is None:
-            return None
-        if len(self.shape) == 3 and self.dim == 0:
-            return OVER_EXPERTS
-        is_columns = self.dim > (1 if len(self.shape) == 3 else 0)
-        return ALONG_M if is_columns == right else ALONG_N
+        if self.matrix_dim is None:
+            return None if self.dim is None else OVER_EXPERTS
+        return ALONG_M if (self.matrix_dim == 1) == right else ALONG_N
 
     def piece(self, length: int, index: int | None = None) -> tuple[int, int]:
         """(first, count) of a process's piece of a dimension of this length."""

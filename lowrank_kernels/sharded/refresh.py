@@ -11,7 +11,8 @@ A basis that is drawn at random is drawn in each process, and nothing is sent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from . import exchange
 from .layout import ALONG_M, Sharding
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 GATHERED_ELEMENTS = 2**27
 """A process gathers at most this many elements of whole matrices at a time, or one matrix."""
@@ -45,7 +49,7 @@ def choose(
     grads: this process's pieces, as stored. first: the process that gets the first matrix.
     """
     rows, columns = sharding.shape[-2:] if len(sharding.shape) < 4 else (sharding.shape[0], grads[0].shape[1])
-    m, dim = (columns if right else rows), _cut_dim(sharding)
+    m, dim = (columns if right else rows), sharding.matrix_dim
     at_once = max(1, GATHERED_ELEMENTS // (rows * columns)) * sharding.size
     like = grads[0].new_empty(0, dtype=dtype)
     give = exchange.scatter_rows if sharding.cut(right) == ALONG_M else exchange.spread
@@ -61,11 +65,6 @@ def choose(
         tables.append(exchange.share(table, 1 if measure is None else 4, len(part), sharding, first, like.device))
     whole = torch.cat(tables)
     return bases, whole[:, 0] != 0, whole[:, 1:] if measure else None
-
-
-def _cut_dim(sharding: Sharding) -> int:
-    """The dimension of a matrix that is cut: 0 or 1."""
-    return sharding.dim - 1 if len(sharding.shape) == 3 else sharding.dim
 
 
 def _table(chosen: list[Tensor], figures: list[Tensor] | None) -> list[Tensor]:
@@ -84,6 +83,15 @@ def total_(tensor: Tensor, sharding: Sharding) -> Tensor:
 def anywhere(flags: Tensor, sharding: Sharding) -> Tensor:
     """Whether a flag is set in any of the processes that share the matrices."""
     return total_(flags.float(), sharding) != 0
+
+
+def anywhere_on(flag: Tensor, meshes: Iterable[DeviceMesh]) -> Tensor:
+    """Whether a flag is set in any process of these meshes."""
+    for mesh in dict.fromkeys(meshes):
+        flag = flag.to(mesh.device_type, torch.float32, copy=True)
+        for mesh_dim in range(mesh.ndim):
+            dist.all_reduce(flag, group=mesh.get_group(mesh_dim))
+    return flag != 0
 
 
 def anywhere_in(basis: Tensor, flags: Tensor) -> Tensor:

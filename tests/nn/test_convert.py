@@ -163,7 +163,7 @@ def with_own_parameter():
         (lambda: tied(False), {}, ValueError, r"'a\.weight' and 'b\.weight' are one parameter"),
         (lambda: tied(True), dict(target_modules=["b"]), ValueError, r"'a\.weight' and 'b\.weight' are one parameter"),
         (with_own_parameter, {}, ValueError, r"'own' and 'o_proj\.weight' are one parameter"),
-        (sharded, {}, TypeError, "'o_proj' has a sharded weight .* convert the model first"),
+        (sharded, {}, TypeError, "'o_proj' has a sharded weight, and no module of FSDP2"),
         (with_forward_replaced, {}, ValueError, "the forward method of 'o_proj' has been replaced"),
         (Block, dict(share="q_proj"), ValueError, "share must be 'auto', None or lists of names .* got 'q_proj'"),
         (Block, dict(share=""), ValueError, "share must be"),

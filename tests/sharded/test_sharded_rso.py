@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import lowrank_kernels as lrk
 from benchmarks import scale
@@ -20,8 +21,10 @@ CASES = {
     "principal": dict(distribution="principal", moments="carry"),
     "sgd": dict(inner="sgd"),
     "uneven": dict(width=37, placed=False),
+    "converted when sharded": dict(late=True),
+    "converted when sharded, uneven": dict(late=True, width=37),
 }
-SLOW = ("haar", "proximal", "sgd")
+SLOW = ("haar", "proximal", "sgd", "converted when sharded, uneven")
 """Only with --all, as tests marked slow are."""
 EACH = pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 OF_LAYERS = ("distribution",)
@@ -38,17 +41,27 @@ class Wide(Net):
         self.to(torch.float64)
 
 
+def convert(model, **options):
+    return lrk.to_subspace(model, rank=5, target_modules=["up", "layers"], **options)
+
+
 def converted(width=36, seed=0, **options):
     torch.manual_seed(seed)
-    return lrk.to_subspace(Wide(width), rank=5, target_modules=["up", "layers"], **options)
+    return convert(Wide(width), **options)
 
 
-def build(spread, placed=True, width=36, seed=0, mp_policy=None, mesh=None, **options):
-    model = converted(width, seed, **{key: options.pop(key) for key in OF_LAYERS if key in options})
-    if spread:
-        how = dict(shard_placement_fn=lrk.distributed.shard_placement) if placed else {}
-        how |= {} if mp_policy is None else dict(mp_policy=mp_policy)
-        how |= {} if mesh is None else dict(mesh=mesh)
+def build(spread, placed=True, width=36, seed=0, mp_policy=None, mesh=None, late=False, **options):
+    """late: whether the model is sharded when it is converted."""
+    torch.manual_seed(seed)
+    model, of_layers = Wide(width), {key: options.pop(key) for key in OF_LAYERS if key in options}
+    how = {} if mp_policy is None else dict(mp_policy=mp_policy)
+    how |= {} if mesh is None else dict(mesh=mesh)
+    if spread and late:
+        convert(fully_shard(model, **how), **of_layers)
+    else:
+        convert(model, **of_layers)
+    if spread and not late:
+        how |= dict(shard_placement_fn=lrk.distributed.shard_placement) if placed else {}
         for layer in model.layers:
             fully_shard(layer, **how)
         fully_shard(model, **how)
@@ -92,18 +105,19 @@ def no_trace(case):
     return all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def mixed_precision():
-    model, optimizer = build(True, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+def mixed_precision(late):
+    model, optimizer = build(True, late=late, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
     before = weights(model)
     after = train(model, optimizer, 5)
     return all(torch.isfinite(value).all() and not torch.equal(value, before[name]) for name, value in after.items())
 
 
 def messages():
-    """What a step sends where the layers are placed, and where they are not."""
+    """What a step sends where the layers are placed, where they are not, and where they were sharded
+    already."""
     found = []
-    for placed in (True, False):
-        model, optimizer = build(True, placed=placed)
+    for how in ({}, dict(placed=False), dict(late=True)):
+        model, optimizer = build(True, **how)
         train(model, optimizer, 1)
         x, y = batch(1)
         (model(x) - y).square().mean().backward()
@@ -124,7 +138,21 @@ def refusals():
 
     def late():
         model = fully_shard(Wide())
+        model(batch(0)[0])
         lrk.to_subspace(model, rank=5)
+
+    def itself():
+        model = Wide()
+        fully_shard(model.up)
+        lrk.to_subspace(fully_shard(model), rank=5)
+
+    def part():
+        model = fully_shard(Wide())
+        lrk.to_subspace(model.layers, rank=5)
+
+    def tensor_parallel():
+        model = parallelize_module(Wide(), init_device_mesh("cpu", (2,)), {"up": ColwiseParallel()})
+        lrk.to_subspace(model, rank=5, target_modules=["up"])
 
     def dense():
         model, _ = build(True)
@@ -141,6 +169,9 @@ def refusals():
         train(model, optimizer, 1)
 
     refused("late", late)
+    refused("itself", itself)
+    refused("part", part)
+    refused("tensor parallel", tensor_parallel)
     refused("dense", dense)
     refused("other", other)
     refused("whole", whole)
@@ -152,7 +183,7 @@ def cases_of(everything):
 
 
 def process(folder, everything):
-    found = {"mixed precision": mixed_precision(), "messages": messages(), "refusals": refusals()}
+    found = {"mixed precision": mixed_precision(False) and mixed_precision(True), "messages": messages(), "refusals": refusals()}
     for case in cases_of(everything):
         model, optimizer = build(True, **CASES[case])
         found[f"trained {case}"] = train(model, optimizer, 8)
@@ -210,13 +241,21 @@ def test_mixed_precision(found):
 
 
 def test_a_step_sends_nothing_where_the_layers_are_placed(found):
-    placed, elsewhere = found[0][0]["messages"]
-    assert placed == 0 and elsewhere == 8 * 3 * (3 * 36)  # R of three layers in fp64, 3 of 5 rows
+    placed, elsewhere, late = found[0][0]["messages"]
+    assert placed == late == 0 and elsewhere == 8 * 3 * (3 * 36)  # R of three layers in fp64, 3 of 5 rows
 
 
 @pytest.mark.parametrize(
     "case, words",
-    [("late", "convert the model first"), ("dense", "parameters are sharded"), ("other", "only RSOAdamW moves"), ("whole", "reshard")],
+    [
+        ("late", "after the first forward pass"),
+        ("itself", "was called on 'up' itself"),
+        ("part", "no module of FSDP2 holds it"),
+        ("tensor parallel", "no module of FSDP2 holds it"),
+        ("dense", "parameters are sharded"),
+        ("other", "only RSOAdamW moves"),
+        ("whole", "reshard"),
+    ],
 )
 def test_refusals(found, case, words):
     assert words in found[0][0]["refusals"].get(case, "")
