@@ -6,6 +6,7 @@ import warnings
 import test_fsdp
 import test_messages
 import test_sharded_rso
+import test_sharded_waiting
 import test_steps
 
 
@@ -16,6 +17,7 @@ def two(folder, everything, rank):
         "messages": test_messages.process(),
         "fsdp": test_fsdp.process(folder, everything),
         "rso": test_sharded_rso.process(folder, everything),
+        "waiting": test_sharded_waiting.process(),
     }
 
 
