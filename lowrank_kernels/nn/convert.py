@@ -42,7 +42,8 @@ def to_subspace(
 
     Layers stay the same objects and keep their hooks, names and weights. Their weights no longer require a
     gradient; their new `coordinates` do. Build the optimizer after the conversion. Parameters that are not
-    converted train as before.
+    converted train as before. A model of FSDP2 is converted before fully_shard or after it, before the first
+    forward pass; see docs/distributed.md.
 
     Args:
         model: any module, or an nn.Linear itself. Layers with a frozen weight are not converted.
@@ -68,7 +69,9 @@ def to_subspace(
             target_modules that match nothing, or nothing that can be converted; a layer that is converted
             already; a weight that another module uses too; a model in DistributedDataParallel, which must
             wrap the model after the conversion.
-        TypeError: a seed that is no int, a sharded weight.
+        TypeError: a seed that is no int; a weight that is sharded by anything but FSDP2, or by a fully_shard
+            of the layer itself.
+        RuntimeError: a model of FSDP2 that has run already.
         The model is unchanged after an error.
     """
     check_is_module(model)
