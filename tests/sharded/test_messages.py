@@ -60,7 +60,8 @@ def refusals():
         param = torch.nn.Parameter(DTensor.from_local(local, mesh, placements, run_check=False))
         found[name] = message(lambda param=param: lrk.I3SAdamW([dict(params=[param], rank=2)]))
     param = torch.nn.Parameter(DTensor.from_local(weight, mesh, [Replicate(), Shard(0)], run_check=False))
-    with mock.patch.object(DeviceMesh, "device_type", "cuda"):
+    held = vars(param.device_mesh)  # torch 2.9 keeps the type in the mesh, later ones compute it
+    with mock.patch.dict(held, device_type="cuda") if "device_type" in held else mock.patch.object(DeviceMesh, "device_type", "cuda"):
         found["offload"] = message(lambda: lrk.I3SAdamW([dict(params=[param], rank=2)]))
     found["mesh"] = loaded_from_another_mesh(weight)
     found["flat"] = message(lambda: lrk.I3SAdamW([dict(params=[torch.nn.Parameter(torch.randn(48))], rank=2)]))
