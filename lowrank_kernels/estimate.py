@@ -21,20 +21,11 @@ from .backends.foreach import CHUNK_ELEMENTS as RULE_ELEMENTS
 from .nn import SubspaceLayer, to_subspace
 from .optim import groups
 from .optim.in_backward import UPDATES, check_arguments
+from .optim.named import NAMED
 from .optim.refreshes import REFRESHED_ELEMENTS
 from .subspaces import BLIND
 
-METHODS: dict[str, type[torch.optim.Optimizer]] = {
-    "adamw": torch.optim.AdamW,
-    "galore": optim.GaLoreAdamW,
-    "i3s": optim.I3SAdamW,
-    "fira": optim.FiraAdamW,
-    "apollo": optim.ApolloAdamW,
-    "apollo-mini": optim.ApolloMiniAdamW,
-    "adafactor": optim.LowRankAdafactor,
-    "adam-mini": optim.LowRankAdamMini,
-    "rso": optim.RSOAdamW,
-}
+METHODS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW} | {name: kind for name, (kind, _) in NAMED.items()}
 """What `estimate_memory` knows by name."""
 HEADS = ("embed", "lm_head", "wte", "wpe")
 """Parts of names of matrices that stay dense, where only shapes are known."""
@@ -116,7 +107,7 @@ def estimate_memory(
         model: a module, or names and shapes of its parameters: matrices are then taken for linear layers,
             unless "embed", "lm_head", "wte" or "wpe" is in their name.
         method: "adamw" (torch's), "galore", "i3s", "fira", "apollo", "apollo-mini", "adafactor",
-            "adam-mini", "rso", or the class.
+            "adam-mini" (the last two and "fira" also with "-i3s"), "rso", or the class.
         rank: r. Not for "adamw".
         dtype: of the weights (the model's own, and fp32 for shapes).
         in_backward: None, "deferred" or "immediately"; see `in_backward`. accumulator_dtype: of R then.
@@ -139,6 +130,7 @@ def estimate_memory(
         raise ValueError(f"in_backward must be None or one of {', '.join(UPDATES)}, got {in_backward!r}")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
+    options = NAMED.get(method, (kind, {}))[1] | options
     is_low_rank = issubclass(kind, optim.LowRankOptimizer)
     if is_low_rank == (rank is None):
         raise ValueError(f"rank must be {'given for' if is_low_rank else 'left out of'} method={method!r}")

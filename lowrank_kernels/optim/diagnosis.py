@@ -3,6 +3,7 @@ it before they ask."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -91,4 +92,18 @@ def rows(optimizer: LowRankOptimizer) -> list[dict[str, Any]]:
         values = torch.cat([each for each, _ in parts]).tolist()
         for row, numbers in zip((row for _, mine in parts for row in mine), values, strict=True):
             row.update(zip(FIGURES, numbers, strict=True))
+    return found
+
+
+def flat(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The rows as one dict of floats, and their means. NaNs are left out."""
+    found: dict[str, float] = {}
+    for key in FIGURES:
+        each = {
+            f"{key}/{row['param']}" + ("" if row["expert"] is None else f"[{row['expert']}]"): row[key]
+            for row in rows
+            if not math.isnan(row[key])
+        }
+        if each:
+            found |= each | {f"{key}/mean": sum(each.values()) / len(each)}
     return found

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -454,8 +454,14 @@ class LowRankOptimizer(SavedOptimizer):
         if first and group["selection"] not in subspaces.BLIND:
             self._waiting.note(*map(list, zip(*first, strict=True)))
 
+    @overload
+    def diagnostics(self, flat: Literal[False] = False) -> list[dict[str, Any]]: ...
+
+    @overload
+    def diagnostics(self, flat: Literal[True]) -> dict[str, float]: ...
+
     @torch._disable_dynamo
-    def diagnostics(self) -> list[dict[str, Any]]:
+    def diagnostics(self, flat: bool = False) -> list[dict[str, Any]] | dict[str, float]:
         """What the last refresh of each matrix has found, in groups with diagnostics=True. This call waits
         for a GPU; the refresh itself does not.
 
@@ -465,8 +471,13 @@ class LowRankOptimizer(SavedOptimizer):
             overlap           ‖P_newᵀ·P_old‖²_F / r with the basis before, NaN for the first one
             captured_energy   ‖PᵀG‖²_F / ‖G‖²_F of the gradient that the basis was chosen from
             effective_rank    (Σσ²)² / Σσ⁴ of that gradient, between 1 and its shorter side
+
+        With flat=True the same as one dict for a logger, such as wandb.log(optimizer.diagnostics(flat=True)):
+        "overlap/layers.0.q_proj.weight", "overlap/layers.0.experts.weight[3]", and "overlap/mean" over all;
+        likewise of the other two. NaNs are left out.
         """
-        return diagnosis.rows(self)
+        rows = diagnosis.rows(self)
+        return diagnosis.flat(rows) if flat else rows
 
     def _new_state(self, group: dict[str, Any], members: Members, slot: int, basis: Tensor, hyper: Hyper) -> dict[str, Any]:
         param, key = members.params[slot], self._draw_key(group, members.places[slot], {})

@@ -1,0 +1,205 @@
+"""Low-rank optimizers in Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import re
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from .. import in_backward as _in_backward
+from .. import param_groups, to_subspace
+from ..optim.in_backward import UPDATES
+from ..optim.named import named
+from ..optim.optimizer import LowRankOptimizer
+from ..targets import ALL_LINEAR, matching_modules
+
+OF_LAYERS = ("distribution", "seed", "share", "principal_rank")
+"""Options of method="rso" that go to `to_subspace`. The others go to RSOAdamW."""
+
+
+class OptimizerFactory:
+    """Makes the optimizer of a Trainer, from a method's name and the Trainer's own arguments.
+
+        trainer = Trainer(
+            model,
+            TrainingArguments(learning_rate=1e-2, weight_decay=0.1, …),
+            optimizer_cls_and_kwargs=(OptimizerFactory, dict(method="i3s", rank=128, state_bits=8)),
+            …,
+        )
+
+    lr, betas, eps and weight_decay are those of TrainingArguments unless they are given. Biases and the
+    weights of norms do not decay, by Trainer's own rule. Trainer hands a factory the model alone, so the
+    factory looks up the Trainer that calls it.
+
+    Keys:
+        method: "galore", "i3s", "fira", "fira-i3s", "apollo", "apollo-mini", "adafactor", "adafactor-i3s",
+            "adam-mini", "adam-mini-i3s", or "rso", which converts the model by `to_subspace` first.
+        rank: r.
+        target_modules: as in `param_groups`; by default TrainingArguments' optim_target_modules, or
+            "all-linear" where there are none. The spellings of Hugging Face work: parts of names, regular
+            expressions, "all-linear" and "all_linear".
+        head: whether "all-linear" means the output head as well (False). Hugging Face's own does.
+        lr, betas, eps, weight_decay: in place of TrainingArguments' learning_rate, adam_beta1 and adam_beta2,
+            adam_epsilon, weight_decay.
+        dense_lr: of the parameters that are not projected (lr). The scheduler scales both.
+        in_backward: None, "deferred" or "immediately": `in_backward` projects gradients while the backward
+            pass runs. Trainer's clipping does not see them then: set TrainingArguments(max_grad_norm=0), and
+            max_grad_norm here.
+        max_grad_norm: for optimizer.clip_grad_norm_ before each step, with in_backward="deferred" (0: none).
+        options: any other key of a low-rank group, as of `param_groups`; of "rso" those of `to_subspace` and
+            RSOAdamW.
+
+    Raises:
+        ValueError, TypeError: for methods and options that do not exist, and where options and
+            TrainingArguments do not go together.
+        RuntimeError: where no Trainer calls it.
+    """
+
+    def __call__(
+        self,
+        model: nn.Module,
+        *,
+        method: str,
+        rank: int,
+        target_modules: Any = None,
+        head: bool = False,
+        lr: float | None = None,
+        dense_lr: float | None = None,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        weight_decay: float | None = None,
+        in_backward: str | None = None,
+        max_grad_norm: float = 0.0,
+        **options: Any,
+    ) -> LowRankOptimizer:
+        kind, preset = named(method)
+        trainer = _calling_trainer()
+        args = trainer.args
+        if args.deepspeed:
+            raise ValueError("DeepSpeed keeps flat pieces of matrices, which cannot be projected; use FSDP2, or DistributedDataParallel")
+        _check_in_backward(in_backward, max_grad_norm, args)
+        if target_modules is None:
+            target_modules = "all-linear" if args.optim_target_modules is None else args.optim_target_modules
+        if head:
+            target_modules = _with_head(model, target_modules)
+        adamw = dict(
+            lr=args.learning_rate if lr is None else lr,
+            betas=(args.adam_beta1, args.adam_beta2) if betas is None else tuple(betas),
+            eps=args.adam_epsilon if eps is None else eps,
+        )
+        weight_decay = args.weight_decay if weight_decay is None else weight_decay
+        if method == "rso":
+            of_layers = {key: options.pop(key) for key in OF_LAYERS if key in options}
+            to_subspace(model, rank, target_modules, **of_layers)
+            groups, adamw = [{"params": [param for param in model.parameters() if param.requires_grad]}], adamw | options
+        else:
+            groups = param_groups(model, rank, target_modules, **(preset | options))
+        if dense_lr is not None and method != "rso":
+            groups[0]["lr"] = dense_lr
+        elif dense_lr is not None:
+            raise ValueError("dense_lr is not for method='rso', whose scale= is the factor between the two rates")
+        optimizer = kind(_by_decay(model, groups, set(trainer.get_decay_parameter_names(model)), weight_decay), **adamw)
+        if in_backward is not None:
+            trainer.add_callback(_InBackward(trainer, in_backward, max_grad_norm))
+        return optimizer
+
+
+def _calling_trainer() -> Trainer:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if isinstance(caller := frame.f_locals.get("self"), Trainer):
+            return caller
+        frame = frame.f_back
+    raise RuntimeError(
+        "no Trainer calls this OptimizerFactory, which takes its TrainingArguments; pass Trainer(optimizer_cls_and_kwargs="
+        "(OptimizerFactory, dict(method=…, rank=…))), or build the optimizer from lowrank_kernels.param_groups"
+    )
+
+
+def _check_in_backward(in_backward: str | None, max_grad_norm: float, args: Any) -> None:
+    """Raises ValueError where clipping and in_backward do not go together."""
+    if in_backward not in (None, *UPDATES):
+        raise ValueError(f"in_backward must be None or one of {', '.join(UPDATES)}, got {in_backward!r}")
+    if in_backward is None and max_grad_norm:
+        raise ValueError("max_grad_norm is for in_backward='deferred'; leave it to TrainingArguments")
+    if in_backward == "immediately" and max_grad_norm:
+        raise ValueError("in_backward='immediately' uses gradients up before their norm is known; use 'deferred' to clip")
+    if in_backward is not None and args.max_grad_norm:
+        raise ValueError(
+            f"TrainingArguments(max_grad_norm={args.max_grad_norm:g}) clips by gradients, which in_backward has used up by then; set it to "
+            "0, and max_grad_norm of OptimizerFactory instead"
+        )
+
+
+def _with_head(model: nn.Module, target_modules: Any) -> str:
+    """A regular expression for all linear layers and the output head."""
+    if target_modules not in ALL_LINEAR:
+        raise ValueError(f"head=True is for target_modules='all-linear', got {target_modules!r}; name the head among them")
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if output is None:
+        raise ValueError(f"head=True, but {type(model).__name__} has no output head that get_output_embeddings() returns")
+    wanted = {*matching_modules(model, target_modules).values(), output}
+    return "|".join(re.escape(name) for name, module in model.named_modules() if module in wanted)
+
+
+def _by_decay(model: nn.Module, groups: list[dict[str, Any]], decaying: set[str], weight_decay: float) -> list[dict[str, Any]]:
+    """The groups, each as one that decays and one that does not, with the parameters' names. They outlive
+    that accelerate puts sharded parameters in the place of the model's."""
+    names = {param: name for name, param in model.named_parameters()}
+    found = []
+    for group in groups:
+        for decays in (True, False):
+            params = [(names[param], param) for param in group["params"] if (names[param] in decaying) == decays]
+            if params:
+                found.append({**group, "params": params, "weight_decay": weight_decay if decays else 0.0})
+    return found
+
+
+class _InBackward(TrainerCallback):
+    """Begins in_backward when Trainer has wrapped the model, and clips what it has projected."""
+
+    def __init__(self, trainer: Trainer, update: str, max_grad_norm: float) -> None:
+        self._trainer, self._update, self._max_grad_norm = trainer, update, max_grad_norm
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        optimizer = _unwrapped(trainer.optimizer)
+        if optimizer._in_backward is None:
+            options = dict(accumulate=args.gradient_accumulation_steps, update=self._update, scaler=trainer.accelerator.scaler)
+            _in_backward(trainer.model_wrapped, optimizer, **options)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
+        if self._max_grad_norm:
+            _unwrapped(optimizer).clip_grad_norm_(self._max_grad_norm)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (held := _unwrapped(self._trainer.optimizer)._in_backward) is not None:
+            held.remove()
+
+
+class DiagnosticsCallback(TrainerCallback):
+    """Logs `optimizer.diagnostics(flat=True)` wherever Trainer logs the loss: what the last refresh of each
+    matrix has found, in groups with diagnostics=True.
+
+        trainer.add_callback(DiagnosticsCallback(trainer))
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not any(group.get("diagnostics") for group in self._trainer.optimizer.param_groups):
+            raise ValueError("no group of the optimizer has diagnostics=True; pass diagnostics=True to OptimizerFactory")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log:
+            self._trainer.log(_unwrapped(self._trainer.optimizer).diagnostics(flat=True))
+            control.should_log = True  # which log() has set back, and the loss is still to come
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer in an AcceleratedOptimizer."""
+    return getattr(optimizer, "optimizer", optimizer)
