@@ -53,8 +53,8 @@ def load_uncast(
 def refuse_projectors(incoming: dict[str, Any]) -> None:
     if any("projector" in state for state in incoming["state"].values()):
         raise ValueError(
-            "the checkpoint is one of galore-torch or its kin, whose states hold a projector; the model's weights can be loaded, its "
-            "optimizer starts anew"
+            "the checkpoint is one of galore-torch or its kin, whose states hold a projector; "
+            "lowrank_kernels.integrations.galore_torch.load_checkpoint takes those of galore-torch"
         )
 
 

@@ -96,17 +96,7 @@ def normalise_(state: dict[str, Any], sharded: bool, eight_bit_moments: bool) ->
         if sharded and scale in state:
             state[name] = decode(state[name], state.pop(scale), torch.float32)
         elif name in spread and scale not in state:
-            state[name], state[scale] = _coded(name, state[name].float(), state.get("step", 0))
-
-
-def _coded(name: str, values: Tensor, step: Tensor | float) -> tuple[Tensor, Tensor]:
-    codes = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.contiguous_format)
-    scales = values.new_empty(eight_bit.scales_shape(values.shape))
-    if name == "exp_avg":
-        eight_bit.encode_m_(values, codes, scales)
-    else:
-        eight_bit.encode_v_(values, codes, scales, float(step))
-    return codes, scales
+            state[name], state[scale] = eight_bit.coded(name, state[name].float(), state.get("step", 0))
 
 
 def restore(state: dict[str, Any], saved: dict[str, Any], sharding: Sharding, expected: dict[str, Part], device: torch.device) -> None:
@@ -118,7 +108,7 @@ def restore(state: dict[str, Any], saved: dict[str, Any], sharding: Sharding, ex
         elif key in expected:
             part = taken(value, sharding, expected[key].dim, device)
             if expected[key].dtype == torch.uint8:
-                part, scales = _coded(key, part.float(), saved.get("step", 0))
+                part, scales = eight_bit.coded(key, part.float(), saved.get("step", 0))
                 scale = f"{key}_scale"
                 state[scale] = sharding.wrap(scales, expected[scale].dim, expected[scale].length)
             part = own_memory(part) if key == "basis" else part.contiguous()

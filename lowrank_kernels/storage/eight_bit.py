@@ -90,6 +90,17 @@ def encode_(
     encode_v_(v, exp_avg_sq, exp_avg_sq_scale, step)
 
 
+def coded(name: str, values: Tensor, step: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Codes and scales of one moment in fp32, named `name`, in new memory."""
+    codes = torch.empty_like(values, dtype=torch.uint8, memory_format=torch.contiguous_format)
+    scales = values.new_empty(scales_shape(values.shape))
+    if name == "exp_avg":
+        encode_m_(values, codes, scales)
+    else:
+        encode_v_(values, codes, scales, float(step))
+    return codes, scales
+
+
 def encode_m_(m: Tensor, codes: Tensor, scale: Tensor) -> None:
     scale.copy_(_peak(m))
     codes.copy_(_share(m, scale).sqrt_().mul_(127).copysign_(m).add_(0.5).floor_().add_(128).nan_to_num_(128))

@@ -233,4 +233,3 @@ def test_what_refreshes_have_found_is_logged(tmp_path):
     built.add_callback(DiagnosticsCallback(built))
     with pytest.raises(ValueError, match="diagnostics=True"):
         built.train()
-

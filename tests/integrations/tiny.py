@@ -52,9 +52,7 @@ def trainer(folder, keys=None, model=None, callbacks=None, **options):
     random.seed(0), numpy.random.seed(0)
     model = llama() if model is None else model
     factory = {} if keys is None else dict(optimizer_cls_and_kwargs=(OptimizerFactory, dict(rank=8, update_proj_gap=3) | keys))
-    return Trainer(
-        model, arguments(folder, **options), train_dataset=Tokens(), eval_dataset=Tokens(8), callbacks=callbacks, **factory
-    )
+    return Trainer(model, arguments(folder, **options), train_dataset=Tokens(), eval_dataset=Tokens(8), callbacks=callbacks, **factory)
 
 
 def of_rso(keys):
