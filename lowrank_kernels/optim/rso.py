@@ -153,6 +153,12 @@ class RSOAdamW(LowRankOptimizer):
             "moves weights by coordinates"
         )
 
+    def _claim_sharded(self) -> None:
+        """Finds the layers of sharded parameters that were put in the place of those that the optimizer was
+        built with, as accelerate does."""
+        if any(is_sharded(param) for group in self.param_groups for param in group["params"][:1]):
+            claim_sharded()
+
     # Groups.
 
     @torch._disable_dynamo
@@ -225,6 +231,7 @@ class RSOAdamW(LowRankOptimizer):
             raise RuntimeError(
                 "RSOAdamW.step() cannot be captured in a CUDA graph, whose replays would never draw the next P; leave it out"
             )
+        self._claim_sharded()
         found = list(map(layers_of, self.param_groups))
         self._check_converted(found)
         return [
@@ -425,6 +432,10 @@ class RSOAdamW(LowRankOptimizer):
 
     def _missing_in_older(self, group: dict[str, Any]) -> dict[str, Any]:
         return rso_groups.missing_in_older(group)
+
+    def _checked(self, incoming: dict[str, Any]) -> dict[str, Any]:
+        self._claim_sharded()
+        return super()._checked(incoming)
 
     def _check_loaded_group(self, group: dict[str, Any], saved: dict[str, Any], index: int) -> list[str]:
         if missing := [key for key in keys.names((*keys.RSO, *keys.POSITION)) if key not in saved]:

@@ -22,6 +22,7 @@ CASES = {
     "sgd": dict(inner="sgd"),
     "uneven": dict(width=37, placed=False),
     "converted when sharded": dict(late=True),
+    "sharded after the optimizer was built": dict(switched=True),
     "converted when sharded, uneven": dict(late=True, width=37),
 }
 SLOW = ("haar", "proximal", "sgd", "converted when sharded, uneven")
@@ -50,8 +51,9 @@ def converted(width=36, seed=0, **options):
     return convert(Wide(width), **options)
 
 
-def build(spread, placed=True, width=36, seed=0, mp_policy=None, mesh=None, late=False, **options):
-    """late: whether the model is sharded when it is converted."""
+def build(spread, placed=True, width=36, seed=0, mp_policy=None, mesh=None, late=False, switched=False, **options):
+    """late: whether the model is sharded when it is converted. switched: whether the optimizer gets sharded
+    parameters in the place of others, as accelerate does it."""
     torch.manual_seed(seed)
     model, of_layers = Wide(width), {key: options.pop(key) for key in OF_LAYERS if key in options}
     how = {} if mp_policy is None else dict(mp_policy=mp_policy)
@@ -60,12 +62,19 @@ def build(spread, placed=True, width=36, seed=0, mp_policy=None, mesh=None, late
         convert(fully_shard(model, **how), **of_layers)
     else:
         convert(model, **of_layers)
+    options = dict(lr=1e-2, weight_decay=0.1, inner_steps=3) | options
+    if spread and switched:
+        names, optimizer = [name for name, _ in model.named_parameters()], lrk.RSOAdamW(model.parameters(), **options)
     if spread and not late:
         how |= dict(shard_placement_fn=lrk.distributed.shard_placement) if placed else {}
         for layer in model.layers:
             fully_shard(layer, **how)
         fully_shard(model, **how)
-    return model, lrk.RSOAdamW(model.parameters(), lr=1e-2, weight_decay=0.1, inner_steps=3, **options)
+    if not (spread and switched):
+        return model, lrk.RSOAdamW(model.parameters(), **options)
+    sharded = dict(model.named_parameters())
+    optimizer.param_groups[0]["params"] = [sharded[name] for name in names]
+    return model, optimizer
 
 
 def train(model, optimizer, steps, start=0, get=batch, dtype=torch.float64):
