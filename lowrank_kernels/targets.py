@@ -74,6 +74,7 @@ def is_head_or_embedding(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     head = model.get_output_embeddings() if callable(getattr(model, "get_output_embeddings", None)) else None
 
     def examine(name: str, module: nn.Module) -> bool:
+        name = name.partition(".modules_to_save.")[0]  # PEFT's copy of a module has its own name after this
         is_head = module is head or name.rpartition(".")[2] in OUTPUT_HEADS
         return is_head or id(getattr(module, "weight", None)) in embeddings
 
@@ -118,10 +119,10 @@ def _pattern(text: str) -> re.Pattern[str] | None:
 
 def _adapters(model: nn.Module) -> set[int]:
     """The ids of the modules that PEFT adds to layers (lora_A, lora_B, …), and of all modules inside them.
-    Each of PEFT's layers lists its own."""
+    Each of PEFT's layers lists its own. The copies of whole modules in `modules_to_save` are no adapters."""
     found = set()
     for layer in model.modules():
         for name in getattr(layer, "adapter_layer_names", ()):
-            if isinstance(added := getattr(layer, name, None), nn.Module):
+            if name != "modules_to_save" and isinstance(added := getattr(layer, name, None), nn.Module):
                 found |= {id(module) for module in added.modules()}
     return found

@@ -1,6 +1,7 @@
 """What target_modules means for models of PEFT, mixtures of experts and Hugging Face's ways of writing it;
 stand-ins for their classes."""
 
+import copy
 import warnings
 
 import pytest
@@ -22,6 +23,17 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.ModuleDict({"default": nn.Linear(width, 4, bias=False)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(4, width, bias=False)})
         self.lora_embedding_A = nn.ParameterDict()
+
+
+class SavedModule(nn.Module):
+    """PEFT's wrapper of a module that it trains as a whole, in a copy."""
+
+    adapter_layer_names = ("modules_to_save",)
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module, self.modules_to_save = module, nn.ModuleDict({"default": copy.deepcopy(module)})
+        self.original_module.requires_grad_(False)
 
 
 class MixtralExperts(nn.Module):
@@ -66,6 +78,11 @@ def test_adapters_of_peft_are_left_out_unless_they_are_named():
     frozen.q.base_layer.requires_grad_(False), frozen.o.requires_grad_(False)
     with pytest.raises(ValueError, match="matches only frozen parameters"):
         lrk.param_groups(frozen, rank=2)
+
+
+def test_modules_that_peft_trains_as_a_whole_are_projected_but_for_the_head():
+    model = nn.ModuleDict({"mlp": SavedModule(nn.Sequential(nn.Linear(8, 8))), "lm_head": SavedModule(nn.Linear(8, 16))})
+    assert projected(model) == ["mlp.modules_to_save.default.0.weight"]
 
 
 def test_experts_are_linear_too():
