@@ -6,11 +6,12 @@ import re
 import sys
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
+from .. import InBackward, param_groups, to_dense, to_subspace
 from .. import in_backward as _in_backward
-from .. import param_groups, to_subspace
+from ..nn import SubspaceLayer
 from ..optim.in_backward import UPDATES
 from ..optim.named import named
 from ..optim.optimizer import LowRankOptimizer
@@ -46,9 +47,8 @@ class OptimizerFactory:
             adam_epsilon, weight_decay.
         dense_lr: of the parameters that are not projected (lr). The scheduler scales both.
         in_backward: None, "deferred" or "immediately": `in_backward` projects gradients while the backward
-            pass runs. Trainer's clipping does not see them then: set TrainingArguments(max_grad_norm=0), and
-            max_grad_norm here.
-        max_grad_norm: for optimizer.clip_grad_norm_ before each step, with in_backward="deferred" (0: none).
+            pass runs. Trainer clips then by optimizer.clip_grad_norm_, and logs that norm. "immediately"
+            knows no norm: set TrainingArguments(max_grad_norm=0).
         options: any other key of a low-rank group, as of `param_groups`; of "rso" those of `to_subspace` and
             RSOAdamW.
 
@@ -72,7 +72,6 @@ class OptimizerFactory:
         eps: float | None = None,
         weight_decay: float | None = None,
         in_backward: str | None = None,
-        max_grad_norm: float = 0.0,
         **options: Any,
     ) -> LowRankOptimizer:
         kind, preset = named(method)
@@ -80,7 +79,13 @@ class OptimizerFactory:
         args = trainer.args
         if args.deepspeed:
             raise ValueError("DeepSpeed keeps flat pieces of matrices, which cannot be projected; use FSDP2, or DistributedDataParallel")
-        _check_in_backward(in_backward, max_grad_norm, args)
+        if in_backward not in (None, *UPDATES):
+            raise ValueError(f"in_backward must be None or one of {', '.join(UPDATES)}, got {in_backward!r}")
+        if in_backward == "immediately" and args.max_grad_norm:
+            raise ValueError(
+                f"in_backward='immediately' uses gradients up before their norm is known, and max_grad_norm is {args.max_grad_norm:g}; set "
+                "TrainingArguments(max_grad_norm=0), or use 'deferred'"
+            )
         if target_modules is None:
             target_modules = "all-linear" if args.optim_target_modules is None else args.optim_target_modules
         if head:
@@ -91,19 +96,24 @@ class OptimizerFactory:
             eps=args.adam_epsilon if eps is None else eps,
         )
         weight_decay = args.weight_decay if weight_decay is None else weight_decay
+        converts = method == "rso" and not any(isinstance(module, SubspaceLayer) for module in model.modules())
         if method == "rso":
             of_layers = {key: options.pop(key) for key in OF_LAYERS if key in options}
-            to_subspace(model, rank, target_modules, **of_layers)
-            groups, adamw = [{"params": [param for param in model.parameters() if param.requires_grad]}], adamw | options
+            low_rank, dense = _coordinates(model, rank, target_modules, of_layers, converts), {"params": _others(model)}
+            adamw |= options
         else:
-            groups = param_groups(model, rank, target_modules, **(preset | options))
-        if dense_lr is not None and method != "rso":
-            groups[0]["lr"] = dense_lr
-        elif dense_lr is not None:
-            raise ValueError("dense_lr is not for method='rso', whose scale= is the factor between the two rates")
-        optimizer = kind(_by_decay(model, groups, set(trainer.get_decay_parameter_names(model)), weight_decay), **adamw)
+            dense, low_rank = param_groups(model, rank, target_modules, **(preset | options))
+        if dense_lr is not None:
+            dense["lr"] = dense_lr
+        decaying = set(trainer.get_decay_parameter_names(model))
+        try:  # the low-rank group comes first, since Trainer logs the rate of the first one
+            optimizer = kind(_by_decay(model, [low_rank, dense], decaying, weight_decay), **adamw)
+        except BaseException:
+            if converts:
+                to_dense(model)
+            raise
         if in_backward is not None:
-            trainer.add_callback(_InBackward(trainer, in_backward, max_grad_norm))
+            trainer.add_callback(_InBackward(trainer, in_backward))
         return optimizer
 
 
@@ -119,19 +129,25 @@ def _calling_trainer() -> Trainer:
     )
 
 
-def _check_in_backward(in_backward: str | None, max_grad_norm: float, args: Any) -> None:
-    """Raises ValueError where clipping and in_backward do not go together."""
-    if in_backward not in (None, *UPDATES):
-        raise ValueError(f"in_backward must be None or one of {', '.join(UPDATES)}, got {in_backward!r}")
-    if in_backward is None and max_grad_norm:
-        raise ValueError("max_grad_norm is for in_backward='deferred'; leave it to TrainingArguments")
-    if in_backward == "immediately" and max_grad_norm:
-        raise ValueError("in_backward='immediately' uses gradients up before their norm is known; use 'deferred' to clip")
-    if in_backward is not None and args.max_grad_norm:
+def _coordinates(model: nn.Module, rank: int, target_modules: Any, of_layers: dict[str, Any], converts: bool) -> dict[str, Any]:
+    """The group of the coordinates of a model that is converted here, or was before."""
+    if converts:
+        to_subspace(model, rank, target_modules, **of_layers)
+    layers = [module for module in model.modules() if isinstance(module, SubspaceLayer)]
+    if not converts and (of_layers or {layer.subspace.rank for layer in layers} != {rank}):
+        ranks = sorted({layer.subspace.rank for layer in layers})
         raise ValueError(
-            f"TrainingArguments(max_grad_norm={args.max_grad_norm:g}) clips by gradients, which in_backward has used up by then; set it to "
-            "0, and max_grad_norm of OptimizerFactory instead"
+            f"the model was converted with rank {', '.join(map(str, ranks))} before, and got rank={rank}"
+            + "".join(f", {key}={value!r}" for key, value in of_layers.items())
+            + "; leave the conversion to OptimizerFactory, or name that rank alone"
         )
+    return {"params": [layer.coordinates for layer in layers if layer.coordinates.requires_grad]}
+
+
+def _others(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters that are no coordinates."""
+    coordinates = {module.coordinates for module in model.modules() if isinstance(module, SubspaceLayer)}
+    return [param for param in model.parameters() if param.requires_grad and param not in coordinates]
 
 
 def _with_head(model: nn.Module, target_modules: Any) -> str:
@@ -159,25 +175,32 @@ def _by_decay(model: nn.Module, groups: list[dict[str, Any]], decaying: set[str]
 
 
 class _InBackward(TrainerCallback):
-    """Begins in_backward when Trainer has wrapped the model, and clips what it has projected."""
+    """Begins in_backward when Trainer has wrapped the model, and ends it with the training. Meanwhile Trainer
+    clips what it has projected: accelerate, which Trainer asks, would see the parameters' gradients alone."""
 
-    def __init__(self, trainer: Trainer, update: str, max_grad_norm: float) -> None:
-        self._trainer, self._update, self._max_grad_norm = trainer, update, max_grad_norm
+    def __init__(self, trainer: Trainer, update: str) -> None:
+        self._trainer, self._update = trainer, update
+        self._held: InBackward | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self._trainer
-        optimizer = _unwrapped(trainer.optimizer)
-        if optimizer._in_backward is None:
-            options = dict(accumulate=args.gradient_accumulation_steps, update=self._update, scaler=trainer.accelerator.scaler)
-            _in_backward(trainer.model_wrapped, optimizer, **options)
+        if self._held is not None:  # the last training has raised
+            _unwrapped(trainer.optimizer).zero_grad()
+            self._end()
+        options = dict(accumulate=args.gradient_accumulation_steps, update=self._update, scaler=trainer.accelerator.scaler)
+        self._held = _in_backward(trainer.model_wrapped, _unwrapped(trainer.optimizer), **options)
+        trainer.accelerator.clip_grad_norm_ = self._clip
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **kwargs: Any) -> None:
-        if self._max_grad_norm:
-            _unwrapped(optimizer).clip_grad_norm_(self._max_grad_norm)
+    def _clip(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Tensor | None:
+        return None if self._update == "immediately" else _unwrapped(self._trainer.optimizer).clip_grad_norm_(float(max_norm))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (held := _unwrapped(self._trainer.optimizer)._in_backward) is not None:
-            held.remove()
+        self._end()
+
+    def _end(self) -> None:
+        self._held.remove()
+        self._held = None
+        del self._trainer.accelerator.clip_grad_norm_  # the class's own is there again
 
 
 class DiagnosticsCallback(TrainerCallback):

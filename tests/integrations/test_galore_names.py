@@ -131,12 +131,13 @@ def test_layerwise_variants_are_refused_in_several_processes(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("optim", CLASSES)
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, optim):
-    options = dict(save_strategy="steps", save_steps=5)
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, shows, optim):
+    options = dict(save_strategy="steps", save_steps=5, gradient_accumulation_steps=2, max_grad_norm=0.5)
     whole = run(tmp_path / "a", optim, **options)
     again = run(tmp_path / "b", optim, resume=str(tmp_path / "a" / "checkpoint-5"), seed=1, **options)
     assert difference(weights(whole), weights(again)) == 0
     assert losses(whole)[-5:] == losses(again)[-5:]
+    shows('Trainer, `optim="galore_adamw"` …', f"`{optim}`", "accumulation", "clipping", "resume")
 
 
 class TestArguments:

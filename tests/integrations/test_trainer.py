@@ -41,19 +41,21 @@ def test_training_learns(tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["i3s", "rso"])
-def test_training_is_that_of_a_loop_of_ones_own(tmp_path, method):
+def test_training_is_that_of_a_loop_of_ones_own(tmp_path, shows, method):
     """Bit for bit: the same optimizer, schedule, clipping, accumulation and order of batches."""
     options = dict(weight_decay=0.1, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6, warmup_steps=2, gradient_accumulation_steps=2)
     trained = run(tmp_path, method, max_steps=4, **options)
     model = llama()
     if method == "rso":
         lrk.to_subspace(model, rank=8)
-        groups = [{"params": [param for param in model.parameters() if param.requires_grad]}]
+        coordinates = [param for name, param in model.named_parameters() if name.endswith("coordinates")]
+        groups = [{"params": [param for param in model.parameters() if param.requires_grad and param not in set(coordinates)]}]
+        groups.append({"params": coordinates})
     else:
         groups = lrk.param_groups(model, rank=8, update_proj_gap=3)
     norms = {param for name, param in model.named_parameters() if "norm" in name}
     split = []
-    for group in groups:
+    for group in reversed(groups):
         for decay in (0.1, 0.0):
             if params := [param for param in group["params"] if (param in norms) == (decay == 0)]:
                 split.append({**group, "params": params, "weight_decay": decay})
@@ -72,19 +74,20 @@ def test_training_is_that_of_a_loop_of_ones_own(tmp_path, method):
         optimizer.zero_grad()
     assert difference(weights(trained), model.state_dict()) == 0
     assert difference(weights(trained), llama().state_dict()) > 1e-3
+    shows("Trainer", method.upper(), "accumulation", "clipping")
 
 
 def test_options_come_from_training_arguments_unless_they_are_given(tmp_path):
     options = dict(max_steps=1, weight_decay=0.1, adam_beta1=0.7, adam_epsilon=1e-5, lr_scheduler_type="constant")
     trained = run(tmp_path, keys=dict(state_bits=8, dense_lr=1e-3), **options)
-    decaying, rest, low_rank = optimizer_of(trained).param_groups
-    assert [group["weight_decay"] for group in (decaying, rest, low_rank)] == [0.1, 0.0, 0.1]
-    assert [group["lr"] for group in (decaying, rest, low_rank)] == [1e-3, 1e-3, 1e-2]
+    low_rank, decaying, rest = optimizer_of(trained).param_groups
+    assert [group["weight_decay"] for group in (low_rank, decaying, rest)] == [0.1, 0.1, 0.0]
+    assert [group["lr"] for group in (low_rank, decaying, rest)] == [1e-2, 1e-3, 1e-3]
     assert low_rank["betas"] == (0.7, 0.999) and low_rank["eps"] == 1e-5 and low_rank["state_bits"] == 8
     assert all("norm" in name for name in rest["param_names"])
     assert decaying["param_names"] == ["model.embed_tokens.weight", "lm_head.weight"]
     given = dict(lr=3e-3, betas=[0.6, 0.9], eps=1e-4, weight_decay=0.3)
-    low_rank = optimizer_of(run(tmp_path, keys=given, **options)).param_groups[-1]
+    low_rank = optimizer_of(run(tmp_path, keys=given, **options)).param_groups[0]
     assert low_rank["betas"] == (0.6, 0.9)
     assert [low_rank[key] for key in ("lr", "eps", "weight_decay")] == [3e-3, 1e-4, 0.3]
 
@@ -109,13 +112,14 @@ def test_targets_are_spelled_as_hugging_face_does(tmp_path, targets, keys, expec
 
 @pytest.mark.parametrize("method", ["i3s", "rso"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, method, precision):
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, shows, method, precision):
     options = dict(save_strategy="steps", save_steps=4, bf16=precision == "bf16", max_steps=8)
     whole = run(tmp_path / "a", method, keys=dict() if method == "rso" else dict(state_bits=8), **options)
     keys = dict() if method == "rso" else dict(state_bits=8)
     again = run(tmp_path / "b", method, resume=str(tmp_path / "a" / "checkpoint-4"), keys=keys, model=llama(seed=1), **options)
     assert difference(weights(whole), weights(again)) == 0
     assert losses(whole)[-4:] == losses(again)[-4:]
+    shows("Trainer", method.upper(), "resume")
 
 
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
@@ -163,31 +167,45 @@ def test_a_scaler_changes_nothing_but_the_range(tmp_path, method):
 
 
 class TestInBackward:
-    def test_projected_gradients_train_alike(self, tmp_path):
+    def test_projected_gradients_train_alike(self, tmp_path, shows):
         plain = run(tmp_path, max_grad_norm=0.0)
         for update in ("deferred", "immediately"):
             other = run(tmp_path, keys=dict(in_backward=update), max_grad_norm=0.0)
             assert difference(weights(plain), weights(other)) == 0
             assert optimizer_of(other)._in_backward is None  # it ends with the training
+        shows("Trainer", "I3S", "in_backward")
+
+    def test_the_norm_that_trainer_logs_is_that_of_r(self, tmp_path):
+        """‖R‖ ≤ ‖G‖ of the projected parameters."""
+
+        def norms(built):
+            return [row["grad_norm"] for row in built.state.log_history if "grad_norm" in row]
+
+        plain, inside = run(tmp_path, max_grad_norm=1e9), run(tmp_path, keys=dict(in_backward="deferred"), max_grad_norm=1e9)
+        assert all(0.1 * whole < of_r < whole for whole, of_r in zip(norms(plain), norms(inside), strict=True))
+
+    def test_a_second_training_goes_on(self, tmp_path):
+        built = run(tmp_path, keys=dict(in_backward="deferred"))
+        built.args.max_steps, optimizer = 8, optimizer_of(built)
+        built.train()
+        assert optimizer_of(built) is optimizer and optimizer._in_backward is None
 
     def test_accumulation_and_clipping(self, tmp_path):
         options = dict(max_grad_norm=0.0, gradient_accumulation_steps=2)
         blind = dict(selection="random")  # bases that no last bit of a gradient turns
         free = run(tmp_path, "adam-mini", keys=dict(in_backward="deferred") | blind, **options)
-        clipped = run(tmp_path, "adam-mini", keys=dict(in_backward="deferred", max_grad_norm=1e-3) | blind, **options)
+        clipped = run(tmp_path, "adam-mini", keys=dict(in_backward="deferred") | blind, **(options | dict(max_grad_norm=1e-3)))
         assert difference(weights(free), weights(run(tmp_path, "adam-mini", keys=blind, **options))) < 1e-4
         assert difference(weights(free), weights(clipped)) > 1e-3
 
     def test_with_a_scaler(self, tmp_path):
-        options = dict(keys=dict(in_backward="deferred", max_grad_norm=0.5), max_grad_norm=0.0)
+        options = dict(keys=dict(in_backward="deferred"), max_grad_norm=0.5)
         assert difference(weights(run(tmp_path, **options)), weights(run(tmp_path, scaler=Scaled(), **options))) == 0
 
     @pytest.mark.parametrize(
         "keys, options, words",
         [
-            (dict(in_backward="deferred"), {}, r"TrainingArguments\(max_grad_norm=1\) clips by gradients"),
-            (dict(in_backward="immediately", max_grad_norm=1.0), dict(max_grad_norm=0.0), "use 'deferred' to clip"),
-            (dict(max_grad_norm=1.0), {}, "leave it to TrainingArguments"),
+            (dict(in_backward="immediately"), {}, r"set TrainingArguments\(max_grad_norm=0\), or use 'deferred'"),
             (dict(in_backward="later"), dict(max_grad_norm=0.0), "one of deferred, immediately, got 'later'"),
             (dict(in_backward="immediately"), dict(max_grad_norm=0.0, gradient_accumulation_steps=2), "one backward pass a step"),
         ],
@@ -204,7 +222,6 @@ class TestInBackward:
         (dict(method="adamw"), ValueError, "method must be one of galore, i3s, .*, got 'adamw'"),
         (dict(method="i3s", update_gap=3), ValueError, "unknown option 'update_gap'.*did you mean 'update_proj_gap'"),
         (dict(method="rso", update_proj_gap=3), (TypeError, ValueError), "update_proj_gap"),
-        (dict(method="rso", dense_lr=1e-3), ValueError, "scale= is the factor"),
         (dict(method="i3s", target_modules=["q_proj"], head=True), ValueError, "head=True is for target_modules='all-linear'"),
     ],
     ids=str,
@@ -214,6 +231,26 @@ def test_mistakes_are_refused_in_words(tmp_path, keys, error, words):
     built.optimizer_cls_and_kwargs = OptimizerFactory, dict(rank=8) | keys
     with pytest.raises(error, match=words):
         built.train()
+
+
+def test_a_model_that_is_converted_already(tmp_path):
+    def converted():
+        return lrk.to_subspace(llama(), rank=8)
+
+    assert difference(weights(run(tmp_path, "rso")), weights(run(tmp_path, "rso", model=converted()))) == 0
+    built = trainer(tmp_path, model=converted())
+    for keys, words in ((dict(rank=4), "with rank 8 before, and got rank=4"), (dict(rank=8, seed=1), "rank=8, seed=1")):
+        built.optimizer_cls_and_kwargs = OptimizerFactory, dict(method="rso") | keys
+        with pytest.raises(ValueError, match=words):
+            built.train()
+
+
+def test_a_refused_optimizer_leaves_the_model_as_it_was(tmp_path):
+    built = trainer(tmp_path)
+    built.optimizer_cls_and_kwargs = OptimizerFactory, dict(method="rso", rank=8, momentum=2.0)
+    with pytest.raises(ValueError, match="momentum"):
+        built.train()
+    assert not any(isinstance(module, lrk.SubspaceLinear) for module in built.model.modules())
 
 
 def test_without_a_trainer_it_says_so():
