@@ -4,6 +4,7 @@
 # make gpu-dry: the tests marked gpu up to the launch of each kernel, which is compiled for GPUs that need not be here and not run.
 # make cuda-build: the CUDA part against a CUDA build of torch, in a virtual environment of its own that takes 6 GB; needs nvcc, no GPU.
 # make gpu-ir: every kernel executed from the compiler's IR, in the same environment with a Triton of its own.
+# make integrations: the tests with Lightning, PEFT, TRL and others, and the table in docs/integrations.md.
 # make test: a representative part of the tests, in minutes. make test-all: all of them, with every kernel configuration compiled, and a
 # sample of make gpu-ir; without the latter: make test ARGS=--all.
 # make gpu: runs with the Python given as PYTHON, as it is: no virtual environment, nothing installed.
@@ -28,6 +29,8 @@ CUDA_VENV ?= .venv-cuda
 IR_PACKAGES := triton==3.8.0 ttsem==0.1.0
 IR_FOLDER = $(abspath $(CUDA_VENV)/triton-3.8)
 IR_RUN = OMP_NUM_THREADS=1 LOWRANK_KERNELS_BUILD=0 PYTHONPATH=$(IR_FOLDER) $(CUDA_VENV)/bin/python
+# Whose integration make test-all tries too; make test tries that of transformers and accelerate.
+FRAMEWORKS ?= galore-torch lightning peft trl torchtitan
 # Of make gpu-dry.
 ARCHS ?= 80 90 100
 # Of make fuzz.
@@ -37,7 +40,7 @@ SEED ?=
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 
-.PHONY: demo demo-distributed test test-all lint docs bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
+.PHONY: demo demo-distributed test test-all integrations lint docs bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
@@ -48,9 +51,15 @@ demo-distributed: $(VENV)/.extra-demo
 test: $(VENV)/.extra-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-test-all: $(VENV)/.extra-test $(IR_FOLDER)/.installed
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --all -n $(WORKERS) --dist worksteal $(ARGS)
+test-all: $(VENV)/.extra-test $(VENV)/.frameworks $(IR_FOLDER)/.installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --all -n $(WORKERS) --dist worksteal --junitxml build/tests.xml $(ARGS)
+	$(RUN) -m tests.integrations.table --check build/tests.xml
 	$(IR_RUN) -m benchmarks.ir --sample --workers $(WORKERS)
+
+# Writes the table of docs/integrations.md.
+integrations: $(VENV)/.extra-test $(VENV)/.frameworks
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --all -n $(WORKERS) --dist worksteal --junitxml build/integrations.xml tests/integrations
+	$(RUN) -m tests.integrations.table build/integrations.xml
 
 lint: $(VENV)/.lint $(VENV)/.torch
 	$(VENV)/bin/ruff check .
@@ -134,6 +143,11 @@ FORCE:
 $(VENV)/.extra-%: pyproject.toml setup.py $(CSRC) $(VENV)/.torch $(VENV)/.mode
 	$(PIP) --no-build-isolation --editable ".[$*]"
 	@$(RUN) -m lowrank_kernels | grep ^extension
+	touch $@
+
+# What cannot be installed here has its tests skipped.
+$(VENV)/.frameworks: pyproject.toml $(VENV)/.torch
+	@for package in $(FRAMEWORKS); do $(PIP) '$(TORCH)' $$package || echo "$$package was not installed: its tests are skipped"; done
 	touch $@
 
 $(VENV)/.lint: pyproject.toml | $(VENV)/bin/python

@@ -11,7 +11,18 @@ from benchmarks.readme import COLUMNS
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [ROOT / "README.md", *DOCS]
+WHOLE = sorted((ROOT / "docs").glob("*/*.md"))
+"""Tutorials and recipes, which begin from nothing."""
+PAGES = [ROOT / "README.md", *DOCS, *WHOLE]
+NEEDS = {
+    "fine-tune": ["transformers", "accelerate"],
+    "accelerate": ["accelerate"],
+    "lightning": ["lightning"],
+    "peft": ["peft", "transformers"],
+    "torchtitan": ["torchtitan"],
+    "trl": ["trl", "datasets"],
+}
+"""The packages that a page is about."""
 PROSE = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "NOTES.md", ROOT / "csrc" / "NOTES.md"]
 
 
@@ -27,13 +38,20 @@ def without_code(text):
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@named([page for page in PAGES if snippets(page)])
+def runs(page):
+    """Recipes run with --all."""
+    return pytest.param(page, marks=[pytest.mark.slow] * (page.parent.name == "recipes"), id=str(page.relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("page", [runs(page) for page in PAGES if snippets(page)])
 def test_snippets_run_one_after_another(page, tmp_path, monkeypatch):
-    """README's begin from nothing, those of a page in docs/ from a model, its input and groups. What needs a
-    GPU is compiled only, and so is what torchrun starts (tests/sharded/test_page.py runs it)."""
+    """README, tutorials and recipes begin from nothing, other pages from a model, its input and groups. What
+    needs a GPU is compiled only, and so is what torchrun starts (tests/sharded/test_page.py runs it)."""
+    for package in NEEDS.get(page.stem, []) if page in WHOLE else []:
+        pytest.importorskip(package, exc_type=ImportError)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names = {}
+    names = {"__name__": "page"}
     if page in DOCS:
         names |= {"lrk": lrk, "model": torch.nn.Sequential(torch.nn.Linear(256, 256), torch.nn.GELU(), torch.nn.Linear(256, 128))}
         names |= {"x": torch.randn(8, 256), "groups": lrk.param_groups(names["model"], rank=16)}
@@ -63,5 +81,5 @@ def test_prose_keeps_to_its_columns(page):
 
 
 def test_every_page_is_in_the_navigation():
-    listed = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
-    assert sorted(listed) == [page.name for page in DOCS]
+    listed = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (*DOCS, *WHOLE))

@@ -140,7 +140,7 @@ class TestPeft:
         whole = trainer(tmp_path / "a", dict(method="i3s"), model=model(0), **options)
         start = weights(whole)
         whole.train()
-        assert len(whole.optimizer.param_groups[-1]["params"]) == 6
+        assert len(whole.optimizer.param_groups[0]["params"]) == 6
         again = trainer(tmp_path / "b", dict(method="i3s"), model=model(0), **options)
         again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
         assert difference(weights(whole), weights(again)) == 0 and difference(weights(whole), start) > 1e-3
