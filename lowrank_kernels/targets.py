@@ -80,6 +80,17 @@ def is_head_or_embedding(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     return examine
 
 
+def adapters_of(model: nn.Module) -> set[int]:
+    """The ids of the modules that PEFT adds to layers (lora_A, lora_B, …), and of all modules inside them.
+    Each of PEFT's layers lists its own."""
+    found = set()
+    for layer in model.modules():
+        for name in getattr(layer, "adapter_layer_names", ()):
+            if isinstance(added := getattr(layer, name, None), nn.Module):
+                found |= {id(module) for module in added.modules()}
+    return found
+
+
 def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of all modules but the model itself, without the prefixes of wrappers."""
     named = [(name, module) for name, module in model.named_modules() if name]
@@ -89,7 +100,7 @@ def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _matches(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
     named = _named_modules(model)
     if target_modules in ALL_LINEAR:
-        excluded, adapters = is_head_or_embedding(model), _adapters(model)
+        excluded, adapters = is_head_or_embedding(model), adapters_of(model)
         for name, module in named or [("", model)]:
             if (is_linear(module) or experts_of(name, module)) and id(module) not in adapters and not excluded(name, module):
                 yield name, module
@@ -114,14 +125,3 @@ def _pattern(text: str) -> re.Pattern[str] | None:
         return re.compile(text)
     except re.error:
         return None  # it is then only searched for as a part of names
-
-
-def _adapters(model: nn.Module) -> set[int]:
-    """The ids of the modules that PEFT adds to layers (lora_A, lora_B, …), and of all modules inside them.
-    Each of PEFT's layers lists its own."""
-    found = set()
-    for layer in model.modules():
-        for name in getattr(layer, "adapter_layer_names", ()):
-            if isinstance(added := getattr(layer, name, None), nn.Module):
-                found |= {id(module) for module in added.modules()}
-    return found

@@ -3,6 +3,9 @@ it before they ask."""
 
 from __future__ import annotations
 
+import math
+import statistics
+import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -92,3 +95,43 @@ def rows(optimizer: LowRankOptimizer) -> list[dict[str, Any]]:
         for row, numbers in zip((row for _, mine in parts for row in mine), values, strict=True):
             row.update(zip(FIGURES, numbers, strict=True))
     return found
+
+
+def flat(optimizer: LowRankOptimizer) -> dict[str, float]:
+    """See LowRankOptimizer.diagnostics."""
+    if not optimizer._nothing_to_log_warned and not any(group.get("diagnostics") for group in optimizer.param_groups):
+        optimizer._nothing_to_log_warned = True
+        remedy = (
+            "its subspaces are random, and nothing is measured"
+            if getattr(optimizer, "moves_coordinates", False)
+            else "lowrank_kernels.param_groups(model, rank=…, diagnostics=True) makes groups that are measured"
+        )
+        warnings.warn(
+            f"no group of this {type(optimizer).__name__} has diagnostics=True, so that diagnostics(flat=True) is empty: {remedy}",
+            UserWarning,
+            stacklevel=5,
+        )
+    found = {}
+    measured = rows(optimizer)
+    for figure in FIGURES:
+        values = {}
+        for row in measured:
+            expert = "" if row["expert"] is None else f"[{row['expert']}]"
+            if not math.isnan(row[figure]):
+                values[f"{figure}/{row['param']}{expert}"] = row[figure]
+        if values:
+            found |= values | {f"{figure}/mean": statistics.fmean(values.values())}
+    return found
+
+
+def overlaps(optimizer: LowRankOptimizer) -> dict[Tensor, float]:
+    """The overlap of each parameter's last basis with the one before, the mean over its experts, where there
+    is one that is no NaN. It waits for a GPU, once a device."""
+    found: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for param, state in optimizer.state.items():
+        if KEY in state and (each := local(state[KEY]).view(-1, len(FIGURES))[:, 0]).numel():
+            found[each.device].append((param, each.nanmean()))
+    values = {}
+    for parts in found.values():
+        values |= zip((param for param, _ in parts), torch.stack([mean for _, mean in parts]).tolist(), strict=True)
+    return {param: value for param, value in values.items() if not math.isnan(value)}

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -86,6 +86,7 @@ class LowRankOptimizer(Optimizer):
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._forget()
         self._clamp_warned: set[tuple[int, int]] = set()
+        self._nothing_to_log_warned = False
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -94,6 +95,20 @@ class LowRankOptimizer(Optimizer):
         self._waiting = Waiting()
         self._periods = Periods()
         self._compared = False
+
+    def __repr__(self) -> str:
+        """A line for each group: how many parameters it has, and the keys that differ from their defaults."""
+        lines = []
+        for index, group in enumerate(self.param_groups):
+            count, differing = len(group["params"]), keys.differing(group, self._defaults_of(group))
+            lines.append(f"    group {index}: {count} parameter{'s' * (count != 1)}" + (f", {differing}" if differing else ""))
+        return "\n".join((f"{type(self).__name__}(", *lines, ")"))
+
+    def _defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The class's defaults of a group's keys."""
+        of_low_rank = (*keys.LOW_RANK, keys.CALLS) if groups.is_low_rank(group) else ()
+        own = {key.name: key.default for key in (*of_low_rank, *keys.ADAMW, keys.CAPTURABLE, *self.own_keys)}
+        return {name: (self.preferred | self.fixed).get(name, default) for name, default in own.items()}
 
     # Groups.
 
@@ -453,8 +468,14 @@ class LowRankOptimizer(Optimizer):
         if first and group["selection"] not in subspaces.BLIND:
             self._waiting.note(*map(list, zip(*first, strict=True)))
 
+    @overload
+    def diagnostics(self, flat: Literal[False] = False) -> list[dict[str, Any]]: ...
+
+    @overload
+    def diagnostics(self, flat: Literal[True]) -> dict[str, float]: ...
+
     @torch._disable_dynamo
-    def diagnostics(self) -> list[dict[str, Any]]:
+    def diagnostics(self, flat: bool = False) -> list[dict[str, Any]] | dict[str, float]:
         """What the last refresh of each matrix has found, in groups with diagnostics=True. This call waits
         for a GPU; the refresh itself does not.
 
@@ -464,8 +485,13 @@ class LowRankOptimizer(Optimizer):
             overlap           ‖P_newᵀ·P_old‖²_F / r with the basis before, NaN for the first one
             captured_energy   ‖PᵀG‖²_F / ‖G‖²_F of the gradient that the basis was chosen from
             effective_rank    (Σσ²)² / Σσ⁴ of that gradient, between 1 and its shorter side
+
+        flat: returns a dict of floats in place of rows, for a logger: "overlap/<parameter>" and so on, with
+        "<parameter>[3]" for an expert, and the mean of each figure as "overlap/mean". Figures that are NaN
+        are left out. It is empty before the first refresh. Where no group has diagnostics=True it is always
+        empty, and a warning says so once.
         """
-        return diagnosis.rows(self)
+        return diagnosis.flat(self) if flat else diagnosis.rows(self)
 
     def _new_state(self, group: dict[str, Any], members: Members, slot: int, basis: Tensor, hyper: Hyper) -> dict[str, Any]:
         param, key = members.params[slot], self._draw_key(group, members.places[slot], {})
@@ -566,6 +592,7 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self._forget()
         self.__dict__.setdefault("_clamp_warned", set())
+        self.__dict__.setdefault("_nothing_to_log_warned", False)
         for key, value in self._missing_in_older({}).items():
             self.defaults.setdefault(key, value)
         loading.complete_older(self.param_groups, self.state, self._missing_in_older)

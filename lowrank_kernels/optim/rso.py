@@ -153,6 +153,9 @@ class RSOAdamW(LowRankOptimizer):
             "moves weights by coordinates"
         )
 
+    def _defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        return keys.defaults(rso_groups.ALL_KEYS)
+
     # Groups.
 
     @torch._disable_dynamo
