@@ -310,7 +310,8 @@ def nearest_name(name: Any, known: Iterable[str]) -> str | None:
 
 
 def differing(group: dict[str, Any], defaults: dict[str, Any]) -> str:
-    """ "rank=128, calls=40": the keys of a group that differ from their defaults. REQUIRED stands for none."""
+    """Those keys of a group that differ from their defaults: "rank=128, calls=40". Of a key that has no
+    default, it is REQUIRED."""
     found = ((name, group[name]) for name in defaults if name in group)
     return ", ".join(f"{name}={_shown(value)}" for name, value in found if isinstance(value, Tensor) or value != defaults[name])
 

@@ -4,6 +4,7 @@ because starting takes longer than most of what they do."""
 import warnings
 
 import test_fsdp
+import test_memory
 import test_messages
 import test_sharded_rso
 import test_steps
@@ -16,6 +17,7 @@ def two(folder, everything, rank):
         "messages": test_messages.process(),
         "fsdp": test_fsdp.process(folder, everything),
         "rso": test_sharded_rso.process(folder, everything),
+        "memory": test_memory.process(),
     }
 
 
