@@ -80,17 +80,6 @@ def is_head_or_embedding(model: nn.Module) -> Callable[[str, nn.Module], bool]:
     return examine
 
 
-def adapters_of(model: nn.Module) -> set[int]:
-    """The ids of the modules that PEFT adds to layers (lora_A, lora_B, …), and of all modules inside them.
-    Each of PEFT's layers lists its own."""
-    found = set()
-    for layer in model.modules():
-        for name in getattr(layer, "adapter_layer_names", ()):
-            if isinstance(added := getattr(layer, name, None), nn.Module):
-                found |= {id(module) for module in added.modules()}
-    return found
-
-
 def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """(name, module) of all modules but the model itself, without the prefixes of wrappers."""
     named = [(name, module) for name, module in model.named_modules() if name]
@@ -125,3 +114,14 @@ def _pattern(text: str) -> re.Pattern[str] | None:
         return re.compile(text)
     except re.error:
         return None  # it is then only searched for as a part of names
+
+
+def adapters_of(model: nn.Module) -> set[int]:
+    """The ids of the modules that PEFT adds to layers (lora_A, lora_B, …), and of all modules inside them.
+    Each of PEFT's layers lists its own."""
+    found = set()
+    for layer in model.modules():
+        for name in getattr(layer, "adapter_layer_names", ()):
+            if isinstance(added := getattr(layer, name, None), nn.Module):
+                found |= {id(module) for module in added.modules()}
+    return found

@@ -126,6 +126,25 @@ def test_layers_that_share_p_count_it_once():
     assert group.bytes.bases == 2 * 16 * 4 * 4 and group.parameters == 3
 
 
+def test_principal_directions_that_layers_share_count_once():
+    model = nn.ModuleDict({"q": nn.Linear(16, 8), "k": nn.Linear(16, 8)})
+    lrk.to_subspace(model, rank=4, distribution="principal")
+    optimizer = lrk.RSOAdamW(model.parameters(), inner_steps=1)
+    for _ in range(2):
+        x = torch.randn(4, 16)
+        (model["q"](x) * model["k"](x)).sum().backward()
+        optimizer.step()
+    first, second = (optimizer.state[layer.coordinates]["principal"] for layer in model.values())
+    assert first is second and first.any()
+    assert lrk.report(model, optimizer).bytes.states == tensor_bytes(dict(optimizer.state))
+
+
+def test_names_are_without_those_of_wrappers():
+    model = Net()
+    optimizer = low_rank(model)
+    assert named(lrk.report(torch.compile(model), optimizer)).keys() == named(lrk.report(model, optimizer)).keys()
+
+
 def test_adamw_in_fp32_is_what_the_rest_is_compared_with():
     model = Net().to(torch.bfloat16)
     elements, tensors = sum(param.numel() for param in model.parameters()), len(list(model.parameters()))

@@ -16,7 +16,7 @@ from ..nn import layer_of, to_subspace
 from ..optim import groups
 from ..optim.in_backward import UPDATES, check_arguments
 from ..optim.rso_groups import layers_of
-from ..sharded import Sharding
+from ..sharded import Sharding, is_sharded
 from ..sharded.layout import ALONG_M, ALONG_N
 from ..subspaces import BLIND
 from . import held, temporaries
@@ -131,8 +131,8 @@ def estimate_memory(
             "rso".
 
     Raises:
-        ValueError, TypeError: for a method or option that does not exist, and as param_groups or to_subspace
-            do.
+        ValueError, TypeError: for a method or option that does not exist, as param_groups or to_subspace do,
+            and for a model that FSDP2 has sharded already.
     """
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
@@ -288,10 +288,17 @@ def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters and buffers are on the meta device."""
+    """A copy of the model whose parameters and buffers are on the meta device, and whole. Raises TypeError
+    for a model that FSDP2 has sharded, which cannot be copied."""
+    if any(map(is_sharded, model.parameters())) and any(hasattr(module, "reshard") for module in model.modules()):
+        raise TypeError(
+            "FSDP2's modules cannot be copied to the meta device; call estimate_memory before fully_shard, with shards=…, or give it names "
+            "and shapes. lowrank_kernels.report counts what this process holds"
+        )
     memo: dict[int, Any] = {}
     for param in model.parameters():
-        memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+        whole = torch.empty(param.shape, dtype=param.dtype, device="meta") if is_sharded(param) else torch.empty_like(param, device="meta")
+        memo[id(param)] = nn.Parameter(whole, requires_grad=param.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)

@@ -99,9 +99,9 @@ class Unprojected:
     bytes: Bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """What `report` returns; str() of it is three tables.
+    """What `report` returns; str() and repr() of it are three tables.
 
     parameters      a row for each parameter of the model, and for those of the optimizers that are not in it
     groups          the projected ones, by group
@@ -133,6 +133,8 @@ class Report:
         from .text import text
 
         return text(self)
+
+    __repr__ = __str__
 
 
 def groups_of(parameters: Iterable[Parameter], elements: int) -> tuple[Group, ...]:

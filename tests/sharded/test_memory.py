@@ -109,6 +109,15 @@ def coordinates(width):
     return build
 
 
+def refused():
+    """What estimate_memory says to a model that is sharded already."""
+    try:
+        lrk.estimate_memory(shard(WithExperts()), "i3s", RANK)
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
 def process():
     torch.manual_seed(dist.get_rank())
     batch = torch.randn(4, 12)
@@ -116,7 +125,7 @@ def process():
     found["I3S, in backward"] = compare(projected("I3S"), batch, "deferred")
     found["unsharded, in backward"] = compare(projected("unsharded"), batch, "deferred")
     found["RSO"], found["RSO, uneven"] = compare(coordinates(36), batch), compare(coordinates(37), batch)
-    return found
+    return found | {"refused": refused()}
 
 
 def estimated(case):
@@ -151,3 +160,7 @@ def test_a_report_counts_this_process_parts(found, case):
 @EACH
 def test_the_estimate_is_what_the_first_process_holds(found, case):
     assert as_dict(estimated(case)) == found[0][case]["counted"]
+
+
+def test_a_sharded_model_is_refused_with_words(found):
+    assert "before fully_shard, with shards=" in found[0]["refused"]
