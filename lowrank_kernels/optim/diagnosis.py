@@ -4,7 +4,6 @@ it before they ask."""
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -97,31 +96,35 @@ def rows(optimizer: LowRankOptimizer) -> list[dict[str, Any]]:
     return found
 
 
-def flat(optimizer: LowRankOptimizer) -> dict[str, float]:
-    """See LowRankOptimizer.diagnostics."""
-    if not optimizer._nothing_to_log_warned and not any(group.get("diagnostics") for group in optimizer.param_groups):
-        optimizer._nothing_to_log_warned = True
-        remedy = (
-            "its subspaces are random, and nothing is measured"
-            if getattr(optimizer, "moves_coordinates", False)
-            else "lowrank_kernels.param_groups(model, rank=…, diagnostics=True) makes groups that are measured"
-        )
-        warnings.warn(
-            f"no group of this {type(optimizer).__name__} has diagnostics=True, so that diagnostics(flat=True) is empty: {remedy}",
-            UserWarning,
-            stacklevel=5,
-        )
-    found = {}
-    measured = rows(optimizer)
-    for figure in FIGURES:
-        values = {}
-        for row in measured:
-            expert = "" if row["expert"] is None else f"[{row['expert']}]"
-            if not math.isnan(row[figure]):
-                values[f"{figure}/{row['param']}{expert}"] = row[figure]
-        if values:
-            found |= values | {f"{figure}/mean": statistics.fmean(values.values())}
+def flat(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The rows as one dict of floats, and their means. NaNs are left out."""
+    found: dict[str, float] = {}
+    for key in FIGURES:
+        each = {
+            f"{key}/{row['param']}" + ("" if row["expert"] is None else f"[{row['expert']}]"): row[key]
+            for row in rows
+            if not math.isnan(row[key])
+        }
+        if each:
+            found |= each | {f"{key}/mean": sum(each.values()) / len(each)}
     return found
+
+
+def warn_if_nothing_is_measured(optimizer: LowRankOptimizer) -> None:
+    """Warns, once an optimizer, where `flat` will always be empty."""
+    if optimizer._nothing_to_log_warned or any(group.get("diagnostics") for group in optimizer.param_groups):
+        return
+    optimizer._nothing_to_log_warned = True
+    remedy = (
+        "its subspaces are random, and nothing is measured"
+        if getattr(optimizer, "moves_coordinates", False)
+        else "lowrank_kernels.param_groups(model, rank=…, diagnostics=True) makes groups that are measured"
+    )
+    warnings.warn(
+        f"no group of this {type(optimizer).__name__} has diagnostics=True, so that diagnostics(flat=True) is empty: {remedy}",
+        UserWarning,
+        stacklevel=5,
+    )
 
 
 def overlaps(optimizer: LowRankOptimizer) -> dict[Tensor, float]:

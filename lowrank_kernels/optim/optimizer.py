@@ -491,7 +491,10 @@ class LowRankOptimizer(Optimizer):
         are left out. It is empty before the first refresh. Where no group has diagnostics=True it is always
         empty, and a warning says so once.
         """
-        return diagnosis.flat(self) if flat else diagnosis.rows(self)
+        if flat:
+            diagnosis.warn_if_nothing_is_measured(self)
+        rows = diagnosis.rows(self)
+        return diagnosis.flat(rows) if flat else rows
 
     def _new_state(self, group: dict[str, Any], members: Members, slot: int, basis: Tensor, hyper: Hyper) -> dict[str, Any]:
         param, key = members.params[slot], self._draw_key(group, members.places[slot], {})
