@@ -80,13 +80,14 @@ class LowRankOptimizer(Optimizer):
 
     _in_backward: InBackward | None = None
     """Projects gradients while the backward pass runs."""
+    _nothing_to_log_warned = False
+    """Whether diagnostics(flat=True) has said that it will always be empty."""
 
     _step_supports_amp_scaling = True  # makes GradScaler hand over grad_scale and found_inf, as to torch's fused AdamW
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         self._forget()
         self._clamp_warned: set[tuple[int, int]] = set()
-        self._nothing_to_log_warned = False
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
@@ -595,7 +596,6 @@ class LowRankOptimizer(Optimizer):
         super().__setstate__(state)
         self._forget()
         self.__dict__.setdefault("_clamp_warned", set())
-        self.__dict__.setdefault("_nothing_to_log_warned", False)
         for key, value in self._missing_in_older({}).items():
             self.defaults.setdefault(key, value)
         loading.complete_older(self.param_groups, self.state, self._missing_in_older)
