@@ -13,6 +13,7 @@ from .estimate import Memory, estimate_memory
 from .nn import SubspaceLinear, to_dense, to_subspace
 from .optim import InBackward, RSOAdamW, in_backward, methods, param_groups
 from .optim.methods import *  # noqa: F403
+from .reports import Report, report
 from .subspaces import subspace_overlap
 from .version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "InBackward",
     "Memory",
     "RSOAdamW",
+    "Report",
     "SubspaceLinear",
     "__version__",
     "distributed",
@@ -27,6 +29,7 @@ __all__ = [
     "in_backward",
     "ops",
     "param_groups",
+    "report",
     "subspace_overlap",
     "to_dense",
     "to_subspace",

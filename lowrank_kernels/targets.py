@@ -90,7 +90,7 @@ def _named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _matches(model: nn.Module, target_modules: str | Iterable[str]) -> Iterator[tuple[str, nn.Module]]:
     named = _named_modules(model)
     if target_modules in ALL_LINEAR:
-        excluded, adapters = is_head_or_embedding(model), _adapters(model)
+        excluded, adapters = is_head_or_embedding(model), adapters_of(model)
         for name, module in named or [("", model)]:
             if (is_linear(module) or experts_of(name, module)) and id(module) not in adapters and not excluded(name, module):
                 yield name, module
@@ -117,7 +117,7 @@ def _pattern(text: str) -> re.Pattern[str] | None:
         return None  # it is then only searched for as a part of names
 
 
-def _adapters(model: nn.Module) -> set[int]:
+def adapters_of(model: nn.Module) -> set[int]:
     """The ids of the modules that PEFT adds to layers (lora_A, lora_B, …), and of all modules inside them.
     Each of PEFT's layers lists its own. The copies of whole modules in `modules_to_save` are no adapters."""
     found = set()

@@ -243,3 +243,21 @@ def test_the_peak_of_a_gpus_allocator(options):
         held, most = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
         del model, optimizer
     assert held == pytest.approx(estimate.held, rel=0.02) and most == pytest.approx(estimate.peak, rel=0.1)
+
+
+def test_temporaries_of_shards():
+    """A step sends R and N where the cut goes along m, and nothing along n. A refresh brings some matrices
+    together, and each process has its share of them."""
+    wide = {f"{number}.weight": (1024, 4096) for number in range(8)}
+    whole = lrk.estimate_memory(wide, "galore", 64)
+    std, unsharded = (lrk.estimate_memory(wide, "galore", 64, shards=4, proj_type=side) for side in ("std", "unsharded"))
+    r = 4 * 64 * 4096
+    assert unsharded.step == 2 * 8 * (4 * 64 * 1024 // 4) and std.step >= 8 * r > unsharded.step
+    assert std.refresh == unsharded.refresh == whole.refresh / 4 + 2 * 2 * 4 * 1024 * 4096
+    assert lrk.estimate_memory(wide, "galore", 64, shards=1) == whole
+
+
+@pytest.mark.parametrize("shards", [0, 2.0, True])
+def test_shards_are_a_positive_int(shards):
+    with pytest.raises(ValueError, match="shards must be a positive int"):
+        lrk.estimate_memory(build(device="meta"), "galore", 8, shards=shards)

@@ -44,6 +44,19 @@ def operators(grad: Tensor) -> Tensor:
     return lrk.subspace_overlap(basis, basis) + indices
 
 
+def watched(model: nn.Module, optimizer: lrk.LowRankAdamW) -> str:
+    found: lrk.Report = lrk.report(model, [optimizer, torch.optim.SGD(model.parameters())])
+    total: int = found.bytes.total + found.adamw.states
+    reason: str = found.unprojected[0].reason
+    steps: int = found.groups[0].next_refresh
+    overlaps: list[float] = [each.overlap for each in found.parameters]
+    figures: dict[str, float] = optimizer.diagnostics(flat=True)
+    rows: list[dict[str, Any]] = optimizer.diagnostics()
+    estimate: lrk.Memory = lrk.estimate_memory(model, "galore", rank=8, shards=2)
+    assert total and steps and overlaps and figures and rows and estimate.peak
+    return reason + str(lrk.report(model, optimizer))
+
+
 class Sign(Rule):
     name = "sign"
 

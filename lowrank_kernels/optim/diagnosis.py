@@ -4,6 +4,7 @@ it before they ask."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -107,3 +108,33 @@ def flat(rows: list[dict[str, Any]]) -> dict[str, float]:
         if each:
             found |= each | {f"{key}/mean": sum(each.values()) / len(each)}
     return found
+
+
+def warn_if_nothing_is_measured(optimizer: LowRankOptimizer) -> None:
+    """Warns, once an optimizer, where `flat` will always be empty."""
+    if optimizer._nothing_to_log_warned or any(group.get("diagnostics") for group in optimizer.param_groups):
+        return
+    optimizer._nothing_to_log_warned = True
+    remedy = (
+        "its subspaces are random, and nothing is measured"
+        if getattr(optimizer, "moves_coordinates", False)
+        else "lowrank_kernels.param_groups(model, rank=…, diagnostics=True) makes groups that are measured"
+    )
+    warnings.warn(
+        f"no group of this {type(optimizer).__name__} has diagnostics=True, so that diagnostics(flat=True) is empty: {remedy}",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+def overlaps(optimizer: LowRankOptimizer) -> dict[Tensor, float]:
+    """The overlap of each parameter's last basis with the one before, the mean over its experts, where there
+    is one that is no NaN. It waits for a GPU, once a device."""
+    found: dict[torch.device, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+    for param, state in optimizer.state.items():
+        if KEY in state and (each := local(state[KEY]).view(-1, len(FIGURES))[:, 0]).numel():
+            found[each.device].append((param, each.nanmean()))
+    values = {}
+    for parts in found.values():
+        values |= zip((param for param, _ in parts), torch.stack([mean for _, mean in parts]).tolist(), strict=True)
+    return {param: value for param, value in values.items() if not math.isnan(value)}

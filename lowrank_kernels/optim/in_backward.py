@@ -232,6 +232,16 @@ class InBackward:
         if self.projected or self.moved:
             raise RuntimeError(f"{what} came between a backward pass and its step(); call optimizer.step() or optimizer.zero_grad() first")
 
+    def bytes_of(self, param: Tensor, r_elements: int) -> int | None:
+        """The bytes that stay of a parameter's gradient until the step; None where the gradient itself stays.
+        r_elements: of its R."""
+        if param not in self._places:
+            return None
+        if (held := self.projected.get(param)) is not None:
+            return local(held).nbytes
+        dtype = torch.float64 if param.dtype == torch.float64 else self._dtype
+        return 0 if self._at_once else r_elements * dtype.itemsize
+
     def clear(self) -> None:
         """Forgets all since the last step."""
         for held in (self.projected, self.moved, self._passes, self._running, self._infinite):

@@ -309,6 +309,13 @@ def nearest_name(name: Any, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=NEAR_MISS)), None)
 
 
+def differing(group: dict[str, Any], defaults: dict[str, Any]) -> str:
+    """Those keys of a group that differ from their defaults: "rank=128, calls=40". Of a key that has no
+    default, it is REQUIRED."""
+    found = ((name, group[name]) for name in defaults if name in group)
+    return ", ".join(f"{name}={_shown(value)}" for name, value in found if isinstance(value, Tensor) or value != defaults[name])
+
+
 def table(keys: Iterable[Key]) -> str:
     """The keys as a Markdown table with the columns key, default and meaning."""
     rows = [f"| `{key.name}` | {'required' if key.default is REQUIRED else f'`{_shown(key.default)}`'} | {key.meaning} |" for key in keys]

@@ -79,6 +79,8 @@ class LowRankOptimizer(SavedOptimizer):
 
     _in_backward: InBackward | None = None
     """Projects gradients while the backward pass runs."""
+    _nothing_to_log_warned = False
+    """Whether diagnostics(flat=True) has said that it will always be empty."""
 
     _step_supports_amp_scaling = True  # makes GradScaler hand over grad_scale and found_inf, as to torch's fused AdamW
 
@@ -93,6 +95,20 @@ class LowRankOptimizer(SavedOptimizer):
         self._waiting = Waiting()
         self._periods = Periods()
         self._compared = False
+
+    def __repr__(self) -> str:
+        """A line for each group: how many parameters it has, and the keys that differ from their defaults."""
+        lines = []
+        for index, group in enumerate(self.param_groups):
+            count, differing = len(group["params"]), keys.differing(group, self._defaults_of(group))
+            lines.append(f"    group {index}: {count} parameter{'s' * (count != 1)}" + (f", {differing}" if differing else ""))
+        return "\n".join((f"{type(self).__name__}(", *lines, ")"))
+
+    def _defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The class's defaults of a group's keys."""
+        of_low_rank = (*keys.LOW_RANK, keys.CALLS) if groups.is_low_rank(group) else ()
+        own = {key.name: key.default for key in (*of_low_rank, *keys.ADAMW, keys.CAPTURABLE, *self.own_keys)}
+        return {name: (self.preferred | self.fixed).get(name, default) for name, default in own.items()}
 
     # Groups.
 
@@ -472,10 +488,13 @@ class LowRankOptimizer(SavedOptimizer):
             captured_energy   ‖PᵀG‖²_F / ‖G‖²_F of the gradient that the basis was chosen from
             effective_rank    (Σσ²)² / Σσ⁴ of that gradient, between 1 and its shorter side
 
-        With flat=True the same as one dict for a logger, such as wandb.log(optimizer.diagnostics(flat=True)):
-        "overlap/layers.0.q_proj.weight", "overlap/layers.0.experts.weight[3]", and "overlap/mean" over all;
-        likewise of the other two. NaNs are left out.
+        flat: returns a dict of floats in place of rows, for a logger: "overlap/<parameter>" and so on, with
+        "<parameter>[3]" for an expert, and the mean of each figure as "overlap/mean". Figures that are NaN
+        are left out. It is empty before the first refresh. Where no group has diagnostics=True it is always
+        empty, and a warning says so once.
         """
+        if flat:
+            diagnosis.warn_if_nothing_is_measured(self)
         rows = diagnosis.rows(self)
         return diagnosis.flat(rows) if flat else rows
 

@@ -69,6 +69,16 @@ def _is_over(group: dict[str, Any], members: Members, slot: int, number: int, pe
     return number - chosen_in >= min(most(group), periods.of(members.params[slot], members.states[slot]))
 
 
+def steps_until_next(group: dict[str, Any], place: int, state: dict[str, Any], periods: Periods) -> int:
+    """How many calls of step() it takes until parameter number `place` of the group gets its next basis, if
+    it has a gradient then: 1 if the coming one chooses it."""
+    if not state or state["refreshed_at"] > group["calls"]:  # none yet, or one of another group's count
+        return 1
+    lasts = min(most(group), periods.of(group["params"][place], state)) if group["refresh_threshold"] < 1 else 1
+    chosen_in, _ = groups.last_refresh(group, place, state["refreshed_at"])
+    return max(1, chosen_in + lasts * group["update_proj_gap"] - group["calls"] + 1)
+
+
 def is_refresh(each: list[Due]) -> bool:
     """Whether any basis is to be replaced or made. Members of the kind "waits" do not count: the device
     decides about them."""

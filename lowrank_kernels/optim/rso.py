@@ -159,6 +159,9 @@ class RSOAdamW(LowRankOptimizer):
         if any(is_sharded(param) for group in self.param_groups for param in group["params"][:1]):
             claim_sharded()
 
+    def _defaults_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        return keys.defaults(rso_groups.ALL_KEYS)
+
     # Groups.
 
     @torch._disable_dynamo

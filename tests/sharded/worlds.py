@@ -4,6 +4,7 @@ because starting takes longer than most of what they do."""
 import warnings
 
 import test_fsdp
+import test_memory
 import test_messages
 import test_sharded_rso
 import test_sharded_waiting
@@ -18,6 +19,7 @@ def two(folder, everything, rank):
         "fsdp": test_fsdp.process(folder, everything),
         "rso": test_sharded_rso.process(folder, everything),
         "waiting": test_sharded_waiting.process(),
+        "memory": test_memory.process(),
     }
 
 

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from . import optim
-from .backends import Hyper
-from .backends.cpu import CHUNK_ELEMENTS
-from .backends.foreach import CHUNK_ELEMENTS as RULE_ELEMENTS
-from .nn import SubspaceLayer, to_subspace
-from .optim import groups
-from .optim.in_backward import UPDATES, check_arguments
-from .optim.named import NAMED
-from .optim.refreshes import REFRESHED_ELEMENTS
-from .subspaces import BLIND
+from .. import optim
+from ..nn import layer_of, to_subspace
+from ..optim import groups
+from ..optim.in_backward import UPDATES, check_arguments
+from ..optim.named import NAMED
+from ..optim.rso_groups import layers_of
+from ..sharded import Sharding, is_sharded
+from ..sharded.layout import ALONG_M, ALONG_N
+from ..subspaces import BLIND
+from . import held, temporaries
+from .activations import most_of_passes
 
 METHODS: dict[str, type[torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW} | {name: kind for name, (kind, _) in NAMED.items()}
 """What `estimate_memory` knows by name."""
@@ -89,6 +87,7 @@ def estimate_memory(
     loss: Callable[[nn.Module], Tensor] | None = None,
     device: str = "cuda",
     target_modules: Any = "all-linear",
+    shards: int = 1,
     **options: Any,
 ) -> Memory:
     """The bytes that a training run takes, by what they are for. Nothing is allocated: the model is copied to
@@ -116,12 +115,15 @@ def estimate_memory(
             be on the meta device.
         device: "cuda" or "cpu", whose temporaries differ.
         target_modules: as in `param_groups` and `to_subspace`.
+        shards: over how many processes FSDP2 shards every parameter, by its default placement, or with
+            `shard_placement` for "rso". The bytes are then those of the first process, which has the largest
+            parts. What FSDP2 gathers for a layer for a moment is not in them.
         options: further keys of a low-rank group (state_bits, proj_type, stagger, …), or of `to_subspace` for
             "rso".
 
     Raises:
-        ValueError, TypeError: for a method or option that does not exist, and as param_groups or to_subspace
-            do.
+        ValueError, TypeError: for a method or option that does not exist, as param_groups or to_subspace do,
+            and for a model that FSDP2 has sharded already.
     """
     kind = METHODS.get(method) if isinstance(method, str) else method
     if kind is None:
@@ -130,6 +132,8 @@ def estimate_memory(
         raise ValueError(f"in_backward must be None or one of {', '.join(UPDATES)}, got {in_backward!r}")
     if device not in ("cuda", "cpu"):
         raise ValueError(f"device must be 'cuda' or 'cpu', got {device!r}")
+    if isinstance(shards, bool) or not isinstance(shards, int) or shards < 1:
+        raise ValueError(f"shards must be a positive int, the number of processes that share each parameter, got {shards!r}")
     options = NAMED.get(method, (kind, {}))[1] | options
     is_low_rank = issubclass(kind, optim.LowRankOptimizer)
     if is_low_rank == (rank is None):
@@ -137,12 +141,11 @@ def estimate_memory(
     meta = _from_shapes(model) if isinstance(model, Mapping) else _on_meta(model)
     if dtype is not None:
         meta.to(dtype)
-    plan = _Plan()
+    plan = _Plan(shards)
     if not is_low_rank:
         plan.dense = [param for param in meta.parameters() if param.requires_grad]
     elif kind is optim.RSOAdamW:
-        to_subspace(meta, rank, target_modules, **options)
-        plan.of_layers(meta)
+        plan.of_layers(kind(to_subspace(meta, rank, target_modules, **options).parameters()))
     else:
         optimizer = kind(optim.param_groups(meta, rank, target_modules, **options))
         if in_backward:
@@ -154,24 +157,37 @@ def estimate_memory(
 
 
 class _Plan:
-    """What an optimizer will hold. projected: parameter → elements of its R."""
+    """What an optimizer will hold. dense: the parameters that are not projected. projected: parameter →
+    elements of its R, whole and in this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, shards: int) -> None:
+        self.shards = shards
         self.dense: list[Tensor] = []
-        self.projected: dict[Tensor, int] = {}
+        self.projected: dict[Tensor, tuple[int, int]] = {}
         self.states = self.bases = self.coordinates = self.step = self.refresh = 0
 
-    def of_layers(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, SubspaceLayer)]
-        subspaces = {id(layer.subspace): layer for layer in layers}
-        for layer in subspaces.values():
-            self.bases += layer.subspace.matrix(layer.weight.device, layer.weight.dtype).nbytes
-        for layer in layers:
-            self.states += 2 * layer.coordinates.numel() * _state_bytes(layer.weight) + STEP_BYTES
-        own = {id(layer.coordinates) for layer in layers}
-        self.coordinates = sum(layer.coordinates.nbytes for layer in layers)
-        self.dense = [param for param in model.parameters() if param.requires_grad and id(param) not in own]
-        self.step = max(2 * layer.coordinates.numel() * 4 + layer.weight.numel() * 4 for layer in layers)
+    def sharding(self, param: Tensor) -> Sharding:
+        """As FSDP2 will cut it, with `shard_placement` where a layer is converted."""
+        layer = layer_of(param)
+        if layer is None:
+            return held.planned(param, self.shards)
+        by_columns = param is layer.coordinates or layer.transposed
+        return held.planned(param, self.shards, dim=int(by_columns and layer.out_features % self.shards == 0))
+
+    def bytes_of(self, param: Tensor) -> int:
+        return held.bytes_of(param, self.sharding(param))
+
+    def of_layers(self, optimizer: optim.RSOAdamW) -> None:
+        for group in optimizer.param_groups:
+            layers = layers_of(group)
+            for param, layer in layers.items():
+                self.states += held.of_layer(optimizer, group, layer, self.sharding(layer.weight))
+                self.coordinates += self.bytes_of(param)
+                moved = 2 * self.bytes_of(param) // param.itemsize * 4 + self.bytes_of(layer.weight) // param.itemsize * 4
+                self.step = max(self.step, moved)
+                layer.subspace.matrix(param.device, param.dtype)  # now, so that activations do not count it
+            self.bases += sum({layer.subspace: held.of_subspace(layer.subspace, param.dtype) for param, layer in layers.items()}.values())
+            self.dense += [param for param in group["params"] if param.requires_grad and param not in layers]
 
     def of_groups(self, optimizer: optim.LowRankOptimizer, in_backward: str | None, device: str) -> None:
         for group in optimizer.param_groups:
@@ -181,24 +197,28 @@ class _Plan:
             hyper = optimizer._hyper(group)
             alike: Counter[tuple[Any, ...]] = Counter()
             for param in group["params"]:
-                rows, columns = groups.matrix_shape(param)
-                right, batch = groups.is_right(param, group["proj_type"]), param.shape[0] if param.dim() == 3 else 1
-                r, m, n = min(group["rank"], rows, columns), *((columns, rows) if right else (rows, columns))
-                for shape, dtype in optimizer._layout(hyper, param, right, r).values():
-                    self.states += batch * torch.Size(shape).numel() * dtype.itemsize
-                self.states += STEP_BYTES + 4 * (group["refresh_threshold"] < 1) + 12 * batch * group["diagnostics"]
-                self.bases += batch * m * r * param.element_size()
-                self.projected[param] = batch * r * n
-                alike[right, m, n, r, param.dtype, batch] += 1
+                part, whole = (held.of_low_rank(optimizer, group, param, held.planned(param, each)) for each in (self.shards, 1))
+                self.states += part.states
+                self.bases += part.basis
+                self.projected[param] = whole.r_elements, part.r_elements
+                alike[whole.m, whole.n, part.m, part.n, part.rank, part.cut, param.dtype, part.matrices] += 1
             parameters = len(group["params"])
             due = -(-parameters // group["update_proj_gap"]) if group["stagger"] else parameters
-            for (_, m, n, r, dtype, batch), alike_params in alike.items():
+            for (m, n, own_m, own_n, r, cut, dtype, batch), alike_params in alike.items():
                 moved = batch * (1 if in_backward == "immediately" else alike_params)
                 refreshed = batch * (1 if in_backward else min(alike_params, due))
-                self.step = max(self.step, _step_bytes(m, n, r, moved, dtype, hyper, device))
-                if group["selection"] not in BLIND:
-                    columns = (3 if group["selection"] == "importance" else 1) * r + group["oversample"]
-                    self.refresh = max(self.refresh, _refresh_bytes(m, n, columns, refreshed, dtype, device))
+                of_step = temporaries.step_bytes(own_m, own_n, r, moved, dtype, hyper, device)
+                if cut == ALONG_M:
+                    of_step += temporaries.message_bytes(n, r, moved, dtype)
+                self.step = max(self.step, of_step)
+                if group["selection"] in BLIND:
+                    continue
+                columns = (3 if group["selection"] == "importance" else 1) * r + group["oversample"]
+                gathered = 0
+                if cut in (ALONG_M, ALONG_N):  # some whole matrices, and this process's pieces that it sends for them
+                    refreshed = temporaries.gathered(m * n, refreshed, self.shards)
+                    gathered = 2 * refreshed * m * n * dtype.itemsize
+                self.refresh = max(self.refresh, gathered + temporaries.refresh_bytes(m, n, columns, refreshed, dtype, device))
 
     def memory(
         self,
@@ -208,24 +228,28 @@ class _Plan:
         accumulate: int,
         loss: Callable[[nn.Module], Tensor] | None,
     ) -> Memory:
-        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) - self.coordinates
-        gradients = sum(param.nbytes for param in self.dense) + self.coordinates
+        gradients = sum(map(self.bytes_of, self.dense)) + self.coordinates
         accumulators = one_gradient = 0
         if in_backward is None:
-            gradients += sum(param.nbytes for param in self.projected)
+            gradients += sum(map(self.bytes_of, self.projected))
         else:
-            one_gradient = max(param.nbytes for param in self.projected)
+            one_gradient = max(map(self.bytes_of, self.projected))
         if in_backward == "deferred":
-            accumulators = sum(count * _accumulator_bytes(param, accumulator_dtype) for param, count in self.projected.items())
+            accumulators = sum(own * _accumulator_bytes(param, accumulator_dtype) for param, (_, own) in self.projected.items())
         activations = 0
         if loss is not None:
-            most = _most_of_passes(model, loss, self.projected, in_backward, accumulator_dtype, min(accumulate, 2))
-            activations = max(0, most - gradients - accumulators)
+            whole = {param: count for param, (count, _) in self.projected.items()}
+            most = most_of_passes(model, loss, whole, in_backward, accumulator_dtype, min(accumulate, 2))
+            trained = [param for param in model.parameters() if param.requires_grad and (in_backward is None or param not in whole)]
+            kept = sum(param.nbytes for param in trained)
+            if in_backward == "deferred":
+                kept += sum(count * _accumulator_bytes(param, accumulator_dtype) for param, count in whole.items())
+            activations = max(0, most - kept)
         return Memory(
-            weights=weights,
+            weights=sum(map(self.bytes_of, model.parameters())) + sum(buffer.nbytes for buffer in model.buffers()) - self.coordinates,
             states=self.states,
             bases=self.bases,
-            dense_states=sum(2 * param.nbytes + STEP_BYTES for param in self.dense),
+            dense_states=sum(held.of_dense(self.bytes_of(param)) for param in self.dense),
             coordinates=self.coordinates,
             gradients=gradients,
             accumulators=accumulators,
@@ -236,44 +260,8 @@ class _Plan:
         )
 
 
-OF_A_RULE = 6
-"""Tensors of R's size that a composed rule has at a time."""
-STEP_BYTES = 4
-"""The count of updates in each state."""
-
-
-def _state_bytes(param: Tensor) -> int:
-    return max(4, param.element_size())
-
-
 def _accumulator_bytes(param: Tensor, dtype: torch.dtype) -> int:
     return 8 if param.dtype == torch.float64 else dtype.itemsize
-
-
-def _step_bytes(m: int, n: int, r: int, count: int, dtype: torch.dtype, hyper: Hyper, device: str) -> int:
-    """Temporaries of one bucket: R and N, and what a composed rule keeps; on a CPU also P·N of a matrix, and
-    copies where the weight is in 16 bits or the lift takes the gradient."""
-    size, takes_gradient = max(4, dtype.itemsize), hyper.lift.takes_gradient
-    is_fused = hyper.rule.name == "adamw" and not (device == "cpu" and takes_gradient)
-    of_r = r * n * size
-    if device == "cpu":
-        at_once = 2 * min(count, max(1, CHUNK_ELEMENTS // (r * n))) if is_fused else 3 * count
-        return at_once * of_r + m * n * size * (1 + (dtype.itemsize < 4) + 3 * takes_gradient)
-    if is_fused:
-        from .backends.triton.table import TEMPORARY_BYTES  # imported here, so that a CPU stays free of Triton
-
-        return min(2 * count * of_r, max(2 * of_r, TEMPORARY_BYTES))
-    return 2 * count * of_r + OF_A_RULE * min(count * of_r, max(of_r, RULE_ELEMENTS * size))
-
-
-def _refresh_bytes(m: int, n: int, columns: int, count: int, dtype: torch.dtype, device: str) -> int:
-    """Temporaries of a range finder: the Gram matrix of the short side, in fp64 on a CPU, thin matrices, and
-    a copy of the gradients at their own precision (in fp32 on a CPU)."""
-    short, long = min(m, n), max(m, n)
-    if device == "cpu":  # one matrix after another
-        return (short * short + 4 * short * min(columns, short)) * 8 + m * n * 4 * (dtype.itemsize < 4)
-    at_once = min(count, max(1, REFRESHED_ELEMENTS // (m * n)))
-    return at_once * ((short * short + 2 * (short + long) * min(columns, short)) * 4 + m * n * dtype.itemsize)
 
 
 def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
@@ -292,69 +280,17 @@ def _from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters and buffers are on the meta device."""
+    """A copy of the model whose parameters and buffers are on the meta device, and whole. Raises TypeError
+    for a model that FSDP2 has sharded, which cannot be copied."""
+    if any(map(is_sharded, model.parameters())) and any(hasattr(module, "reshard") for module in model.modules()):
+        raise TypeError(
+            "FSDP2's modules cannot be copied to the meta device; call estimate_memory before fully_shard, with shards=…, or give it names "
+            "and shapes. lowrank_kernels.report counts what this process holds"
+        )
     memo: dict[int, Any] = {}
     for param in model.parameters():
-        memo[id(param)] = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+        whole = torch.empty(param.shape, dtype=param.dtype, device="meta") if is_sharded(param) else torch.empty_like(param, device="meta")
+        memo[id(param)] = nn.Parameter(whole, requires_grad=param.requires_grad)
     for buffer in model.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
     return copy.deepcopy(model, memo)
-
-
-def _most_of_passes(
-    model: nn.Module,
-    loss: Callable[[nn.Module], Tensor],
-    projected: Mapping[Tensor, int],
-    in_backward: str | None,
-    accumulator_dtype: torch.dtype,
-    passes: int,
-) -> int:
-    """The most bytes that forward and backward passes hold at a time, gradients among them."""
-    live = _Live((*model.parameters(), *model.buffers()))
-    kept: dict[Tensor, Tensor] = {}
-
-    def free(param: Tensor) -> None:
-        if in_backward == "deferred" and param not in kept:
-            dtype = torch.float64 if param.dtype == torch.float64 else accumulator_dtype
-            kept[param] = torch.empty(projected[param], dtype=dtype, device="meta")
-        param.grad = None
-
-    hooks = [param.register_post_accumulate_grad_hook(free) for param in projected] if in_backward else []
-    try:
-        with live:
-            for _ in range(passes):
-                loss(model).backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return live.most
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of all storages that operators make, while they live."""
-
-    def __init__(self, known: tuple[Tensor, ...]) -> None:
-        super().__init__()
-        self.now = self.most = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._keep = known
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, count = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += count
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, count)
-
-    def _gone(self, key: int, count: int) -> None:
-        self._known.discard(key)
-        self.now -= count
