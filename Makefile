@@ -4,6 +4,7 @@
 # make gpu-dry: the tests marked gpu up to the launch of each kernel, which is compiled for GPUs that need not be here and not run.
 # make cuda-build: the CUDA part against a CUDA build of torch, in a virtual environment of its own that takes 6 GB; needs nvcc, no GPU.
 # make gpu-ir: every kernel executed from the compiler's IR, in the same environment with a Triton of its own.
+# make wheels: an sdist, a pure wheel and one with the extension, each installed and tried; LOWRANK_KERNELS_BUILD=cuda demands the CUDA part.
 # make integrations: the tests with Lightning, PEFT, TRL and others, and the table in docs/integrations.md.
 # make test: a representative part of the tests, in minutes. make test-all: all of them, with every kernel configuration compiled, and a
 # sample of make gpu-ir; without the latter: make test ARGS=--all.
@@ -40,7 +41,7 @@ SEED ?=
 SANITIZE_TESTS ?= tests/test_philox.py tests/test_range_finder.py tests/test_ops.py tests/subspaces tests/csrc/test_emulation.py
 CSRC := $(shell find csrc 2>/dev/null)
 
-.PHONY: demo demo-distributed test test-all integrations lint docs bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
+.PHONY: demo demo-distributed test test-all integrations wheels lint docs bench aot fuzz sanitize gpu-dry cuda-build gpu-ir gpu clean FORCE
 
 demo: $(VENV)/.extra-demo
 	$(RUN) examples/pretrain.py $(ARGS)
@@ -65,6 +66,15 @@ lint: $(VENV)/.lint $(VENV)/.torch
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# build/wheels: the sdist and the pure wheel, and a wheel with the extension for TORCH. Each is checked in a virtual environment of its own.
+wheels: $(VENV)/.torch
+	rm -rf build/wheels
+	$(PIP) '$(TORCH)' build twine
+	LOWRANK_KERNELS_BUILD=0 $(RUN) -m build --outdir build/wheels
+	LOWRANK_KERNELS_BUILD=$(or $(LOWRANK_KERNELS_BUILD),1) LOWRANK_KERNELS_WHEEL=1 $(RUN) -m build --wheel --no-isolation --outdir build/wheels
+	$(RUN) -m twine check --strict build/wheels/*
+	$(RUN) -m tests.check_wheel --torch '$(TORCH)' build/wheels/*
 
 # The pages of docs/ as a site in build/site; a broken link or name is an error.
 docs: $(VENV)/.extra-docs

@@ -7,6 +7,9 @@ LOWRANK_KERNELS_BUILD
     cuda    as 1, and the CUDA part must be built too
 CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST and MAX_JOBS mean what they mean for every PyTorch extension.
 
+LOWRANK_KERNELS_WHEEL=1 makes a wheel that is given to others: its version and its requirements name the torch
+that the library fits, as 0.1.0+torch2.13.cpu and torch==2.13.*. Without a library a wheel is pure.
+
 The library does not link to Python: lowrank_kernels/extension.py loads it with torch.ops.load_library, so one
 file serves every version of Python. _build.json beside it says what was built, and why other parts were not.
 """
@@ -29,6 +32,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
@@ -335,15 +339,44 @@ class BuildOrExplain(build_ext):
         return {**super().get_output_mapping(), **facts}
 
 
+class NamedForTorch(egg_info):
+    """With LOWRANK_KERNELS_WHEEL=1: a local version and a requirement that name torch."""
+
+    def finalize_options(self):
+        if os.environ.get("LOWRANK_KERNELS_WHEEL", "0") != "0":
+            release, build = fits(import_torch().__version__)
+            self.tag_build = f"+torch{release}.{build}"
+            if (only := f"torch=={release}.*") not in self.distribution.install_requires:
+                self.distribution.install_requires.append(only)
+        super().finalize_options()
+
+
+def fits(torch: str) -> tuple[str, str]:
+    """("2.13", "cpu") of torch 2.13.0+cpu. Releases of one minor version share an ABI. PyPI's build of torch
+    for Linux has CUDA and no local version; torch itself names that CUDA."""
+    release = re.match(r"\d+\.\d+", torch).group()
+    cuda = import_torch().version.cuda
+    return release, torch.partition("+")[2] or (f"cu{cuda.replace('.', '')}" if cuda else "cpu")
+
+
 class PlatformWheel(bdist_wheel):
-    """A wheel tagged py3-none-PLATFORM. It is bound to a platform and a torch, not to a version of Python."""
+    """A wheel tagged py3-none-PLATFORM where it has a library: that is bound to a platform and a torch, not
+    to a version of Python. Without one it is pure, py3-none-any."""
+
+    def run(self):
+        self.run_command("build")
+        self.skip_build = True
+        self.root_is_pure = not Path(self.get_finalized_command("build").build_lib, PACKAGE, LIBRARY).is_file()
+        if self.root_is_pure:  # else the files would be installed as those of a platform
+            self.distribution.ext_modules = []
+        super().run()
 
     def get_tag(self):
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", "any" if self.root_is_pure else super().get_tag()[2]
 
 
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension(f"{PACKAGE}._C", sources(cuda=False), depends=headers())],
-        cmdclass={"build_ext": BuildOrExplain, "bdist_wheel": PlatformWheel},
+        cmdclass={"build_ext": BuildOrExplain, "bdist_wheel": PlatformWheel, "egg_info": NamedForTorch},
     )
