@@ -347,7 +347,7 @@ class NamedForTorch(egg_info):
             release, build = fits(import_torch().__version__)
             self.tag_build = f"+torch{release}.{build}"
             if (only := f"torch=={release}.*") not in self.distribution.install_requires:
-                self.distribution.install_requires.append(only)
+                self.distribution.install_requires = [*self.distribution.install_requires, only]
         super().finalize_options()
 
 
