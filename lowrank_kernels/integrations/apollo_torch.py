@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .. import optim
+from . import layerwise
 
 PROJECTIONS = {"random": "gaussian", "svd": "dominant"}
 LIFTS = {"channel": "channel_scaling", "tensor": "tensor_scaling"}
@@ -34,6 +35,7 @@ class APOLLOAdamW(optim.LowRankAdamW):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*has no group with rank")
             super().__init__(params, lr, betas, eps, weight_decay, **unsupported)
+        layerwise.refuse_to_resume()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(_translated(param_group) if "rank" in param_group else param_group)

@@ -111,7 +111,15 @@ def converted(optimizer: LowRankOptimizer, saved: dict[str, Any]) -> dict[str, A
             else:
                 states[group["params"][place]] = found
         if groups.is_low_rank(group):
-            group["calls"] = max((int(states[key]["step"]) for key in group["params"] if key in states), default=0)
+            steps = [int(states[key]["step"]) for key in group["params"] if key in states]
+            group["calls"] = max(steps, default=0)
+            if len(set(steps)) > 1:
+                warnings.warn(
+                    f"parameters of the checkpoint's group {index} have made {min(steps)} to {max(steps)} steps, and refresh by their own "
+                    f"count there; here all of a group refresh by one, which goes on from {max(steps)}",
+                    UserWarning,
+                    stacklevel=3,
+                )
     if dropped:
         warnings.warn(
             f"{dropped} parameters that are not projected had Adafactor's factored moments, and AdamW moves them here; they start anew",

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .. import optim
-from . import galore_checkpoint
+from . import galore_checkpoint, layerwise
 from .galore_checkpoint import load_checkpoint
 
 __all__ = ["GaLoreAdafactor", "GaLoreAdamW", "GaLoreAdamW8bit", "install", "load_checkpoint", "uninstall"]
@@ -36,6 +36,7 @@ class _FromGalore:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*has no group with rank")
             super()._begin(*arguments)
+        layerwise.refuse_to_resume()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base class's. A state of galore-torch is converted; see `load_checkpoint`."""
@@ -142,7 +143,8 @@ def install() -> None:
 
     Hugging Face's Trainer then takes optim="galore_adamw", "galore_adamw_8bit", "galore_adafactor",
     "apollo_adamw" and their "_layerwise" variants from here. Checkpoints that the real ones have saved can be
-    resumed from: torch.load(weights_only=True) reads their projectors as data. A second call changes nothing.
+    resumed from: torch.load(weights_only=True) reads their projectors as data. Resuming with a "_layerwise"
+    variant is refused, since Trainer saves none of its moments. A second call changes nothing.
     """
     from . import apollo_torch
 
@@ -171,6 +173,7 @@ def uninstall() -> None:
         else:
             sys.modules[name] = module
     _replaced.clear()
+    layerwise.undo()
     known = [each for each in torch.serialization.get_safe_globals() if each != (galore_checkpoint.Projector, galore_checkpoint.PROJECTOR)]
     torch.serialization.clear_safe_globals()
     torch.serialization.add_safe_globals(known)

@@ -7,7 +7,14 @@ import sys
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+
+try:
+    from transformers import Trainer, TrainerCallback
+    from transformers.trainer_optimizer import is_optimizer_factory  # noqa: F401  Older ones call a factory as if it were an optimizer.
+except ImportError as error:
+    raise ImportError(
+        "this module needs transformers of version 5.2 or newer, and accelerate; pip install -U transformers accelerate"
+    ) from error
 
 from .. import InBackward, param_groups, to_dense, to_subspace
 from .. import in_backward as _in_backward
@@ -77,8 +84,12 @@ class OptimizerFactory:
         kind, preset = named(method)
         trainer = _calling_trainer()
         args = trainer.args
-        if args.deepspeed:
-            raise ValueError("DeepSpeed keeps flat pieces of matrices, which cannot be projected; use FSDP2, or DistributedDataParallel")
+        _refuse_flat_pieces(model, trainer)
+        if args.optim_args:
+            raise ValueError(
+                f"TrainingArguments' optim_args={args.optim_args!r} are for Trainer's own optimizers, and would be lost; pass them as keys "
+                "beside method, in optimizer_cls_and_kwargs"
+            )
         if in_backward not in (None, *UPDATES):
             raise ValueError(f"in_backward must be None or one of {', '.join(UPDATES)}, got {in_backward!r}")
         if in_backward == "immediately" and args.max_grad_norm:
@@ -127,6 +138,16 @@ def _calling_trainer() -> Trainer:
         "no Trainer calls this OptimizerFactory, which takes its TrainingArguments; pass Trainer(optimizer_cls_and_kwargs="
         "(OptimizerFactory, dict(method=…, rank=…))), or build the optimizer from lowrank_kernels.param_groups"
     )
+
+
+def _refuse_flat_pieces(model: nn.Module, trainer: Trainer) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    by = "DeepSpeed" if trainer.is_deepspeed_enabled else None
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        by = "FSDP1"
+    if by is not None:
+        raise ValueError(f"{by} keeps flat pieces of matrices, which cannot be projected; use FSDP2, or DistributedDataParallel")
 
 
 def _coordinates(model: nn.Module, rank: int, target_modules: Any, of_layers: dict[str, Any], converts: bool) -> dict[str, Any]:

@@ -53,6 +53,7 @@ class SavedOptimizer(Optimizer):
         packed = super().state_dict()
         if any(groups.is_low_rank(group) and group["state_bits"] == 8 for group in self.param_groups):
             packed["state"] = {key: sharded_state.decoded(state) for key, state in packed["state"].items()}
+        packed["state"] = {key: sharded_state.by_rows(state) for key, state in packed["state"].items()}
         return packed
 
     @torch._disable_dynamo

@@ -77,6 +77,13 @@ def decoded(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def by_rows(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with bases and principal directions in memory by rows, of which some lie by columns.
+    torch.distributed.checkpoint broadcasts a tensor's memory as it lies, and other processes read it by
+    rows."""
+    return state | {name: state[name].contiguous() for name in ("basis", "principal") if isinstance(state.get(name), Tensor)}
+
+
 def check_mesh(state: dict[str, Any], param: Tensor, where: str) -> None:
     """Raises ValueError where a checkpoint's state is of another mesh than the parameter."""
     meshes = [value.device_mesh for value in state.values() if is_sharded(value)]

@@ -167,6 +167,17 @@ def test_states_and_settings_are_taken_over(projector, tmp_path, bits):
         assert state["exp_avg"].dtype == torch.uint8
 
 
+def test_parameters_that_have_made_other_numbers_of_steps_are_told_of(projector, tmp_path):
+    params = parameters()[:1] + parameters()[:1]
+    held = saved(projector, params[0], params=[0, 1])
+    held["state"][1] = held["state"][0] | dict(step=BEFORE + 2)
+    torch.save(held, tmp_path / "o.pt")
+    optimizer = lrk.GaLoreAdamW([dict(params=params, rank=RANK)], lr=1e-3)
+    with pytest.warns(UserWarning, match=f"group 0 have made {BEFORE} to {BEFORE + 2} steps"):
+        load_checkpoint(optimizer, tmp_path / "o.pt")
+    assert optimizer.param_groups[0]["calls"] == BEFORE + 2
+
+
 def test_moments_of_bitsandbytes_are_decoded(projector, tmp_path):
     param = torch.nn.Parameter(torch.randn(RANK + 1, 300))
     held = saved(projector, param)

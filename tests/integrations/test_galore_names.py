@@ -140,6 +140,16 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, shows, optim):
     shows('Trainer, `optim="galore_adamw"` …', f"`{optim}`", "accumulation", "clipping", "resume")
 
 
+@pytest.mark.parametrize("optim", ["galore_adamw_layerwise", "apollo_adamw_layerwise"])
+def test_a_layerwise_run_is_not_resumed(tmp_path, optim):
+    """It would go on from zero moments, of which Trainer saves none."""
+    run(tmp_path, optim, save_strategy="steps", save_steps=5)
+    with pytest.raises(RuntimeError, match="no moments of layer-wise optimizers.*in_backward='immediately', which is layer-wise and can"):
+        run(tmp_path, optim, resume=str(tmp_path / "checkpoint-5"))
+    galore_torch.uninstall()
+    assert "load_state_dict" not in vars(LayerWiseDummyOptimizer)
+
+
 class TestArguments:
     """Those of galore_torch 1.0."""
 

@@ -1,12 +1,16 @@
 """OptimizerFactory in Hugging Face's Trainer: it trains as the same optimizer in a loop of one's own, and
 works with what Trainer offers."""
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from tiny import difference, llama, losses, optimizer_of, trainer, weights
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 import lowrank_kernels as lrk
@@ -251,6 +255,40 @@ def test_a_refused_optimizer_leaves_the_model_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="momentum"):
         built.train()
     assert not any(isinstance(module, lrk.SubspaceLinear) for module in built.model.modules())
+
+
+class Flat(FullyShardedDataParallel):
+    """A model of FSDP1, without the processes that make one."""
+
+    training_state = None
+
+    def __init__(self, model):
+        torch.nn.Module.__init__(self)
+        self.model = model
+
+
+def test_what_keeps_flat_pieces_is_refused(tmp_path):
+    built = trainer(tmp_path, dict(method="i3s"))
+    with pytest.raises(ValueError, match="FSDP1 keeps flat pieces of matrices.*use FSDP2"):
+        built.create_optimizer(Flat(llama()))
+    built.is_deepspeed_enabled = True  # as its file, or accelerate's launcher, makes it
+    with pytest.raises(ValueError, match="DeepSpeed keeps flat pieces of matrices.*use FSDP2"):
+        built.create_optimizer()
+
+
+def test_optim_args_are_not_lost(tmp_path):
+    with pytest.raises(ValueError, match="optim_args='rank=4' are for Trainer's own optimizers, and would be lost"):
+        run(tmp_path, optim_args="rank=4")
+
+
+def test_older_trainers_are_refused_by_their_version(monkeypatch):
+    """They would call the factory with groups, as if it were an optimizer."""
+    from lowrank_kernels.integrations import transformers as module
+
+    monkeypatch.setitem(sys.modules, "transformers.trainer_optimizer", None)
+    spec = importlib.util.spec_from_file_location(module.__name__, module.__file__)
+    with pytest.raises(ImportError, match="needs transformers of version 5.2 or newer"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_without_a_trainer_it_says_so():

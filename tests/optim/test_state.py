@@ -115,6 +115,16 @@ def test_state_holds_tensors_and_numbers_only():
         assert all(isinstance(value, (torch.Tensor, int, float)) for value in state.values())
 
 
+def test_a_checkpoints_bases_lie_by_rows():
+    """So that a process may broadcast their memory to one that reads it by rows."""
+    model, optimizer = build(torch.float32)
+    train(model, optimizer, 2)
+    held = [state["basis"] for state in optimizer.state.values() if "basis" in state]
+    saved = [state["basis"] for state in optimizer.state_dict()["state"].values() if "basis" in state]
+    assert all(map(torch.equal, held, saved)) and held
+    assert all(basis.is_contiguous() for basis in saved)
+
+
 def test_state_bytes_are_the_formula():
     model, optimizer = build(torch.bfloat16)
     train(model, optimizer, 1)

@@ -252,14 +252,18 @@ def by_torch_save(method):
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def full_state(method):
-    """A whole state dict, as rank 0 would save it, loaded into a new run."""
-    options = dcp_state.StateDictOptions(full_state_dict=True)
+def full_state(method, from_rank0=False):
+    """A whole state dict, as rank 0 would save it, loaded into a new run: by every process, or by rank 0,
+    which broadcasts it, as accelerate does."""
+    whole = dcp_state.StateDictOptions(full_state_dict=True)
+    options = dcp_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=from_rank0)
     model = shard(network())
     optimizer = optimizer_of(model, method)
     train(model, optimizer, BEFORE)
-    held = copy.deepcopy(dcp_state.get_optimizer_state_dict(model, optimizer, options=options))
-    of_model = copy.deepcopy(dcp_state.get_model_state_dict(model, options=options))
+    held = copy.deepcopy(dcp_state.get_optimizer_state_dict(model, optimizer, options=whole))
+    of_model = copy.deepcopy(dcp_state.get_model_state_dict(model, options=whole))
+    if from_rank0 and dist.get_rank():
+        held, of_model = {}, {}
     train(model, optimizer, AFTER, start=BEFORE)
     other = shard(network())
     again = optimizer_of(other, method)
@@ -327,6 +331,7 @@ def process(folder, everything):
         found[f"no trace {method}"] = initialising_leaves_no_trace(method)
         found[f"torch.save {method}"] = by_torch_save(method)
         found[f"full {method}"] = full_state(method)
+        found[f"full, from rank 0, {method}"] = full_state(method, from_rank0=True)
         found[f"saved {method}"] = save_and_go_on(method, f"{folder}/two {method}")
     found["clipped"] = fsdp("I3S", 8, clip=0.05)
     found["accumulated"] = fsdp("I3S", 8, accumulate=3)
@@ -456,7 +461,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(found, method):
     uninterrupted, again = found[0][f"saved {method}"]
     assert all(torch.equal(uninterrupted[name], again[name]) for name in again)
     assert found[0][f"torch.save {method}"]
-    assert found[0][f"full {method}"]
+    for each in found:
+        assert each[f"full {method}"] and each[f"full, from rank 0, {method}"]
 
 
 @EACH
