@@ -353,10 +353,13 @@ class NamedForTorch(egg_info):
 
 def fits(torch: str) -> tuple[str, str]:
     """("2.13", "cpu") of torch 2.13.0+cpu. Releases of one minor version share an ABI. PyPI's build of torch
-    for Linux has CUDA and no local version; torch itself names that CUDA."""
-    release = re.match(r"\d+\.\d+", torch).group()
+    for Linux has CUDA and no local version; torch itself names that CUDA. Raises SetupError for a torch that
+    is no release, whose ABI no requirement can name."""
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+\w+)?", torch)
+    if release is None:
+        raise SetupError(f"LOWRANK_KERNELS_WHEEL=1 needs a released torch, got {torch}; leave it unset for a wheel of your own")
     cuda = import_torch().version.cuda
-    return release, torch.partition("+")[2] or (f"cu{cuda.replace('.', '')}" if cuda else "cpu")
+    return release.group(1), torch.partition("+")[2] or (f"cu{cuda.replace('.', '')}" if cuda else "cpu")
 
 
 class PlatformWheel(bdist_wheel):

@@ -21,12 +21,16 @@ ROOT = Path(__file__).parent.parent
         ("2.11.1+cu130", "13.0", ("2.11", "cu130")),
         ("2.9.1", "12.8", ("2.9", "cu128")),  # PyPI's for Linux
         ("2.9.1", None, ("2.9", "cpu")),
-        ("2.14.0.dev20261101+cpu", None, ("2.14", "cpu")),
     ],
 )
 def test_the_torch_that_a_wheel_names(setup_module, monkeypatch, version, cuda, expected):
     monkeypatch.setattr(setup_module, "import_torch", lambda: types.SimpleNamespace(version=types.SimpleNamespace(cuda=cuda)))
     assert setup_module.fits(version) == expected
+
+
+def test_a_wheel_for_others_needs_a_released_torch(setup_module):
+    with pytest.raises(setup_module.SetupError, match="needs a released torch, got 2.14.0.dev20261101"):
+        setup_module.fits("2.14.0.dev20261101+cpu")
 
 
 def test_which_files_bring_a_library():
