@@ -33,9 +33,9 @@ Shown = dict[tuple[str, str], set[str]]
 """(framework, method) → features."""
 
 
-def shown_by(junit: Path) -> Shown:
+def shown_by(*runs: Path) -> Shown:
     found: Shown = {}
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in (case for run in runs for case in ElementTree.parse(run).iter("testcase")):
         if any(case.find(result) is not None for result in ("failure", "error", "skipped")):
             continue
         for each in case.iter("property"):
@@ -70,10 +70,10 @@ def cells_of(text: str) -> Shown:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.integrations.table", description=__doc__.partition("\n")[0])
-    parser.add_argument("junit", type=Path, help="what pytest --junitxml wrote")
+    parser.add_argument("junit", type=Path, nargs="+", help="what pytest --junitxml wrote, of one run or more")
     parser.add_argument("--check", action="store_true", help="write nothing; fail where the page says more than the tests showed")
     settings = parser.parse_args(arguments)
-    shown, text = shown_by(settings.junit), PAGE.read_text()
+    shown, text = shown_by(*settings.junit), PAGE.read_text()
     before, _, rest = text.partition(BEGIN)
     table, _, after = rest.partition(END)
     if not settings.check:

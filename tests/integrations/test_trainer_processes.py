@@ -25,6 +25,7 @@ RUNS = {
     "RSO": dict(method="rso", inner_steps=3),
     "in_backward": dict(method="adam-mini", selection="random", update_proj_gap=3, in_backward="deferred"),
 }
+METHODS = {"I3S": "I3S", "8 bits": "GaLore, 8 bits", "RSO": "RSO", "in_backward": "Adam-mini"}
 CLOSE = 2e-4
 """Of weights in fp32: two processes add gradients in another order, and N = M / √V magnifies that. Steps are
 of size 1e-2."""
@@ -101,13 +102,14 @@ def test_two_processes_train_as_one(found, tmp_path, shows, name):
     assert both[0]["losses"] == pytest.approx(losses(alone), rel=1e-2 if name == "8 bits" else 1e-3)
     if name in ("RSO", "in_backward"):  # whose bases no last bit of a gradient turns
         assert difference(both[0]["weights"], whole(alone)) < CLOSE
-    shows("Trainer", {"8 bits": "GaLore, 8 bits", "in_backward": "Adam-mini"}.get(name, name), parallel)
+    shows("Trainer", METHODS[name], parallel)
     if name == "in_backward":
         shows("Trainer", "Adam-mini", "in_backward")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_resumed_run_is_the_uninterrupted_one(found, name):
+def test_a_resumed_run_is_the_uninterrupted_one(found, shows, name):
+    shows("Trainer", METHODS[name], "resume")
     for one in found[1]:
         assert difference(one[name]["weights"], one[name]["resumed"]) == 0
         assert difference(one[name]["weights"], llama().state_dict()) > 1e-3
