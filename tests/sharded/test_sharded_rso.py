@@ -25,7 +25,7 @@ CASES = {
     "sharded after the optimizer was built": dict(switched=True),
     "converted when sharded, uneven": dict(late=True, width=37),
 }
-SLOW = ("haar", "proximal", "sgd", "converted when sharded, uneven")
+SLOW = ("haar", "proximal", "sgd", "carry", "converted when sharded, uneven")
 """Only with --all, as tests marked slow are."""
 EACH = pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (case in SLOW)) for case in CASES])
 OF_LAYERS = ("distribution",)

@@ -81,8 +81,8 @@ def states_agree(alone, together):
     return {"worst": worst, "same": same}
 
 
-METHODS = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "Adafactor", "unsharded", "reset, adaptive", "convolution", "bf16, stochastic")
-OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "Adafactor")
+METHODS = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "Adafactor", "unsharded", "convolution", "bf16, stochastic")
+OF_FOUR = ("GaLore", "I3S", "Fira", "8 bits", "stagger", "bf16, stochastic")
 """The methods that two and four processes try without --all. With it, both try all."""
 
 
