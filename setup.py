@@ -29,10 +29,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Distribution, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.command.egg_info import egg_info
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
@@ -339,23 +338,24 @@ class BuildOrExplain(build_ext):
         return {**super().get_output_mapping(), **facts}
 
 
-class NamedForTorch(egg_info):
-    """With LOWRANK_KERNELS_WHEEL=1: a local version and a requirement that name torch."""
+class NamedForTorch(Distribution):
+    """The distribution of pyproject.toml. With LOWRANK_KERNELS_WHEEL=1 its version and requirements name
+    torch. They do not otherwise, because pip refuses an sdist that gives another version than its name."""
 
-    def finalize_options(self):
+    def parse_config_files(self, *arguments, **options):
+        super().parse_config_files(*arguments, **options)
         if os.environ.get("LOWRANK_KERNELS_WHEEL", "0") != "0":
             release, build = fits(import_torch().__version__)
-            self.tag_build = f"+torch{release}.{build}"
-            if (only := f"torch=={release}.*") not in self.distribution.install_requires:
-                self.distribution.install_requires = [*self.distribution.install_requires, only]
-        super().finalize_options()
+            self.metadata.version = f"{self.metadata.version}+torch{release}.{build}"
+            others = [each for each in self.install_requires if not re.match(r"torch\b", each)]
+            self.install_requires = self.metadata.install_requires = [f"torch=={release}.*", *others]
 
 
 def fits(torch: str) -> tuple[str, str]:
     """("2.13", "cpu") of torch 2.13.0+cpu. Releases of one minor version share an ABI. PyPI's build of torch
     for Linux has CUDA and no local version; torch itself names that CUDA. Raises SetupError for a torch that
     is no release, whose ABI no requirement can name."""
-    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+\w+)?", torch)
+    release = re.fullmatch(r"(\d+\.\d+)\.\d+(\+(cpu|cu\d+|cxx11.*|rocm.*|xpu))?", torch)  # as extension.py has it
     if release is None:
         raise SetupError(f"LOWRANK_KERNELS_WHEEL=1 needs a released torch, got {torch}; leave it unset for a wheel of your own")
     cuda = import_torch().version.cuda
@@ -381,5 +381,6 @@ class PlatformWheel(bdist_wheel):
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension(f"{PACKAGE}._C", sources(cuda=False), depends=headers())],
-        cmdclass={"build_ext": BuildOrExplain, "bdist_wheel": PlatformWheel, "egg_info": NamedForTorch},
+        cmdclass={"build_ext": BuildOrExplain, "bdist_wheel": PlatformWheel},
+        distclass=NamedForTorch,
     )

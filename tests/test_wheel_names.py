@@ -1,5 +1,8 @@
 """What a wheel says of the torch that it fits, and what is in one."""
 
+import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -8,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from check_wheel import has_library
 
 pytest.importorskip("setuptools.command.bdist_wheel")
@@ -26,6 +30,33 @@ ROOT = Path(__file__).parent.parent
 def test_the_torch_that_a_wheel_names(setup_module, monkeypatch, version, cuda, expected):
     monkeypatch.setattr(setup_module, "import_torch", lambda: types.SimpleNamespace(version=types.SimpleNamespace(cuda=cuda)))
     assert setup_module.fits(version) == expected
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_metadata_name_the_torch_only_of_a_wheel_for_others(tmp_path, named):
+    """As pip asks for them, in a copy of what a build needs."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("version.py", "source_digest.py", "__init__.py"):
+        (tmp_path / "lowrank_kernels").mkdir(exist_ok=True)
+        shutil.copy(ROOT / "lowrank_kernels" / name, tmp_path / "lowrank_kernels")
+    code = "from setuptools import build_meta as b; b.prepare_metadata_for_build_wheel('found')"
+    (tmp_path / "found").mkdir()
+    environment = os.environ | {"LOWRANK_KERNELS_WHEEL": str(int(named))}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    (path,) = tmp_path.glob("found/*.dist-info/METADATA")
+    text = path.read_text()
+    required = [line.partition(": ")[2] for line in text.splitlines() if line.startswith("Requires-Dist: torch")]
+    version = re.search(r"^Version: (.*)$", text, re.MULTILINE).group(1)
+    release = ".".join(torch.__version__.split(".")[:2])
+    assert required == ([f"torch=={release}.*"] if named else ["torch>=2.9"])
+    assert version.partition("+")[2].startswith(f"torch{release}.") if named else "+" not in version
+
+
+@pytest.mark.parametrize("version", ["2.13.0+mine", "2.13.0a0+git1234"])
+def test_a_wheel_for_others_is_of_no_torch_of_ones_own(setup_module, version):
+    with pytest.raises(setup_module.SetupError, match="needs a released torch"):
+        setup_module.fits(version)
 
 
 def test_a_wheel_for_others_needs_a_released_torch(setup_module):
