@@ -4,7 +4,6 @@ installs it. The arguments are those that Trainer passes (transformers 5.24, tra
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,7 +14,7 @@ PROJECTIONS = {"random": "gaussian", "svd": "dominant"}
 LIFTS = {"channel": "channel_scaling", "tensor": "tensor_scaling"}
 
 
-class APOLLOAdamW(optim.LowRankAdamW):
+class APOLLOAdamW(layerwise.LayerWise, optim.LowRankAdamW):
     """APOLLO or APOLLO-Mini, by the keys of the group: `proj` ("random" or "svd"), `scale_type` ("channel" or
     "tensor"), `scale`, rank, update_proj_gap and proj_type.
 
@@ -32,10 +31,7 @@ class APOLLOAdamW(optim.LowRankAdamW):
         weight_decay: float = 0.0,
         **unsupported: Any,
     ) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*has no group with rank")
-            super().__init__(params, lr, betas, eps, weight_decay, **unsupported)
-        layerwise.refuse_to_resume()
+        super().__init__(params, lr, betas, eps, weight_decay, **unsupported)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(_translated(param_group) if "rank" in param_group else param_group)

@@ -28,15 +28,8 @@ _replaced: dict[str, types.ModuleType | None] = {}
 """The modules that `install` has put others in place of; None where there was none."""
 
 
-class _FromGalore:
-    """What the classes have in common: checkpoints of galore-torch load, and a group without `rank`, as the
-    layer-wise variants of Trainer make them, needs no warning."""
-
-    def _begin(self, *arguments: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*has no group with rank")
-            super()._begin(*arguments)
-        layerwise.refuse_to_resume()
+class _FromGalore(layerwise.LayerWise):
+    """What the classes have in common: checkpoints of galore-torch load."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As the base class's. A state of galore-torch is converted; see `load_checkpoint`."""

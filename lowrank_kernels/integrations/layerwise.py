@@ -8,6 +8,7 @@ resumed would go on from zero moments at the first learning rate, without a word
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Any
 
 from torch.optim import Optimizer
@@ -16,6 +17,17 @@ from ..optim.optimizer import LowRankOptimizer
 
 MARK = "has_stepped"
 """Key of the state_dict(): whether there were moments that it does not hold."""
+
+
+class LayerWise:
+    """Base of optimizers that Trainer may build one a parameter, of which most have no group with `rank`:
+    that needs no warning."""
+
+    def _begin(self, *arguments: Any) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*has no group with rank")
+            super()._begin(*arguments)
+        refuse_to_resume()
 
 
 def refuse_to_resume() -> None:
